@@ -1,0 +1,228 @@
+"""
+Names of TRL, transformers and PEFT that are private or unstable, imported in this one file.
+
+`tests/contract/` checks each of them, so that a change upstream fails there with a clear message and not in training.
+"""
+
+import contextlib
+import copy
+import functools
+import types
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+
+__all__ = [
+    "PREFIX_CHECKPOINT_DIR",
+    "add_demonstration_head",
+    "isolated_bookkeeping",
+    "optimizer_for",
+    "plain_copy",
+    "without_reference_model",
+]
+
+# Set on a model's instance by TRL (fused head) and accelerate (autocast wrapper); bound to the model they were set on.
+_INSTANCE_FORWARDS = ("forward", "_original_forward")
+# Keyword that sends a forward through the demonstration head (see `add_demonstration_head`).
+DEMONSTRATION_HEAD = "demonstration_head"
+
+
+def add_demonstration_head(model: PreTrainedModel, cast_lm_head_to_fp32: bool = False) -> None:
+    """
+    Give a model that GRPO has patched a second fused LM head, at temperature 1, behind the keyword
+    `demonstration_head=True`.
+
+    GRPO's own head divides the logits by the sampling temperature, which would make the SFT loss depend on it. Both
+    heads score in tiles and never hold the `(batch, seq_len, vocab)` logits.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model that `trl.trainer.utils.add_fused_lm_head` has been applied to.
+        cast_lm_head_to_fp32 (`bool`, *optional*, defaults to `False`):
+            As in [`~trl.GRPOConfig`].
+    """
+    policy_forward = model.forward
+    add_fused_lm_head(
+        model, temperature=1.0, cast_lm_head_to_fp32=cast_lm_head_to_fp32, outputs=("log_probs", "is_top1")
+    )
+    demonstration_forward = model.forward
+
+    # `generate` validates its arguments against the signature, so the original one is kept.
+    @functools.wraps(type(model).forward)
+    def dispatch(self: PreTrainedModel, *args: Any, demonstration_head: bool = False, **kwargs: Any) -> Any:
+        if demonstration_head:
+            return demonstration_forward(*args, fused_lm_head=True, **kwargs)
+        return policy_forward(*args, **kwargs)
+
+    model.forward = types.MethodType(dispatch, model)  # type: ignore[method-assign]
+
+
+def plain_copy(
+    model: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool, entropy: bool
+) -> PreTrainedModel:
+    """
+    Deep copy of a model that GRPO has patched, with a fused LM head of its own.
+
+    The patched forward is a closure over the model it was made for, so a plain `copy.deepcopy` would answer with the
+    *original's* weights. Here the instance's forwards are set aside while copying, and the head is added afresh.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Unwrapped model to copy. Left as it was.
+        temperature (`float`):
+            Sampling temperature of the copy's head.
+        cast_lm_head_to_fp32 (`bool`):
+            As in [`~trl.GRPOConfig`].
+        entropy (`bool`):
+            Whether the head returns entropies too (the shadow's loss reads them, the reference model's does not).
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: the copy, its parameters on the same devices and in the same train mode.
+    """
+    modules = [model] if not cast_lm_head_to_fp32 else [model, model.get_output_embeddings()]
+    set_aside = [
+        (module, name, module.__dict__.pop(name))
+        for module in modules
+        for name in _INSTANCE_FORWARDS
+        if name in module.__dict__
+    ]
+    try:
+        twin = copy.deepcopy(model)
+    finally:
+        for module, name, value in set_aside:
+            setattr(module, name, value)
+    outputs = ("log_probs", "entropy") if entropy else ("log_probs",)
+    add_fused_lm_head(twin, temperature=temperature, cast_lm_head_to_fp32=cast_lm_head_to_fp32, outputs=outputs)
+    return twin
+
+
+@contextlib.contextmanager
+def isolated_bookkeeping(trainer: GRPOTrainer, entropy_control: tuple[float, float] | None = None) -> Iterator[None]:
+    """
+    Call the parent's loss or rewards without a trace: metrics, completion logs and the adaptive-entropy controller are
+    put back as they were.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]):
+            Trainer whose books are protected.
+        entropy_control (`tuple[float, float]`, *optional*):
+            Entropy coefficient and last measured entropy to use inside. The student's pass of a window's last
+            micro-batch already moved them on, while the shadow's must see the values that the student's loss used.
+    """
+    names = ("_metrics", "_pending_extra_logs", "_pending_metrics")
+    controls = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")
+    kept = {name: getattr(trainer, name) for name in names + controls}
+    trainer._metrics = {mode: defaultdict(list) for mode in kept["_metrics"]}
+    trainer._pending_extra_logs = defaultdict(list)
+    trainer._pending_metrics = defaultdict(list)
+    trainer._entropy_window_stats = None
+    if entropy_control is not None:
+        trainer.entropy_coef, trainer._last_world_entropy = entropy_control
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(trainer, name, value)
+
+
+@contextlib.contextmanager
+def without_reference_model(args: Any) -> Iterator[None]:
+    """
+    Keep the parent's constructor from building a KL reference.
+
+    For a model object it would load one by the config's id: that fails for a model made in memory, and silently takes
+    the hub's weights for one that was changed since.
+    """
+    beta = args.beta
+    args.beta = 0.0
+    try:
+        yield
+    finally:
+        args.beta = beta
+
+
+def optimizer_for(
+    trainer: Trainer, groups: list[dict[str, Any]], learning_rate: float, optim: Any
+) -> torch.optim.Optimizer:
+    """
+    An optimizer of the kind that `args.optim` names, over our own parameter groups.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Gives the remaining optimizer arguments (betas, epsilon, `optim_args`).
+        groups (`list[dict[str, Any]]`):
+            Parameter groups, each with its `weight_decay`.
+        learning_rate (`float`):
+            Base learning rate.
+        optim (`str` or [`~transformers.training_args.OptimizerNames`]):
+            Kind of optimizer.
+
+    Returns:
+        `torch.optim.Optimizer`: the optimizer, with `initial_lr` set in every group.
+    """
+    args = copy.copy(trainer.args)
+    args.optim = optim
+    args.learning_rate = learning_rate
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, None)
+    optimizer = cls(groups, **kwargs)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = learning_rate
+    return optimizer
+
+
+def decay_groups(trainer: Trainer, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """
+    The parent's two weight-decay groups (`Trainer.create_optimizer`) for another model.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Decides which parameters decay.
+        model (`nn.Module`):
+            Model whose parameters are grouped.
+        weight_decay (`float`):
+            Weight decay of the first group.
+
+    Returns:
+        `list[dict[str, Any]]`: the decaying group and the other one.
+    """
+    decaying = set(trainer.get_decay_parameter_names(model))
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for name, p in named if name in decaying], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if name not in decaying], "weight_decay": 0.0},
+    ]
+
+
+def policy_objective(trainer: GRPOTrainer, inputs: dict[str, Any], scores: Any) -> torch.Tensor:
+    """
+    The parent's RL loss of scores already computed, without KL, entropy and auxiliary terms and without a forward.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]):
+            Trainer whose `_get_per_token_logps_and_entropies` returns `trainer.rollouts.replayed` while it is set.
+        inputs (`dict[str, Any]`):
+            Micro-batch.
+        scores:
+            Log-probabilities (B, T), entropies (B, T) and auxiliary loss.
+
+    Returns:
+        `torch.Tensor`: the loss, scaled for the accumulation window as in training.
+    """
+    terms = {"beta": 0.0, "_entropy_bonus_enabled": False, "aux_loss_enabled": False}
+    kept = {name: getattr(trainer, name) for name in terms}
+    trainer.rollouts.replayed = scores
+    vars(trainer).update(terms)
+    try:
+        with torch.no_grad(), isolated_bookkeeping(trainer):
+            return trainer._compute_loss(trainer.model, inputs)
+    finally:
+        vars(trainer).update(kept)
+        trainer.rollouts.replayed = None

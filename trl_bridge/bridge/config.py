@@ -1,0 +1,164 @@
+"""Arguments of [`BridgeTrainer`]."""
+
+from dataclasses import dataclass, field
+
+from ..training.config import DemonstrationConfig
+from ..training.support import check_side_optimizer
+
+
+PRESETS = ("paper", "selective")
+
+
+@dataclass
+class BridgeConfig(DemonstrationConfig):
+    r"""
+    Configuration of [`BridgeTrainer`]: everything of [`~trl.GRPOConfig`], the demonstration stream of
+    [`DemonstrationConfig`](training.config.DemonstrationConfig), and the cooperative update of BRIDGE (arXiv
+    2509.06948). Where the paper leaves a value open, the default is a choice of ours; `docs/bridge.md` lists them.
+
+    > Parameters that control the update
+
+    Parameters:
+        bridge_lambda (`float`, *optional*, defaults to `0.5`):
+            Weight of RL in the fused objective; SFT has `1 - bridge_lambda`.
+        bridge_lambda_start (`float`, *optional*):
+            Value that the weight is ramped from, linearly. `None` keeps it constant.
+        bridge_lambda_warmup_steps (`int`, *optional*, defaults to `0`):
+            Updates until the ramp reaches `bridge_lambda`.
+        preset (`str`, *optional*, defaults to `"paper"`):
+            Fills the two fields below where they are `None`. `"paper"`: `cooperative_gain=True`,
+            `sft_weighting="none"`. `"selective"` (ours, not the paper's): `cooperative_gain=False`,
+            `sft_weighting="judge_verdict"`, or `"judge"` where the demonstrations lack the columns that the reward
+            functions need.
+        cooperative_gain (`bool`, *optional*):
+            Whether the coordinator's gradient carries the cooperative-gain term. Without it no shadow is built: the
+            coordinator then follows the fused gradient.
+        coordinator_learning_rate (`float`, *optional*):
+            Learning rate of the coordinator `w`. `None` takes `10 * learning_rate`: at equal rates a LoRA is nearly
+            inert beside fully trained weights under AdamW. The paper never prints its rate.
+
+    > Parameters that control the RL-only shadow
+
+    Parameters:
+        shadow_learning_rate (`float`, *optional*):
+            Learning rate of the shadow. `None` takes `learning_rate`.
+        shadow_optim (`str`, *optional*):
+            Optimizer of the shadow. `None` takes `optim`.
+        shadow_importance_sampling (`bool`, *optional*, defaults to `True`):
+            Whether the shadow's loss carries the ratio of its probabilities to those that the rollouts were sampled
+            with (clipped as GRPO clips). The paper does not say.
+        shadow_reset_steps (`int`, *optional*):
+            Every so many updates the shadow is set back to the base weights and its optimizer state is cleared. `None`
+            never resets, as in the paper.
+
+    > Parameters that control logging
+
+    Parameters:
+        log_gradient_stats (`bool`, *optional*, defaults to `False`):
+            Whether to log the norms of the SFT and RL gradients over the base weights and the cosine between them. Costs
+            one more copy of the gradient.
+    """
+
+    bridge_lambda: float = field(
+        default=0.5, metadata={"help": "Weight of RL in the fused objective; SFT has 1 - bridge_lambda."}
+    )
+    bridge_lambda_start: float | None = field(
+        default=None,
+        metadata={"help": "Value that the weight is ramped from, linearly. None keeps it constant."},
+    )
+    bridge_lambda_warmup_steps: int = field(
+        default=0, metadata={"help": "Updates until the ramp reaches bridge_lambda."}
+    )
+    preset: str = field(
+        default="paper",
+        metadata={
+            "help": "Fills cooperative_gain and sft_weighting where they are None: 'paper' (gain on, no weighting) or "
+            "'selective' (gain off, demonstrations weighted by judge and verdict; ours).",
+            "choices": list(PRESETS),
+        },
+    )
+    cooperative_gain: bool | None = field(
+        default=None,
+        metadata={"help": "Whether the coordinator's gradient carries the cooperative-gain term (builds the shadow)."},
+    )
+    coordinator_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the coordinator. None takes 10 x learning_rate."}
+    )
+    shadow_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the shadow. None takes learning_rate."}
+    )
+    shadow_optim: str | None = field(default=None, metadata={"help": "Optimizer of the shadow. None takes optim."})
+    shadow_importance_sampling: bool = field(
+        default=True,
+        metadata={"help": "Whether the shadow's loss carries the importance ratio to the sampling policy."},
+    )
+    shadow_reset_steps: int | None = field(
+        default=None,
+        metadata={"help": "Set the shadow back to the base weights every so many updates. None never does."},
+    )
+    log_gradient_stats: bool = field(
+        default=False,
+        metadata={"help": "Log norms and cosine of the SFT and RL gradients (one more copy of the gradient)."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset not in PRESETS:
+            raise ValueError(f"`preset` must be one of {', '.join(map(repr, PRESETS))}, got {self.preset!r}.")
+        for name in ("bridge_lambda", "bridge_lambda_start"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise ValueError(f"`{name}` must lie in [0, 1], got {value}.")
+        if self.bridge_lambda_warmup_steps < 0:
+            raise ValueError(
+                f"`bridge_lambda_warmup_steps` must not be negative, got {self.bridge_lambda_warmup_steps}."
+            )
+        if (self.bridge_lambda_start is None) != (self.bridge_lambda_warmup_steps == 0):
+            raise ValueError(
+                "A ramp needs both `bridge_lambda_start` and `bridge_lambda_warmup_steps` above 0, got "
+                f"{self.bridge_lambda_start} and {self.bridge_lambda_warmup_steps}."
+            )
+        for name in ("coordinator_learning_rate", "shadow_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"`{name}` must not be negative, got {value}.")
+        if self.shadow_reset_steps is not None and self.shadow_reset_steps < 1:
+            raise ValueError(f"`shadow_reset_steps` must be at least 1 or None, got {self.shadow_reset_steps}.")
+        if self.cooperative_gain is None:
+            self.cooperative_gain = self.preset == "paper"
+        if self.sft_weighting is None and self.preset == "paper":
+            self.sft_weighting = "none"
+        check_side_optimizer("optim", self.optim)
+        if self.shadow_optim is not None:
+            check_side_optimizer("shadow_optim", self.shadow_optim)
+        if self.off_policy_mask_threshold is not None and self.cooperative_gain:
+            raise NotImplementedError(
+                "`off_policy_mask_threshold` is not supported with the cooperative gain: the mask would drop other "
+                "rollouts for the shadow than for the student. Set it to None, or `cooperative_gain=False`."
+            )
+
+    def lambda_at(self, step: int) -> float:
+        """
+        Weight of RL at an update.
+
+        Args:
+            step (`int`):
+                Number of the update, from 0 (`state.global_step`).
+
+        Returns:
+            `float`: the weight, in [0, 1].
+        """
+        if self.bridge_lambda_start is None:
+            return self.bridge_lambda
+        progress = min(1.0, step / self.bridge_lambda_warmup_steps)
+        return self.bridge_lambda_start + (self.bridge_lambda - self.bridge_lambda_start) * progress
+
+    @property
+    def coordinator_rate(self) -> float:
+        """Base learning rate of the coordinator; an explicit 0 is a rate."""
+        return 10 * self.learning_rate if self.coordinator_learning_rate is None else self.coordinator_learning_rate
+
+    @property
+    def shadow_rate(self) -> float:
+        """Base learning rate of the shadow; an explicit 0 is a rate."""
+        return self.learning_rate if self.shadow_learning_rate is None else self.shadow_learning_rate

@@ -1,0 +1,124 @@
+"""Norms and cosines of the parts of a gradient, read off by differences where they add up anyway."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..training.metrics import is_logged_update
+from .coordinator import Projection
+from .shadow import gradient_of
+
+
+if TYPE_CHECKING:
+    from .trainer import BridgeTrainer
+
+
+class GradientProbe:
+    """
+    The RL part of the fused gradient, over the coordinator (on logged updates) and over theta (opt-in).
+
+    The parts are summed in one buffer, so RL's is the difference of what stands there after and before its backward.
+    The projection is linear, so over the coordinator it is taken pass by pass and needs no copy of the gradient.
+
+    Args:
+        trainer ([`BridgeTrainer`]):
+            Trainer whose gradients are read.
+    """
+
+    def __init__(self, trainer: "BridgeTrainer"):
+        self.trainer = trainer
+        self._policy_w: Projection | None = None
+        self._policy_theta: dict[str, torch.Tensor] | None = None
+
+    def before_policy(self) -> None:
+        """Before a micro-batch's policy pass."""
+        if is_logged_update(self.trainer):
+            self._add(-1.0)
+
+    def after_policy(self, weight: float) -> None:
+        """After a micro-batch's policy pass."""
+        if is_logged_update(self.trainer):
+            self._add(1.0)
+
+    def _add(self, sign: float) -> None:
+        trainer = self.trainer
+        gradients = {name: gradient_of(p) for name, p in trainer._weights.items()}
+        projected = trainer.coordinator.project(gradients)
+        if self._policy_w is None:
+            self._policy_w = [(torch.zeros_like(a), torch.zeros_like(b)) for a, b in projected]
+        for (total_a, total_b), (a, b) in zip(self._policy_w, projected, strict=True):
+            total_a.add_(a, alpha=sign)
+            total_b.add_(b, alpha=sign)
+        if trainer.args.log_gradient_stats:
+            if self._policy_theta is None:
+                self._policy_theta = {name: torch.zeros_like(g) for name, g in gradients.items()}
+            for name, gradient in gradients.items():
+                self._policy_theta[name].add_(gradient, alpha=sign)
+
+    def finish(
+        self, weight: float, fused: dict[str, torch.Tensor], shadow: dict[str, torch.Tensor] | None
+    ) -> dict[str, float]:
+        """
+        The window's metrics, before any clipping and without lambda factors. Collective.
+
+        Args:
+            weight (`float`):
+                lambda of the update.
+            fused (`dict[str, torch.Tensor]`):
+                The student's accumulated gradient, averaged over ranks.
+            shadow (`dict[str, torch.Tensor]`, *optional*):
+                The shadow's, likewise.
+
+        Returns:
+            `dict[str, float]`: empty on updates that are not logged. NaN (left out of TRL's averages) for a part whose
+            weight is 0, since its backward then leaves nothing to read.
+        """
+        if self._policy_w is None:
+            return {}
+        coordinator, backend = self.trainer.coordinator, self.trainer.backend
+        total = _flat(coordinator.project(fused))
+        policy = _flat(self._policy_w)
+        backend.average_([policy])
+        rl, sft = _divide(policy, weight), _divide(total - policy, 1.0 - weight)
+        values = {
+            "bridge/coordinator_grad_norm_sft": sft.norm().item(),
+            "bridge/coordinator_grad_norm_rl": rl.norm().item(),
+            "bridge/coordinator_grad_cosine": _cosine(sft, rl),
+        }
+        if shadow is not None:
+            values["bridge/gain_grad_norm"] = (rl - _flat(coordinator.project(shadow))).norm().item()
+        self._policy_w = None
+        if self._policy_theta is not None:
+            values.update(self._over_theta(weight, fused, self._policy_theta))
+            self._policy_theta = None
+        return values
+
+    def _over_theta(
+        self, weight: float, fused: dict[str, torch.Tensor], policy: dict[str, torch.Tensor]
+    ) -> dict[str, float]:
+        self.trainer.backend.average_(policy.values())
+        norms = torch.zeros(3, dtype=torch.float64, device=self.trainer.accelerator.device)
+        for name, gradient in policy.items():
+            rl, sft = _divide(gradient, weight).double(), _divide(fused[name] - gradient, 1.0 - weight).double()
+            norms += torch.stack([sft.square().sum(), rl.square().sum(), (sft * rl).sum()])
+        sft_norm, rl_norm = math.sqrt(norms[0]), math.sqrt(norms[1])
+        product = sft_norm * rl_norm
+        return {
+            "bridge/grad_norm_sft": sft_norm,
+            "bridge/grad_norm_rl": rl_norm,
+            "bridge/grad_cosine": norms[2].item() / product if product else math.nan,
+        }
+
+
+def _flat(projection: Projection) -> torch.Tensor:
+    return torch.cat([part.reshape(-1) for pair in projection for part in pair])
+
+
+def _divide(tensor: torch.Tensor, weight: float) -> torch.Tensor:
+    return tensor / weight if weight else torch.full_like(tensor, math.nan)
+
+
+def _cosine(x: torch.Tensor, y: torch.Tensor) -> float:
+    product = x.norm() * y.norm()
+    return ((x @ y) / product).item() if product else math.nan

@@ -1,0 +1,122 @@
+"""What the coordinator can be and act on: additive LoRA on layers whose weight is theirs alone, in full precision."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+
+if TYPE_CHECKING:
+    from .coordinator import Target
+
+
+def check_base_model(model: PreTrainedModel) -> None:
+    """
+    Refuse a base model that cannot hold theta + w.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model that was passed to the trainer, or loaded by it.
+
+    Raises:
+        TypeError: it already is a PEFT model.
+        ValueError: it is quantised, has frozen parameters, or keeps its weights in 16 bits.
+    """
+    if isinstance(model, PeftModel):
+        raise TypeError(
+            "`model` already is a PEFT model. BridgeTrainer trains the base itself and builds the coordinator from "
+            "`peft_config`: pass the plain model (`model.merge_and_unload()`)."
+        )
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "`model` is quantised, and its weights cannot be trained. Pass it in float32 (`dtype=torch.float32`)."
+        )
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"`model` has {len(frozen)} frozen parameters (the first is {frozen[0]!r}), but BRIDGE trains the whole "
+            "base. Call `model.requires_grad_(True)`."
+        )
+    half = [name for name, p in model.named_parameters() if p.dtype not in (torch.float32, torch.float64)]
+    if half:
+        dtype = str(dict(model.named_parameters())[half[0]].dtype).removeprefix("torch.")
+        raise ValueError(
+            f"`model` holds {half[0]!r} in {dtype}: the coordinator's small steps would be rounded away. Load it with "
+            "`dtype=torch.float32` (`dtype: float32` in a recipe); `bf16=True` still computes in bfloat16."
+        )
+
+
+def check_peft_config(config: PeftConfig) -> None:
+    """
+    Refuse adapters other than additive LoRA.
+
+    Args:
+        config ([`~peft.PeftConfig`]):
+            The user's `peft_config`.
+
+    Raises:
+        ValueError: the option at fault is named, with what to change.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ValueError(
+            f"`peft_config` must be a `LoraConfig`, got `{type(config).__name__}`: the coordinator is added to the "
+            "weights, theta + w."
+        )
+    reasons = {
+        "use_dora": (config.use_dora, "DoRA rescales the base weights. Set `use_dora=False`"),
+        "modules_to_save": (bool(config.modules_to_save), "the base is trained as a whole. Remove it"),
+        "bias": (config.bias != "none", "biases belong to the base, which is trained. Set `bias='none'`"),
+        "lora_bias": (config.lora_bias, "a bias of B is not part of theta + w. Set `lora_bias=False`"),
+        "lora_dropout": (config.lora_dropout > 0, "a merged adapter has no input to drop. Set it to 0"),
+        "target_parameters": (
+            bool(getattr(config, "target_parameters", None)),
+            "only whole linear layers can be targets. Use `target_modules`",
+        ),
+        "layer_replication": (bool(config.layer_replication), "it changes the model. Remove it"),
+        "trainable_token_indices": (
+            bool(getattr(config, "trainable_token_indices", None)),
+            "embeddings belong to the base, which is trained. Remove it",
+        ),
+    }
+    for name, (refused, reason) in reasons.items():
+        if refused:
+            raise ValueError(f"`peft_config.{name}` is not supported: {reason}.")
+
+
+def check_targets(model: PreTrainedModel, targets: "list[Target]") -> None:
+    """
+    Refuse target layers that the merged form would compute differently from an adapter.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Plain model.
+        targets (`list[Target]`):
+            Layers found by PEFT.
+
+    Raises:
+        ValueError: there are none, one is not a linear layer, or one shares its weight (a tied `lm_head`).
+    """
+    if not targets:
+        raise ValueError("`peft_config.target_modules` matches no layer of `model`.")
+    modules = dict(model.named_modules())
+    users: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            users.setdefault(id(weight), []).append(name)
+    for target in targets:
+        module = modules[target.module]
+        if isinstance(module, (nn.Embedding, nn.Conv2d, nn.Conv3d)) or module.weight.dim() != 2:
+            raise ValueError(
+                f"`peft_config.target_modules` matches {target.module!r}, a {type(module).__name__}; the coordinator "
+                "acts on linear layers. Exclude it (`exclude_modules`)."
+            )
+        shared = users[id(module.weight)]
+        if len(shared) > 1:
+            raise ValueError(
+                f"`peft_config.target_modules` matches {target.module!r}, whose weight is tied to "
+                f"{next(n for n in shared if n != target.module)!r}: merged, the coordinator would act on both. "
+                "Exclude it (`exclude_modules`)."
+            )

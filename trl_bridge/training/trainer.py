@@ -1,0 +1,395 @@
+"""The template: GRPO with a demonstration stream."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, DatasetDict, IterableDataset
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import GRPOTrainer
+
+from .._upstream import add_demonstration_head, plain_copy, without_reference_model
+from ..demonstrations.stream import window_share
+from ..objectives.sft import demonstration_loss
+from .backend import Backend
+from .config import DemonstrationConfig
+from .demonstrations import Demonstrations
+from .metrics import record
+from .resume import ResumableTrainer
+from .rollouts import RolloutObserver
+from .verdicts import collect_verdicts
+from .weighting import DemonstrationWeighting
+
+
+@dataclasses.dataclass
+class Window:
+    """
+    One accumulation window: the micro-batches that make up an optimizer update.
+
+    Attributes:
+        shares (`list[list[int]]`):
+            For each micro-batch, the demonstrations of this rank (indices into the rendered dataset).
+        num_tokens (`int`):
+            Trained demonstration tokens of the whole window over all ranks.
+        micro_batch (`int`):
+            Number of micro-batches done.
+        sums (`dict[str, torch.Tensor]`):
+            Running sums of the SFT pass on this rank (see [`objectives.sft.demonstration_loss`]).
+    """
+
+    shares: list[list[int]]
+    num_tokens: int
+    micro_batch: int = 0
+    sums: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+
+class _AfterStep(TrainerCallback):
+    """Calls the template's `after_step` when the student has stepped, before user callbacks and saving."""
+
+    def __init__(self, trainer: "DemonstrationTrainer"):
+        self.trainer = trainer
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.after_step()
+
+
+class DemonstrationTrainer(ResumableTrainer, GRPOTrainer):
+    """
+    GRPO with a demonstration stream: the base of every trainer that adds an SFT term to RL.
+
+    A training micro-batch runs `policy_pass`, `between_passes`, `demonstration_pass`, one graph alive at a time; after
+    the window's last one `end_of_window` runs, and after the optimizer's step `after_step`. Subclasses fill these and
+    set the two weights; evaluation takes the parent's path.
+
+    Args:
+        sft_dataset ([`~datasets.Dataset`]):
+            Demonstrations in any of TRL's SFT formats (prompt-completion, messages, text; standard or conversational).
+            Where the reward functions are asked about demonstrations (`sft_weighting="verdict"`), its rows carry the
+            columns that they need.
+        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
+        optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory:
+            As in [`~trl.GRPOTrainer`].
+    """
+
+    config_class: type[DemonstrationConfig] = DemonstrationConfig
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel",
+        reward_funcs: Any = None,
+        args: DemonstrationConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        sft_dataset: Dataset | None = None,
+        eval_dataset: Dataset | IterableDataset | DatasetDict | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: list[Callable] | None = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = self.config_class(f"{name.split('/')[-1] or 'model'}-{self._name}")
+        self._check_arguments(args, sft_dataset, processing_class, tools, environment_factory)
+        own_reference = args.beta != 0.0 and isinstance(model, PreTrainedModel) and peft_config is None
+        with without_reference_model(args) if own_reference else contextlib.nullcontext():
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=environment_factory,
+            )
+        if isinstance(self.processing_class, ProcessorMixin):
+            raise NotImplementedError(
+                f"{type(self).__name__} does not support vision-language models: pass a text-only `model`."
+            )
+        if self.aux_loss_enabled:
+            raise NotImplementedError(
+                "The load-balancing loss of Mixture-of-Experts models is not supported. Set `router_aux_loss_coef=0`."
+            )
+        self.backend = Backend(self.accelerator)
+        add_demonstration_head(self._plain_model, args.cast_lm_head_to_fp32)
+        if own_reference:
+            self.beta = args.beta
+            self.ref_model = self._frozen_copy()
+        self.demonstrations = Demonstrations(self, sft_dataset)
+        self.weighting = DemonstrationWeighting(
+            self.resolve_weighting(sft_dataset),
+            judge_window=args.judge_window,
+            judge_beta=args.judge_beta,
+            judge_penalty=args.judge_penalty,
+            verdict_calls=args.verdict_calls,
+        )
+        self.rollouts = RolloutObserver(self)
+        self._window: Window | None = None
+        # First in the list, so that user callbacks and saving see the parts as `after_step` leaves them.
+        self.callback_handler.callbacks.insert(0, _AfterStep(self))
+
+    # Arguments
+
+    def _check_arguments(
+        self, args: Any, sft_dataset: Any, processing_class: Any, tools: Any, environment_factory: Any
+    ) -> None:
+        owner = type(self).__name__
+        if not isinstance(args, self.config_class):
+            raise TypeError(
+                f"`args` of {owner} must be a `{self.config_class.__name__}`, got `{type(args).__name__}`."
+            )
+        if sft_dataset is None:
+            raise ValueError(
+                f"{owner} needs `sft_dataset`: a `Dataset` of demonstrations in any of TRL's SFT formats."
+            )
+        if not isinstance(sft_dataset, Dataset):
+            raise TypeError(
+                f"`sft_dataset` must be a `datasets.Dataset`, got `{type(sft_dataset).__name__}`. Iterable datasets "
+                "cannot be resumed exactly; a split of a `DatasetDict` is taken by name."
+            )
+        if len(sft_dataset) == 0:
+            raise ValueError("`sft_dataset` is empty.")
+        if tools or environment_factory:
+            raise NotImplementedError(
+                f"`tools` and `environment_factory` are not supported by {owner}: demonstrations are rendered without "
+                "tool schemas."
+            )
+        if isinstance(processing_class, ProcessorMixin):
+            raise NotImplementedError(f"{owner} does not support vision-language models: pass a tokenizer.")
+
+    def resolve_weighting(self, sft_dataset: Dataset) -> str:
+        """Kind of `sft_weighting` that is used."""
+        return self.args.sft_weighting or "none"
+
+    @property
+    def _plain_model(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _frozen_copy(self) -> nn.Module:
+        twin = plain_copy(self._plain_model, self.temperature, self.args.cast_lm_head_to_fp32, entropy=False)
+        twin.requires_grad_(False)
+        return self.accelerator.prepare_model(twin, evaluation_mode=True)
+
+    # Weights of the two terms
+
+    def policy_weight(self) -> float:
+        """Weight of the RL loss in the update under way."""
+        return 1.0
+
+    def demonstration_weight(self) -> float:
+        """Weight of the SFT loss in the update under way."""
+        return 1.0
+
+    # The template
+
+    def policy_pass(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """
+        The parent's RL loss and its backward.
+
+        Args:
+            model (`nn.Module`):
+                The wrapped student.
+            inputs (`dict[str, Any]`):
+                The micro-batch, as the parent's `_prepare_inputs` returns it.
+
+        Returns:
+            `torch.Tensor`: the weighted loss, detached.
+        """
+        with self.backend.earlier_pass(model):
+            loss = self.policy_weight() * super().compute_loss(model, inputs)
+            self.backend.backward(loss)
+        return loss.detach()
+
+    def between_passes(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """After the policy's backward, before the demonstrations' forward. Nothing here."""
+
+    def demonstration_pass(self, model: nn.Module, window: Window) -> torch.Tensor:
+        """
+        The weighted SFT loss of one micro-batch's demonstrations.
+
+        Args:
+            model (`nn.Module`):
+                The wrapped student.
+            window ([`Window`]):
+                The window under way.
+
+        Returns:
+            `torch.Tensor`: the loss, before the term's weight; the caller runs its backward.
+        """
+        share = window.shares[window.micro_batch]
+        log_probs, mask, hits = self._score(model, share)
+        tempered = self._tempered_sequence_log_probs(model, share, log_probs, mask)
+        weights = self.weighting.token_weights(log_probs.detach(), mask, self.demonstrations.rows(share), tempered)
+        loss, sums = demonstration_loss(log_probs, mask, weights, window.num_tokens, self.backend.world_size)
+        sums["hits"] = (hits * mask).sum()
+        for name, value in sums.items():
+            window.sums[name] = window.sums.get(name, 0) + value
+        return loss
+
+    def end_of_window(self) -> None:
+        """After the window's last backward, before the parent clips and steps. Nothing here."""
+
+    def after_step(self) -> None:
+        """After the student's optimizer step, before user callbacks and saving. Nothing here."""
+
+    # The parent's methods
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        if return_outputs or not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._window is None:
+            self._window = self._begin_window(model)
+        policy_loss = self.policy_pass(model, inputs)
+        self.rollouts.observe(inputs)
+        self.between_passes(model, inputs)
+        # The stream's randomness (dropout) is its own: RL samples as if it were not there.
+        with self._forked_rng():
+            loss = self.demonstration_weight() * self.demonstration_pass(model, self._window)
+        self._window.micro_batch += 1
+        return loss + policy_loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self.end_of_window()
+            self._finish_window()
+        return loss
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            output.update(self.demonstrations.pair(inputs))
+            output.update(self.rollouts.rewards())
+        return output
+
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> torch.Tensor:
+        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self.rollouts.keep(rewards_per_func)
+        return rewards_per_func
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        if self.rollouts.replayed is not None:
+            return self.rollouts.replayed
+        scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self.rollouts.scores = scores
+        return scores
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            f"`hyperparameter_search` is not supported by {type(self).__name__}: the parts beside the model are built "
+            "once. Start one trainer for each trial."
+        )
+
+    # The window
+
+    def _begin_window(self, model: nn.Module) -> Window:
+        shares = self._draw_shares()
+        tokens = sum(self.demonstrations.num_tokens(index) for share in shares for index in share)
+        window = Window(shares=shares, num_tokens=int(self._sum_over_ranks(float(tokens))))
+        if self.weighting.needs_verdicts:
+            collect_verdicts(self, [index for share in shares for index in share])
+        self.weighting.begin_window()
+        if self.weighting.needs_initial_mean:
+            self._set_initial_mean(model, shares)
+        return window
+
+    def _draw_shares(self) -> list[list[int]]:
+        micro_batches = self.current_gradient_accumulation_steps
+        if self.demonstrations.paired:
+            upcoming = (self._step + i for i in range(micro_batches))
+            batches = [self._buffered_inputs[step % self.args.steps_per_generation] for step in upcoming]
+            return [[i for i in batch["demonstration_index"].tolist() if i >= 0] for batch in batches]
+        count = micro_batches * self.backend.world_size * self.args.demonstration_batch_size
+        drawn = self.demonstrations.stream.draw(count)
+        return window_share(drawn, micro_batches, self.backend.world_size, self.backend.rank)
+
+    def _set_initial_mean(self, model: nn.Module, shares: list[list[int]]) -> None:
+        # The first window has no past to take the mean from: one more forward, this once, gives its own.
+        total = torch.zeros(2, dtype=torch.float64)
+        with torch.no_grad(), self._forked_rng():
+            for share in shares:
+                log_probs, mask, _ = self._score(model, share)
+                raw = self.weighting.raw(log_probs, mask)
+                counted = mask if raw.size(1) == mask.size(1) else mask.any(dim=1, keepdim=True)
+                total += torch.stack([(raw * counted).sum(), counted.sum()]).double().cpu()
+        self.weighting.set_initial_mean(*(self._sum_over_ranks(float(value)) for value in total))
+
+    def _finish_window(self) -> None:
+        window = self._window
+        self._window = None
+        everyone = gather_object([self.weighting.pending()])
+        self.weighting.end_window(everyone)
+        names = sorted(window.sums)
+        totals = self.accelerator.reduce(torch.stack([window.sums[n].double() for n in names]), reduction="sum")
+        total = dict(zip(names, totals.tolist(), strict=True))
+        self.demonstrations.tokens_seen += window.num_tokens
+        tokens = max(total["tokens"], 1.0)
+        values = {
+            "sft/loss": total["nll_sum"] / tokens,
+            "sft/mean_token_accuracy": total["hits"] / tokens,
+            "sft/num_tokens": float(self.demonstrations.tokens_seen),
+            "sft/epoch": self.demonstrations.epoch,
+        }
+        if self.weighting.kind != "none":
+            values["sft/weight_mean"] = total["weight_sum"] / tokens
+            values["sft/weight_zero_fraction"] = total["zero_sum"] / tokens
+        record(self, {**values, **self.weighting.metrics()})
+
+    # Helpers
+
+    def _score(self, model: nn.Module, share: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities, mask of trained tokens and greedy hits of demonstrations, each of shape (B, T - 1)."""
+        batch = self.demonstrations.batch(share)
+        with self.accelerator.autocast():
+            outputs = model(**batch, use_cache=False, demonstration_head=True)
+        return outputs.log_probs, outputs.label_mask, outputs.is_top1
+
+    def _tempered_sequence_log_probs(
+        self, model: nn.Module, share: list[int], log_probs: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Summed log-probabilities at the sampling temperature, (B,), for the judge; `None` where they are not read."""
+        if not self.weighting.needs_rollouts or self.temperature == 1.0:
+            return None
+        with torch.no_grad(), self.accelerator.autocast():
+            outputs = model(**self.demonstrations.batch(share), use_cache=False, fused_lm_head=True)
+        return (outputs.log_probs * outputs.label_mask).sum(dim=1)
+
+    def _sum_over_ranks(self, value: float) -> float:
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.reduce(tensor, reduction="sum").item()
+
+    @contextlib.contextmanager
+    def _forked_rng(self) -> Iterator[None]:
+        device = self.accelerator.device
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices, enabled=True):
+            yield

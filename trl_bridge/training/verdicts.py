@@ -1,0 +1,102 @@
+"""Asking the trainer's reward functions about demonstrations, for `sft_weighting="verdict"`."""
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import nn
+
+from .._upstream import isolated_bookkeeping
+
+
+if TYPE_CHECKING:
+    from .trainer import DemonstrationTrainer
+
+# What TRL itself passes to a reward function.
+_PASSED_BY_TRL = frozenset(
+    {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
+)
+
+
+def missing_columns(reward_funcs: list[Any], train_columns: list[str], sft_dataset: Dataset) -> list[str]:
+    """
+    Columns that the reward functions need and the demonstrations lack.
+
+    Args:
+        reward_funcs (`list[Any]`):
+            Reward functions and reward models of the trainer.
+        train_columns (`list[str]`):
+            Columns of the RL dataset; a reward function that takes `**kwargs` alone may read any of them.
+        sft_dataset ([`~datasets.Dataset`]):
+            Demonstrations.
+
+    Returns:
+        `list[str]`: names of the missing columns, sorted.
+    """
+    needed: set[str] = set()
+    for func in reward_funcs:
+        if isinstance(func, nn.Module):
+            continue
+        parameters = inspect.signature(func).parameters.values()
+        named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        required = {p.name for p in named if p.default is p.empty} - _PASSED_BY_TRL
+        takes_kwargs_alone = any(p.kind is p.VAR_KEYWORD for p in parameters) and not (
+            {p.name for p in named} - _PASSED_BY_TRL
+        )
+        needed |= (set(train_columns) - {"prompt"}) if takes_kwargs_alone else required
+    return sorted(needed - set(sft_dataset.column_names))
+
+
+def collect_verdicts(trainer: "DemonstrationTrainer", indices: list[int]) -> None:
+    """
+    Call the reward functions on a window's demonstrations. Collective: every rank calls.
+
+    Their metrics and logs are kept apart from the rollouts'.
+
+    Args:
+        trainer ([`DemonstrationTrainer`]):
+            Trainer inside `_begin_window`.
+        indices (`list[int]`):
+            Demonstrations of this rank in the window.
+    """
+    weighting = trainer.weighting
+    rows = trainer.demonstrations.rows(indices)
+    # With `sft_pairing="prompt"` a row may come up twice in a window: it is one visit.
+    visited = list(dict.fromkeys(rows))
+    asked = [row for row, calls in zip(visited, weighting.visits_due(visited), strict=True) for _ in range(calls)]
+    # The parent gathers the rewards, which needs the same number of rows on each rank.
+    size = max(gather_object([len(asked)]))
+    padded = asked + trainer.demonstrations.rows([0]) * (size - len(asked))
+    examples = [_as_rollout(trainer, row) for row in padded]
+    with isolated_bookkeeping(trainer):
+        trainer._calculate_rewards(
+            [example["inputs"] for example in examples],
+            [example["prompt"] for example in examples],
+            [example["completion"] for example in examples],
+            [example["completion_ids"] for example in examples],
+        )
+    first = trainer.accelerator.process_index * size
+    rewards = trainer.rollouts.total_rewards()[first : first + len(asked)].tolist()
+    weighting.record_verdicts(asked, [int(reward >= trainer.args.success_threshold) for reward in rewards])
+    weighting.fold_verdicts(gather_object([weighting.pending_verdicts()]))
+
+
+def _as_rollout(trainer: "DemonstrationTrainer", row: int) -> dict[str, Any]:
+    """One demonstration in the form that the reward functions see rollouts in."""
+    source = trainer.demonstrations.source[row]
+    ids = trainer.demonstrations.completion_ids(row)
+    if "messages" in source:
+        last = max(i for i, message in enumerate(source["messages"]) if message["role"] == "assistant")
+        prompt, completion = source["messages"][:last], [source["messages"][last]]
+    elif "prompt" in source:
+        prompt, completion = source["prompt"], source["completion"]
+    else:
+        prompt, completion = "", source["text"]
+    columns = {k: v for k, v in source.items() if k not in ("messages", "text", "prompt", "completion")}
+    return {
+        "inputs": {"prompt": prompt, **columns},
+        "prompt": prompt,
+        "completion": completion,
+        "completion_ids": ids,
+    }

@@ -1,0 +1,352 @@
+"""The state behind `sft_weighting`: what a weight needs beyond the tokens that it is put on."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+
+from ..objectives import weights as rules
+
+
+# Kinds that are normalised to mean one, and the raw weight of each.
+_NORMALISED: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "likelihood": rules.token_likelihood,
+    "likelihood_sequence": rules.sequence_likelihood,
+    "phi": rules.phi,
+}
+_JUDGE = ("judge", "judge_verdict")
+_VERDICT = ("verdict", "judge_verdict")
+
+
+class DemonstrationWeighting:
+    """
+    Weights of demonstrations, and the running mean, rollouts and verdicts that they are made from.
+
+    A window (the micro-batches of one optimizer update) goes: `visits_due`, `record_verdicts` and `fold_verdicts`
+    where verdicts are needed; `begin_window`; `raw` and `set_initial_mean` where `needs_initial_mean`; `token_weights`
+    for each micro-batch and `observe_rollouts` at any time; `end_window` with every rank's `pending`. Nothing of the
+    current window but its verdicts enters its own weights (the first window's mean excepted), so that neither its
+    split into micro-batches, nor the number of ranks, nor a resume between windows changes them.
+
+    Args:
+        kind (`str`):
+            `"none"`, `"likelihood"`, `"likelihood_sequence"`, `"phi"`, `"judge"`, `"verdict"` or `"judge_verdict"`.
+        judge_window (`int`, *optional*, defaults to `20`):
+            Number of past windows that the judge is fitted on.
+        judge_beta (`float`, *optional*, defaults to `4.0`):
+            Sharpness of the judge's weight.
+        judge_penalty (`float`, *optional*, defaults to `1.0`):
+            Weight of the judge's squared slope, above zero.
+        verdict_calls (`int`, *optional*, defaults to `1`):
+            Calls of the verifier at each visit of a demonstration (one more at its first).
+
+    Raises:
+        `ValueError`: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        judge_window: int = 20,
+        judge_beta: float = 4.0,
+        judge_penalty: float = 1.0,
+        verdict_calls: int = 1,
+    ):
+        kinds = ["none", *_NORMALISED, "judge", "verdict", "judge_verdict"]
+        if kind not in kinds:
+            raise ValueError(f"`sft_weighting` must be one of {', '.join(kinds)}, got {kind!r}.")
+        for name, count in (("judge_window", judge_window), ("verdict_calls", verdict_calls)):
+            if count < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {count}.")
+        if not judge_penalty > 0:
+            raise ValueError(f"`judge_penalty` must be above 0, got {judge_penalty}.")
+        if not judge_beta >= 0:
+            raise ValueError(f"`judge_beta` must not be negative, got {judge_beta}.")
+        self.kind = kind
+        self.judge_window = judge_window
+        self.judge_beta = judge_beta
+        self.judge_penalty = judge_penalty
+        self.verdict_calls = verdict_calls
+        # Past windows, the same on all ranks.
+        self._total, self._count = 0.0, 0.0  # raw weights summed, and how many
+        self._rollouts: deque[list[tuple[float, float]]] = deque(maxlen=judge_window)  # (s, r) of each window
+        self._verdicts: dict[int, tuple[int, int]] = {}  # row -> (calls, positives)
+        # The window under way.
+        self._initial_mean: float | None = None
+        self._fit: rules.JudgeFit | None = None
+        self._eps, self._prior = rules.MIN_FLIP_RATE, 0.5
+        self._local_raw: list[tuple[torch.Tensor, torch.Tensor]] = []  # sum and number of each micro-batch
+        self._local_rollouts: list[tuple[float, float]] = []
+        self._local_verdicts: dict[int, tuple[int, int]] = {}
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """Whether rollouts have to be observed."""
+        return self.kind in _JUDGE
+
+    @property
+    def needs_verdicts(self) -> bool:
+        """Whether the verifier has to be called on demonstrations."""
+        return self.kind in _VERDICT
+
+    @property
+    def needs_initial_mean(self) -> bool:
+        """Whether the weights have no past mean and the first window's own has to be set."""
+        return self.kind in _NORMALISED and self._count == 0 and self._initial_mean is None
+
+    # Verdicts: before `begin_window`
+
+    def visits_due(self, rows: list[int]) -> list[int]:
+        """
+        Calls of the verifier that are due for each demonstration visited.
+
+        Args:
+            rows (`list[int]`):
+                Demonstrations of the window. The additional call of a first visit goes to a row's first occurrence.
+
+        Returns:
+            `list[int]`: calls for each element of `rows`.
+        """
+        seen = set(self._verdicts)
+        due = []
+        for row in rows:
+            due.append(self.verdict_calls + (row not in seen))
+            seen.add(row)
+        return due
+
+    def record_verdicts(self, rows: Iterable[int], positives: Iterable[int]) -> None:
+        """
+        Keep verdicts of this rank until they are exchanged.
+
+        Args:
+            rows (`Iterable[int]`):
+                The demonstration of each call of the verifier.
+            positives (`Iterable[int]`):
+                1 where it was found right, else 0.
+        """
+        for row, positive in zip(rows, positives, strict=True):
+            calls, right = self._local_verdicts.get(row, (0, 0))
+            self._local_verdicts[row] = (calls + 1, right + int(positive))
+
+    def pending_verdicts(self) -> list[tuple[int, int, int]]:
+        """This rank's verdicts that are not exchanged yet: `(row, calls, positives)`, picklable."""
+        return [(row, calls, right) for row, (calls, right) in self._local_verdicts.items()]
+
+    def fold_verdicts(self, all_ranks: list[list[tuple[int, int, int]]]) -> None:
+        """
+        Add every rank's verdicts to the counts.
+
+        Args:
+            all_ranks (`list[list[tuple[int, int, int]]]`):
+                `pending_verdicts` of every rank, this one's included, in rank order.
+        """
+        for row, calls, right in chain.from_iterable(all_ranks):
+            old_calls, old_right = self._verdicts.get(row, (0, 0))
+            self._verdicts[row] = (old_calls + calls, old_right + right)
+        self._local_verdicts = {}
+
+    # The window
+
+    def begin_window(self) -> None:
+        """Fit the judge on past windows; read flip rate and prior from the verdicts, this window's included."""
+        if self.needs_rollouts:
+            # Sorted, so that the sums do not depend on how the rollouts were spread over ranks and micro-batches.
+            pairs = sorted(chain.from_iterable(self._rollouts))
+            self._fit = rules.fit_judge([s for s, _ in pairs], [r for _, r in pairs], self.judge_penalty)
+        if self.needs_verdicts:
+            calls, right = self._counts(sorted(self._verdicts))
+            self._eps = rules.flip_rate(calls, right)
+            self._prior = rules.verdict_prior(calls, right, self._eps)
+
+    def raw(self, log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
+        """
+        Weights of the normalised kinds before they are divided by their mean.
+
+        Args:
+            log_probs (`torch.Tensor` of shape `(B, T)`):
+                Log-probability of each token, in nats.
+            mask (`torch.Tensor` of shape `(B, T)`):
+                True at trained tokens.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T)` (`likelihood`, `phi`), zero at tokens that are not trained, or `(B, 1)`
+            (`likelihood_sequence`), float64; `None` for the other kinds.
+        """
+        rule = _NORMALISED.get(self.kind)
+        return None if rule is None else rule(log_probs, mask)
+
+    def set_initial_mean(self, total: float, count: float) -> None:
+        """
+        Set the mean that the first window divides by: its own.
+
+        Args:
+            total (`float`):
+                Sum of the raw weights over the whole window and all ranks.
+            count (`float`):
+                Number of weights in it: trained tokens, or demonstrations for `likelihood_sequence`.
+        """
+        if not count > 0:
+            raise ValueError(f"`count` must be above 0, got {count}: the first window has no demonstration.")
+        self._initial_mean = total / count
+
+    def token_weights(
+        self, log_probs: torch.Tensor, mask: torch.Tensor, rows: list[int], sequence_log_probs: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """
+        Weights of one micro-batch.
+
+        Args:
+            log_probs (`torch.Tensor` of shape `(B, T)`):
+                Log-probability of each token, in nats.
+            mask (`torch.Tensor` of shape `(B, T)`):
+                True at trained tokens.
+            rows (`list[int]`):
+                The demonstration of each of the B rows. Empty for a batch that stands in for none at all.
+            sequence_log_probs (`torch.Tensor` of shape `(B,)`, *optional*):
+                Summed log-likelihood of each demonstration at the sampling temperature, which the rollouts' are at
+                too. `None` takes the sum of `log_probs`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T)` or `(B, 1)`, without gradient, in the type of `log_probs`; `None` for kind
+            `"none"`.
+        """
+        if self.kind == "none":
+            return None
+        if not rows:
+            return torch.ones_like(log_probs[:, :1]).detach()
+        raw = self.raw(log_probs, mask)
+        if raw is not None:
+            weights = self._normalised(raw, mask)
+        else:
+            weights = torch.ones(len(rows), 1, dtype=torch.float64, device=log_probs.device)
+        if self.needs_rollouts:
+            if sequence_log_probs is None:
+                sequence_log_probs = log_probs.detach().double().masked_fill(~mask, 0.0).sum(dim=1)
+            weights = weights * rules.judge_weight(sequence_log_probs, self._fit, self.judge_beta)[:, None]
+        if self.needs_verdicts:
+            verdict = rules.verdict_weight(*self._counts(rows), self._eps, self._prior)
+            weights = weights * verdict.to(weights.device)[:, None]
+        return weights.to(log_probs.dtype)
+
+    def observe_rollouts(self, pairs: list[tuple[float, float]]) -> None:
+        """
+        Keep rollouts of this rank until the window ends.
+
+        Args:
+            pairs (`list[tuple[float, float]]`):
+                Summed log-likelihood under the policy that drew it, in nats, and reward, 0 or 1, of each rollout.
+
+        Raises:
+            `ValueError`: if one is not finite.
+        """
+        for s, r in pairs:
+            if not (math.isfinite(s) and math.isfinite(r)):
+                raise ValueError(
+                    f"A rollout has log-likelihood {s} and reward {r}: the judge of `sft_weighting` cannot be fitted "
+                    "on it. The policy or a reward function returns values that are not finite."
+                )
+        self._local_rollouts += pairs
+
+    def pending(self) -> dict[str, Any]:
+        """What this rank has gathered in the window, picklable: `rollouts` (pairs), `raw_total` and `raw_count`."""
+        return {
+            "rollouts": list(self._local_rollouts),
+            "raw_total": math.fsum(float(total) for total, _ in self._local_raw),
+            "raw_count": math.fsum(float(count) for _, count in self._local_raw),
+        }
+
+    def end_window(self, all_pending: list[dict[str, Any]]) -> None:
+        """
+        Close the window and add it to the past.
+
+        Args:
+            all_pending (`list[dict[str, Any]]`):
+                `pending` of every rank, this one's included, in rank order.
+        """
+        self._total = math.fsum([self._total, *(pending["raw_total"] for pending in all_pending)])
+        self._count = math.fsum([self._count, *(pending["raw_count"] for pending in all_pending)])
+        if self.needs_rollouts:
+            self._rollouts.append([pair for pending in all_pending for pair in pending["rollouts"]])
+        self._initial_mean = None
+        self._local_raw, self._local_rollouts = [], []
+
+    def metrics(self) -> dict[str, float]:
+        """`sft/judge_slope` once there is a judge, and `sft/verdict_flip_rate` where verdicts are used."""
+        values = {}
+        if self._fit is not None:
+            values["sft/judge_slope"] = self._fit.b1
+        if self.needs_verdicts:
+            values["sft/verdict_flip_rate"] = self._eps
+        return values
+
+    # Checkpoint
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {
+            "sft_weighting": self.kind,
+            "judge_window": self.judge_window,
+            "judge_beta": self.judge_beta,
+            "judge_penalty": self.judge_penalty,
+            "verdict_calls": self.verdict_calls,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """
+        State for a checkpoint, between two windows: plain values and tensors, as `torch.load(weights_only=True)` takes
+        them.
+
+        Raises:
+            `RuntimeError`: inside a window, where a rank's own part would be lost.
+        """
+        if self._local_raw or self._local_rollouts or self._local_verdicts:
+            raise RuntimeError("The weighting of demonstrations cannot be saved inside an accumulation window.")
+        verdicts = [(row, calls, right) for row, (calls, right) in sorted(self._verdicts.items())]
+        return {
+            "options": self._options,
+            "total": self._total,
+            "count": self._count,
+            "rollouts": [torch.tensor(pairs, dtype=torch.float64).view(-1, 2) for pairs in self._rollouts],
+            "verdicts": torch.tensor(verdicts, dtype=torch.int64).view(-1, 3),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Continue where a saved weighting stood.
+
+        Args:
+            state (`dict[str, Any]`):
+                What [`DemonstrationWeighting.state_dict`] returned.
+
+        Raises:
+            `ValueError`: if it was saved with other options.
+        """
+        for name, mine in self._options.items():
+            if state["options"][name] != mine:
+                raise ValueError(
+                    f"The checkpoint was made with `{name}={state['options'][name]!r}`, now it is {mine!r}. Resume "
+                    "with the options that it was made with."
+                )
+        self._total, self._count = state["total"], state["count"]
+        self._rollouts.clear()
+        self._rollouts.extend([(s, r) for s, r in pairs.tolist()] for pairs in state["rollouts"])
+        self._verdicts = {row: (calls, right) for row, calls, right in state["verdicts"].tolist()}
+
+    # Helpers
+
+    def _normalised(self, raw: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        counted = mask if self.kind != "likelihood_sequence" else mask.any(dim=1, keepdim=True)
+        if self.needs_initial_mean:
+            raise RuntimeError("`set_initial_mean` has to be called in the first window, before its weights are read.")
+        self._local_raw.append((raw.masked_fill(~counted, 0.0).sum(), counted.sum()))
+        mean = self._total / self._count if self._initial_mean is None else self._initial_mean
+        # A mean of zero: every likelihood so far was below what float64 holds, and none stands out.
+        return raw / mean if mean > 0 else torch.ones_like(raw)
+
+    def _counts(self, rows: list[int]) -> tuple[list[int], list[int]]:
+        counts = [self._verdicts.get(row, (0, 0)) for row in rows]
+        return [calls for calls, _ in counts], [right for _, right in counts]
