@@ -190,11 +190,14 @@ def test_template_and_its_arguments_are_those_of_generation():
         render([row], tok)
 
 
-def test_fields_filled_with_none_by_the_schema_do_not_reach_the_template():
+def test_fields_filled_with_none_by_the_schema_do_not_count():
     seen = CHATML.replace("message['content']", "message['content'] + message.keys()|list|join(',')")
     tok = tokenizer(seen)
     row = {"messages": [user("a"), {**assistant("b"), "tool_calls": [{"type": "function"}]}]}
-    example = render([row, {"messages": [user("a"), assistant("b")]}], tok)[1]
+    rows = Dataset.from_list([row, {"messages": [user("a"), assistant("b")]}])
+    assert rows[1]["messages"][0]["tool_calls"] is None
+    example = render_demonstrations(rows, tok, eos_token_id=tok.eos_token_id)[1]
+    assert trained(example, tok) == "brole,content<|im_end|>"
     assert example["input_ids"][: -len("brole,content") - 1] == grpo_prompt_ids([user("a")], tok)
     assert example["prompt_key"] == prompt_key([user("a")])
 

@@ -25,7 +25,7 @@ def test_each_epoch_shows_every_demonstration_once_in_a_new_order():
 def test_how_the_draws_are_cut_changes_nothing(counts, size):
     whole, parts = DemonstrationStream(size, 0), DemonstrationStream(size, 0)
     assert whole.draw(sum(counts)) == [index for count in counts for index in parts.draw(count)]
-    assert whole.epoch == parts.epoch == sum(counts) / size
+    assert whole.epoch == parts.epoch == pytest.approx(sum(counts) / size)
 
 
 def test_a_draw_may_cross_epochs():

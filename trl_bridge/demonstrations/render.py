@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from .rows import check_dataset, clean_messages, prompt_key, split_demonstration, without_none
+from .rows import check_dataset, prompt_key, split_demonstration, without_none
 
 
 __all__ = ["OVERLONG", "prompt_key", "render_demonstrations"]
@@ -138,7 +138,6 @@ class _Renderer:
                 "`sft_dataset` is conversational, but the tokenizer has no chat template. Set "
                 "`processing_class.chat_template`, or use strings for `prompt` and `completion`."
             )
-        prompt, completion = clean_messages(prompt), clean_messages(completion)
         if not any(value for message in completion for key, value in message.items() if key != "role"):
             return [], []
         try:

@@ -118,10 +118,3 @@ def without_none(value: Any) -> Any:
     if isinstance(value, list):
         return [without_none(item) for item in value]
     return value
-
-
-def clean_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as their author wrote them, without the `None`s of the dataset's schema."""
-    # Templates ask whether the content of a message with tool calls "is none": there it is a value.
-    contents = [{"content": message["content"]} if "content" in message else {} for message in messages]
-    return [{**without_none(message), **content} for message, content in zip(messages, contents, strict=True)]

@@ -7,7 +7,8 @@ import torch
 from datasets import Dataset, IterableDataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..demonstrations.render import prompt_key, render_demonstrations
+from ..demonstrations.render import render_demonstrations
+from ..demonstrations.rows import prompt_key
 from ..demonstrations.stream import DemonstrationStream, PromptIndex, fingerprint
 
 
@@ -33,6 +34,7 @@ class Demonstrations:
         self.trainer = trainer
         self.source = dataset
         args = trainer.args
+        own_eos = trainer._tokenizer.eos_token_id
         # The main process renders first, so that the others read its cache.
         with trainer.accelerator.main_process_first():
             self.rendered = render_demonstrations(
@@ -40,7 +42,7 @@ class Demonstrations:
                 trainer.processing_class,
                 chat_template=trainer.chat_template,
                 chat_template_kwargs=trainer.chat_template_kwargs,
-                eos_token_id=trainer._tokenizer.eos_token_id,
+                eos_token_id=[own_eos, *(eos for eos in trainer.eos_token_ids if eos != own_eos)],
                 max_length=args.sft_max_length,
                 overlong=args.sft_overlong,
             )

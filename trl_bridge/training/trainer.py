@@ -18,7 +18,6 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from trl import GRPOTrainer
 
 from .._upstream import add_demonstration_head, plain_copy, without_reference_model
 from ..demonstrations.stream import window_share
@@ -67,7 +66,7 @@ class _AfterStep(TrainerCallback):
         self.trainer.after_step()
 
 
-class DemonstrationTrainer(ResumableTrainer, GRPOTrainer):
+class DemonstrationTrainer(ResumableTrainer):
     """
     GRPO with a demonstration stream: the base of every trainer that adds an SFT term to RL.
 
@@ -286,7 +285,7 @@ class DemonstrationTrainer(ResumableTrainer, GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         if self.model.training:
             output.update(self.demonstrations.pair(inputs))
-            output.update(self.rollouts.rewards())
+            output.update(self.rollouts.rewards(output))
         return output
 
     def _calculate_rewards(
@@ -363,6 +362,30 @@ class DemonstrationTrainer(ResumableTrainer, GRPOTrainer):
             values["sft/weight_mean"] = total["weight_sum"] / tokens
             values["sft/weight_zero_fraction"] = total["zero_sum"] / tokens
         record(self, {**values, **self.weighting.metrics()})
+
+    # Saving and resuming
+
+    def shared_state(self) -> dict[str, Any]:
+        return {
+            **super().shared_state(),
+            "demonstrations": self.demonstrations.state_dict(),
+            "weighting": self.weighting.state_dict(),
+        }
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        super().load_shared_state(state)
+        self.demonstrations.load_state_dict(state["demonstrations"])
+        self.weighting.load_state_dict(state["weighting"])
+
+    def resume_requirements(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            **super().resume_requirements(),
+            "sft_dataset": self.demonstrations.fingerprint,
+            "sft_pairing": args.sft_pairing,
+            "sft_per_device_train_batch_size": args.demonstration_batch_size,
+            "sft_weighting": self.weighting.kind,
+        }
 
     # Helpers
 

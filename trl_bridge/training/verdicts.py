@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch import nn
 
 from .._upstream import isolated_bookkeeping
+from ..demonstrations.rows import split_demonstration
 
 
 if TYPE_CHECKING:
@@ -86,13 +87,7 @@ def _as_rollout(trainer: "DemonstrationTrainer", row: int) -> dict[str, Any]:
     """One demonstration in the form that the reward functions see rollouts in."""
     source = trainer.demonstrations.source[row]
     ids = trainer.demonstrations.completion_ids(row)
-    if "messages" in source:
-        last = max(i for i, message in enumerate(source["messages"]) if message["role"] == "assistant")
-        prompt, completion = source["messages"][:last], [source["messages"][last]]
-    elif "prompt" in source:
-        prompt, completion = source["prompt"], source["completion"]
-    else:
-        prompt, completion = "", source["text"]
+    prompt, completion = split_demonstration(source)
     columns = {k: v for k, v in source.items() if k not in ("messages", "text", "prompt", "completion")}
     return {
         "inputs": {"prompt": prompt, **columns},
