@@ -96,6 +96,7 @@ def test_prompt_index_draws_uniformly_and_without_state():
     assert set(counts) == {0, 2, 4}
     # 300 draws at 1/3: 100 each, standard deviation 8.2; five of them.
     assert all(abs(count - 100) < 41 for count in counts.values())
+    assert {index.draw("a", 0, group) for group in range(30)} == {0, 2, 4}
     again = PromptIndex(["a", "b", "a", "c", "a"], seed=0)
     assert [again.draw("a", generation, 2) for generation in reversed(range(100))] == drawn[2::3][::-1]
     assert drawn != [

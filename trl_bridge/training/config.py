@@ -110,9 +110,10 @@ class DemonstrationConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        for name in ("judge_beta", "judge_penalty"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if self.judge_beta < 0:
+            raise ValueError(f"`judge_beta` must not be negative, got {self.judge_beta}.")
+        if self.judge_penalty <= 0:
+            raise ValueError(f"`judge_penalty` must be above 0, got {self.judge_penalty}.")
         if self.sft_pairing == "prompt":
             if self.sft_per_device_train_batch_size is not None:
                 raise ValueError(

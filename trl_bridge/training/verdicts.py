@@ -63,9 +63,12 @@ def collect_verdicts(trainer: "DemonstrationTrainer", indices: list[int]) -> Non
     """
     weighting = trainer.weighting
     rows = trainer.demonstrations.rows(indices)
-    # With `sft_pairing="prompt"` a row may come up twice in a window: it is one visit.
-    visited = list(dict.fromkeys(rows))
-    asked = [row for row, calls in zip(visited, weighting.visits_due(visited), strict=True) for _ in range(calls)]
+    # A first visit has one more call, and ranks may visit a row first in the same window: the calls due are counted
+    # over all ranks' rows, in rank order.
+    everyone = gather_object([rows])
+    before = sum(len(other) for other in everyone[: trainer.accelerator.process_index])
+    due = weighting.visits_due([row for other in everyone for row in other])[before : before + len(rows)]
+    asked = [row for row, calls in zip(rows, due, strict=True) for _ in range(calls)]
     # The parent gathers the rewards, which needs the same number of rows on each rank.
     size = max(gather_object([len(asked)]))
     padded = asked + trainer.demonstrations.rows([0]) * (size - len(asked))

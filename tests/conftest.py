@@ -1,0 +1,21 @@
+import os
+
+
+# Before torch, transformers or TRL are imported: nothing here may reach for the network or report home.
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false"
+)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from trl_bridge.models import tiny_tokenizer
+
+    return tiny_tokenizer()

@@ -1,0 +1,81 @@
+"""Losses in plain float64 torch, written from the papers' formulas and TRL's documentation. No trainer, no TRL."""
+
+import torch
+
+
+def scores(model, weights, batch, temperature=1.0):
+    """Log-probabilities and entropies of the completion tokens, (B, C) each, at logits / temperature."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    logits = torch.func.functional_call(model, weights, (), {"input_ids": ids, "attention_mask": mask}).logits
+    length = batch["completion_ids"].size(1)
+    log_p = torch.log_softmax(logits[:, -length - 1 : -1] / temperature, dim=-1)
+    chosen = log_p.gather(2, batch["completion_ids"].unsqueeze(2)).squeeze(2)
+    return chosen, -(log_p.exp() * log_p).sum(-1)
+
+
+def policy_loss(log_p, entropy, old_log_p, batch, o, window):
+    """
+    GRPO's loss of one micro-batch, as it enters the window's sum.
+
+    `o`: options (loss_type, level, eps_low, eps_high, beta, entropy_coef, max_completion_length);
+    `window`: number of micro-batches, and generation batch's steps.
+    """
+    mask = batch["completion_mask"].double()
+    advantages = batch["advantages"].double().unsqueeze(1)
+    log_ratio = log_p - old_log_p
+    if o["level"] == "sequence":
+        log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1).clamp(min=1)).unsqueeze(1)
+    ratio = log_ratio.exp()
+    kind = o["loss_type"]
+    if kind in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo"):
+        clipped = ratio.clamp(1 - o["eps_low"], 1 + o["eps_high"])
+        per_token = -torch.minimum(ratio * advantages, clipped * advantages)
+    elif kind == "cispo":
+        per_token = -ratio.clamp(max=o["eps_high"]).detach() * advantages * log_p
+    elif kind == "sapo":
+        tau = torch.where(advantages > 0, o["sapo_pos"], o["sapo_neg"])
+        per_token = -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages
+    elif kind == "vespo":
+        log_w = ((log_p - old_log_p).clamp(-20, 20) * mask).sum(1, keepdim=True).detach()
+        k = torch.where(advantages >= 0, o["vespo_k"][0], o["vespo_k"][1])
+        lam = torch.where(advantages >= 0, o["vespo_lambda"][0], o["vespo_lambda"][1])
+        phi = (lam + k * log_w - lam * log_w.exp()).exp()
+        per_token = -phi * advantages * log_p
+    if o.get("beta"):
+        delta = batch["ref_per_token_logps"].double() - log_p
+        per_token = per_token + o["beta"] * (delta.exp() - delta - 1) * (ratio if o["bias_corrected_kl"] else 1)
+    steps, generation_steps = window
+    if kind in ("grpo", "sapo"):
+        loss = ((per_token * mask).sum(1) / mask.sum(1).clamp(min=1)).mean() / steps
+    elif kind == "bnpo":
+        loss = (per_token * mask).sum() / mask.sum() / steps
+    elif kind == "dr_grpo":
+        loss = (per_token * mask).sum() / (mask.size(0) * o["max_completion_length"]) / steps
+    elif kind == "luspo":
+        loss = (per_token * mask).sum(1).mean() / steps
+    else:
+        tokens = batch["num_items_in_batch"].double() * steps / generation_steps / o.get("world_size", 1)
+        loss = (per_token * mask).sum() / tokens
+    if o.get("entropy_coef"):
+        loss = loss - o["entropy_coef"] * (entropy * mask).sum() / mask.sum() / steps
+    return loss
+
+
+def clip_statistics(log_p, old_log_p, batch, o):
+    """Sum of the ratio, of clipped tokens, and number of tokens."""
+    mask = batch["completion_mask"].double()
+    advantages = batch["advantages"].double().unsqueeze(1)
+    ratio = (log_p - old_log_p).exp()
+    outside = ((ratio < 1 - o["eps_low"]) & (advantages < 0)) | ((ratio > 1 + o["eps_high"]) & (advantages > 0))
+    return (ratio * mask).sum(), (outside * mask).sum(), mask.sum()
+
+
+def demonstration_scores(model, weights, batch):
+    """Log-probabilities, mask and greedy hits of demonstrations at temperature 1, (B, T - 1) each."""
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    logits = torch.func.functional_call(model, weights, (), inputs).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    mask = labels != -100
+    log_p = torch.log_softmax(logits, dim=-1).gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2)
+    return log_p, mask, (logits.argmax(-1) == labels) & mask

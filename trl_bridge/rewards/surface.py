@@ -1,0 +1,187 @@
+"""One spelling for answers that differ on the surface alone: markup, spacing, Unicode, separators. Values are untouched."""
+
+import re
+import unicodedata
+from functools import lru_cache
+
+
+# Longer than any honest answer; what is longer is compared as a string only.
+MAX_LENGTH = 2000
+MAX_DEPTH = 40
+
+_SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
+_SYMBOLS = {
+    "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
+    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "°": r"^\circ ", "±": r"\pm ",
+    "∓": r"\mp ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "≈": r"\approx ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
+    "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ",
+    "’": "'", "‘": "'", "“": '"', "”": '"', "′": "'", "⟨": r"\langle ", "⟩": r"\rangle ", "…": r"\ldots ", "−": "-",
+}  # fmt: skip
+_TRANSLATE = str.maketrans(_SYMBOLS | {c: f"^{{{i}}}" for i, c in enumerate(_SUPERSCRIPTS)})
+_CURRENCY = re.compile(r"\\\$|[$£€¥₹]|\\pounds(?![a-zA-Z])|\\euro(?![a-zA-Z])")
+
+_WORD_COMMANDS = re.compile(
+    r"\\(?:text(?:normal|bf|it|rm|sf|tt|up)?|mathrm|mathbf|mathit|mathsf|mathtt|boldsymbol|bm|mbox|hbox|operatorname\*?|textup)\s*\{([^{}]*)\}"
+)
+_FUNCTIONS = frozenset(
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp gcd lcm det max min".split()
+)
+_DROP = re.compile(
+    r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|bf|rm|it|boldmath|mathstrut|null)(?![a-zA-Z])"
+    r"|\\!|\\\s*displaystyle"
+)
+_LEFT_DOT = re.compile(r"\\(?:left|right)\s*\.")
+_SPACES = re.compile(
+    r"\\(?:quad|qquad|,|;|:|>|enspace|thinspace|hfill|space)(?![a-zA-Z])|\\[ \n\t]|~|\\hspace\{[^{}]*\}|[\s\x00-\x1f\x7f]+"
+)
+_DELIMITERS = re.compile(r"(?<!\\)\\[()\[\]](?![a-zA-Z])")
+_DEGREE = re.compile(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\s*\\degrees?(?![a-zA-Z])")
+_FRAC = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
+_FRAC_BARE = re.compile(r"\\frac\s*(?:\{([^{}]*)\}|([0-9a-zA-Z]))\s*(?:\{([^{}]*)\}|([0-9a-zA-Z]))")
+_SQRT_BARE = re.compile(r"\\sqrt\s*([0-9a-zA-Z])(?![a-zA-Z{])")
+_SQRT_WORD = re.compile(r"(?<![\\a-zA-Z])sqrt\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+))")
+_PI_WORD = re.compile(r"(?<![\\a-zA-Z])pi(?![a-zA-Z])")
+_INFINITY = re.compile(r"(?<![\\a-zA-Z])(?:infinity|infty|inf|oo)(?![a-zA-Z])")
+_POWER = re.compile(r"\*\*|\^\s*\(\s*([^()]*)\s*\)")
+_AND_OR_TEXT = re.compile(r",?\s*\\text\{\s*,?\s*(and|or)\s*\}\s*")
+_BRACED_COMMA = re.compile(r"(?<=\d)\s*(?:\{\s*,\s*\}|,\\!)\s*(?=\d{3}(?!\d))")
+_DECIMAL_COMMA = re.compile(r"(?<=\d)\{\s*,\s*\}(?=\d)")
+_THIN_SPACE = re.compile(r"(?<=\d)\\[,;:]\s*(?=\d{3}(?!\d))")
+_GROUPED = re.compile(r"(?<![\d.,])(?!0)\d{1,3}(?:,\d{3})+(?![\d]|,\d)")
+_GROUPED_SPACE = re.compile(r"\d{1,3}(?: \d{3})+(?:\.\d+)?")
+_PREFIX = re.compile(
+    r"^(?:so|thus|hence|therefore)?,?\s*(?:the|my|our)?\s*(?:final|correct)?\s*(?:answer|solution|result|value)\s*(?:is|are|:|=)\s*:?\s*",
+    re.IGNORECASE,
+)
+_HOPE = re.compile(r"[\s.]*I hope (?:it|this) is correct\.?$", re.IGNORECASE)
+_SYNONYMS = {
+    "leqslant": "le", "leq": "le", "geqslant": "ge", "geq": "ge", "neq": "ne", "lt": "<", "gt": ">", "dots": "ldots",
+    "cdots": "ldots", "lbrace": "{", "rbrace": "}", "lbrack": "[", "rbrack": "]", "varnothing": "emptyset", "lvert": "|",
+    "rvert": "|", "vert": "|", "mid": "|", "land": "wedge", "backslash": "setminus", "Bbb": "mathbb", "R": "mathbb{R}",
+    "iff": "Leftrightarrow", "tg": "tan", "ctg": "cot", "arctg": "arctan", "lg": "log", "varphi": "phi",
+}  # fmt: skip
+_SYNONYM = re.compile(r"\\(" + "|".join(sorted(_SYNONYMS, key=len, reverse=True)) + r")(?![a-zA-Z])")
+_COMMAND_SYNONYMS = {"{", "}", "le", "ge", "ne"}
+
+
+def depth_of(text: str) -> int:
+    """Largest nesting depth of brackets and braces, in linear time."""
+    depth = deepest = 0
+    for char in text:
+        if char in "([{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif char in ")]}":
+            depth -= 1
+    return deepest
+
+
+def _word(match: re.Match[str]) -> str:
+    content = match.group(1)
+    name = content.strip()
+    if name in _FUNCTIONS:
+        return f"\\{name} "
+    if len(name) == 1 and name.isalpha() and not match.group(0).startswith((r"\text", r"\mbox")):
+        return f" {name}" if content[:1].isspace() else name
+    return rf"\text{{{content}}}"
+
+
+def _synonym(match: re.Match[str]) -> str:
+    target = _SYNONYMS[match.group(1)]
+    if target in "<>[]|":
+        return target
+    return "\\" + target + ("" if target in "{}" else " ")
+
+
+def _fraction(match: re.Match[str]) -> str:
+    top = match.group(1) if match.group(1) is not None else match.group(2)
+    bottom = match.group(3) if match.group(3) is not None else match.group(4)
+    return rf"\frac{{{top}}}{{{bottom}}}"
+
+
+def _ungroup(text: str) -> str:
+    """Drop the thousands separators of `10,000`, but leave the list `(1,234)` and the list `1, 234` alone."""
+    text = _BRACED_COMMA.sub("", text)
+    text = _DECIMAL_COMMA.sub(".", text)
+    if not _GROUPED.search(text):
+        return text
+    stripped = _GROUPED.sub(lambda m: m.group().replace(",", ""), text)
+    # Inside brackets a comma with no space after it separates, unless commas with a space do.
+    if text[:1] in "([" or text.startswith(r"\{"):
+        return stripped if ", " in text else text
+    return stripped
+
+
+@lru_cache(maxsize=65536)
+def clean(raw: str) -> str | None:
+    r"""
+    Canonical spelling of an answer or a gold.
+
+    Delimiters (`$`, `\(`), sizes (`\left`), spacing, `\dfrac`, `\frac12`, `\sqrt2`, Unicode symbols, thousands
+    separators, currency, degrees, a final full stop and "the answer is" go or get one form. No value changes.
+
+    Args:
+        raw (`str`):
+            Answer as it was written, of any length and content.
+
+    Returns:
+        `str` or `None`:
+            The spelling; `None` for what no honest answer is (longer than 2,000 characters, nested deeper than 40).
+    """
+    if len(raw) > 2 * MAX_LENGTH:
+        return None
+    text = raw.encode("utf-8", "replace").decode()
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text.translate(_TRANSLATE)).translate(_TRANSLATE)
+        text = re.sub(r"√\s*(?:\(([^()]*)\)|(\w+))", lambda m: rf"\sqrt{{{m.group(1) or m.group(2)}}}", text)
+    if depth_of(text) > MAX_DEPTH:
+        return None
+    text = text.strip().strip("`").strip()
+    text = re.sub(r"^(?:\*\*|__)(.*)(?:\*\*|__)$", r"\1", text, flags=re.DOTALL)
+    text = _HOPE.sub("", _PREFIX.sub("", text))
+    text = _THIN_SPACE.sub("", text)
+    text = _CURRENCY.sub(lambda m: "" if m.group() != "$" else " ", text)
+    text = _ungroup(text)
+    text = _WORD_COMMANDS.sub(_word, _LEFT_DOT.sub("", text))
+    text = _DROP.sub("", _DELIMITERS.sub(" ", text))
+    text = _SYNONYM.sub(_synonym, text)
+    text = _AND_OR_TEXT.sub(r" \1 ", text)
+    text = _SPACES.sub(" ", text)
+    text = _DEGREE.sub("", text)
+    text = _FRAC.sub(r"\\frac", text)
+    text = _FRAC_BARE.sub(_fraction, text)
+    text = _SQRT_WORD.sub(lambda m: rf"\sqrt{{{next(g for g in m.groups() if g is not None)}}}", text)
+    text = _SQRT_BARE.sub(r"\\sqrt{\1}", text)
+    text = _INFINITY.sub(r"\\infty ", _PI_WORD.sub(r"\\pi ", text))
+    text = _POWER.sub(lambda m: "^" if m.group(1) is None else f"^{{{m.group(1)}}}", text)
+    text = _strip(text)
+    if _GROUPED_SPACE.fullmatch(text):
+        text = text.replace(" ", "")
+    return text if len(text) <= MAX_LENGTH else None
+
+
+def _strip(text: str) -> str:
+    """Strip the final punctuation and braces around the whole."""
+    while True:
+        before = text
+        text = text.strip().rstrip(";:").strip()
+        if text.endswith((".", ",")):
+            text = text[:-1].rstrip("\\")
+        if text.startswith("{") and closing(text, 0) == len(text) - 1:
+            text = text[1:-1]
+        if text == before:
+            return text
+
+
+def closing(text: str, start: int) -> int:
+    r"""Index of the bracket that closes the one at `start`, of any kind (`(1, 2]` too); -1 where it is never closed."""
+    depth = 0
+    for index in range(start, len(text)):
+        char = text[index]
+        if char in "([{":
+            depth += 1
+        elif char in ")]}":
+            depth -= 1
+            if depth == 0:
+                return index
+    return -1

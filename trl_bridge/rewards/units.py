@@ -1,0 +1,127 @@
+"""Units and labels after a value: dropped where only one side has them, compared where both do."""
+
+import re
+from fractions import Fraction
+from functools import lru_cache
+
+
+_LENGTH = {"mm": "1/1000", "cm": "1/100", "dm": "1/10", "m": "1", "km": "1000", "in": "0.0254", "ft": "0.3048",
+           "yd": "0.9144", "mi": "1609.344"}  # fmt: skip
+_TIME = {"ms": "1/1000", "s": "1", "min": "60", "h": "3600", "day": "86400", "week": "604800", "month": "", "year": ""}
+_MASS = {"mg": "1/1000", "g": "1", "kg": "1000", "lb": "453.59237", "oz": "28.349523125", "ton": ""}
+_MONEY = {"dollar": "1", "cent": "1/100", "euro": "", "pound": "", "yuan": "", "rupee": ""}
+_OTHER = ["degree", "radian", "liter", "ml", "gallon", "mph", "kph", "newton", "joule", "watt", "volt", "amp", "ohm",
+          "hz", "pascal", "kelvin", "celsius", "fahrenheit", "mole", "am", "pm", "acre", "hectare", "unit"]  # fmt: skip
+_FACTORS: dict[str, tuple[str, Fraction]] = {}
+for _dimension, _table in (("length", _LENGTH), ("time", _TIME), ("mass", _MASS), ("money", _MONEY)):
+    for _name, _factor in _table.items():
+        _FACTORS[_name] = (_dimension, Fraction(_factor)) if _factor else (_name, Fraction(1))
+_FACTORS |= {name: (name, Fraction(1)) for name in _OTHER}
+_ALIASES = {
+    "millimeter": "mm", "millimetre": "mm", "centimeter": "cm", "centimetre": "cm", "decimeter": "dm", "meter": "m",
+    "metre": "m", "kilometer": "km", "kilometre": "km", "inch": "in", "inches": "in", "inche": "in", "foot": "ft",
+    "feet": "ft", "yard": "yd", "mile": "mi", "second": "s", "sec": "s", "minute": "min", "mins": "min", "hour": "h",
+    "hr": "h", "hrs": "h", "gram": "g", "gm": "g", "kilogram": "kg", "milligram": "mg", "lbs": "lb", "ounce": "oz",
+    "litre": "liter", "l": "liter", "milliliter": "ml", "yr": "year", "usd": "dollar", "buck": "dollar", "deg": "degree",
+    "rad": "radian", "a.m": "am", "p.m": "pm", "a.m.": "am", "p.m.": "pm", "gal": "gallon", "kmh": "kph", "km/h": "kph",
+    "km/hr": "kph", "n": "newton", "j": "joule", "w": "watt", "v": "volt", "k": "kelvin", "c": "celsius",
+    "f": "fahrenheit", "mol": "mole", "amps": "amp", "hertz": "hz", "pa": "pascal", "day": "day", "noon": "pm",
+    "degrees celsius": "celsius", "miles per hour": "mph", "kilometers per hour": "kph",
+}  # fmt: skip
+_POWERS = {"square": 2, "sq": 2, "sq.": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
+_TEXT_UNIT = re.compile(r"^(.*?)\s*\\text\s*\{([^{}]*)\}\s*(?:\^\s*\{?\s*(-?\d)\s*\}?)?$", re.DOTALL)
+_PLAIN_UNIT = re.compile(r"^(.*[\d})\]a-z%])\s+([A-Za-z][A-Za-z./' ]*?)\s*(?:\^\s*\{?\s*([23])\s*\}?)?$", re.DOTALL)
+_GLUED_UNIT = re.compile(r"^([+-]?[\d.,]+)(mm|cm|dm|km|kg|mg|ml|ft|mph|mi|min|hrs?|lbs?)(?:\^\s*\{?\s*([23])\s*\}?)?$")
+# Words that change a value, or join two: what they stand in is never a unit.
+_NOT_UNITS = re.compile(
+    r"\b(?:or|and|not|no|if|when|where|for|more|less|least|most|than|million|billion|trillion|thousand|hundred|dozen|"
+    r"even|odd|except|to|per cent|percent|mod|base|is|are|with|infinitely|half)\b"
+)
+_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "hundred": 100, "dozen": 12}
+_SCALED = re.compile(
+    r"^([+-]?[\d.]+)\s*(?:\\text\s*\{\s*)?(hundred|thousand|million|billion|trillion|dozen)s?\b([^{}]*)\}?$"
+)
+
+
+def split_scale(text: str) -> str:
+    """`3 million` as `3000000`; anything else unchanged."""
+    match = _SCALED.match(text)
+    if match is None or match[1].count(".") > 1 or not match[1].strip("+-."):
+        return text
+    value = Fraction(match[1]) * _SCALES[match[2]]
+    number = str(value.numerator) if value.denominator == 1 else f"{value.numerator}/{value.denominator}"
+    return number + (rf"\text{{{match[3]}}}" if match[3].strip() else "")
+
+
+@lru_cache(maxsize=16384)
+def split_unit(text: str) -> tuple[str, str]:
+    r"""
+    Value and unit of a cleaned answer: `5 \text{ cm}^2` is `("5", "cm^2")`, `12 \text{ ways}` is `("12", "ways")`.
+
+    Returns:
+        `tuple[str, str]`:
+            The value, and the unit in one spelling ("" where there is none).
+    """
+    glued = _GLUED_UNIT.match(text)
+    if glued:
+        return glued[1], _name(glued[2], glued[3])
+    match = _TEXT_UNIT.match(text)
+    if (
+        match
+        and match[1].strip()
+        and not match[1].rstrip().endswith(("+", "-", "=", "(", ",", "_", "^", "/", "*", "{"))
+    ):
+        inner, label = match[1].strip(), match[2].strip()
+        if not _NOT_UNITS.search(label.lower()):
+            value, rest = split_unit(inner) if r"\text" in inner else (inner, "")
+            return (value, rest) if not label else (value, _name(f"{rest} {label}".strip(), match[3]))
+    plain = _PLAIN_UNIT.match(text)
+    if plain and not _NOT_UNITS.search(plain[2].lower()):
+        name = _name(plain[2], plain[3])
+        numeric = re.fullmatch(r"[+-]?[\d.]+(?:\s*/\s*\d+)?|[+-]?\d*\s*\\frac\{\d+\}\{\d+\}", plain[1].strip())
+        known = name.split("^")[0] in _FACTORS and len(plain[2].strip()) > 1
+        if (
+            numeric and (known or len(plain[2].strip()) > 2 or plain[2].strip() in "m s g h L N J W V K C F")
+        ) or known:
+            return plain[1].strip(), name
+    return text, ""
+
+
+def _name(label: str, power: str | None) -> str:
+    words = label.lower().replace("\\", " ").strip(" .").split()
+    exponent = int(power) if power else 1
+    if words and words[0] in _POWERS:
+        exponent = _POWERS[words.pop(0)]
+    elif words and words[-1] in _POWERS:
+        exponent = _POWERS[words.pop()]
+    name = " ".join(words)
+    for candidate in (name, name.removesuffix("s"), name.removesuffix("es")):
+        candidate = _ALIASES.get(candidate, candidate)
+        if candidate in _FACTORS:
+            name = candidate
+            break
+    return name if exponent == 1 else f"{name}^{exponent}"
+
+
+def conversion(first: str, second: str) -> Fraction | None:
+    """
+    Factor that takes a value in unit `first` to unit `second`.
+
+    Returns:
+        `Fraction` or `None`:
+            1 where either unit is missing, both are the same, or neither is a unit of measure and they share a word;
+            `None` where the units disagree (cm and kg, a.m. and p.m., apples and oranges).
+    """
+    if first == second or not first or not second:
+        return Fraction(1)
+    (base_a, _, power_a), (base_b, _, power_b) = first.partition("^"), second.partition("^")
+    known_a, known_b = _FACTORS.get(base_a), _FACTORS.get(base_b)
+    if "unit" in (base_a, base_b) and (power_a == power_b or not power_a or not power_b):
+        return Fraction(1)
+    if known_a and known_b:
+        if known_a[0] != known_b[0] or power_a != power_b:
+            return None
+        return (known_a[1] / known_b[1]) ** int(power_a or 1)
+    words_a = {word.rstrip("s") for word in first.split()}
+    words_b = {word.rstrip("s") for word in second.split()}
+    return Fraction(1) if words_a & words_b else None
