@@ -48,7 +48,7 @@ def small_config(output_dir, config_class=BridgeConfig, **changes):
         "sft_per_device_train_batch_size": 3,
         "seed": 11,
     }
-    if changes.get("sft_pairing") == "prompt":
+    if changes.get("sft_pairing") == "prompt" or not issubclass(config_class, BridgeConfig):
         del options["sft_per_device_train_batch_size"]
     return config_class(**{**options, **changes})
 

@@ -1,0 +1,75 @@
+"""Addition of two numbers, as a generated dataset: `12+34=` is answered by `46`."""
+
+import random
+
+from datasets import Dataset
+
+
+__all__ = ["ERRORS", "addition_dataset", "addition_pairs", "wrong_sum"]
+
+# What the wrong answers are off by: the neighbours, and a forgotten or doubled carry.
+ERRORS = (1, 2, 9, 10, 11)
+
+
+def addition_pairs(max_number: int, seed: int) -> list[tuple[int, int]]:
+    """
+    All pairs of numbers from 0 to `max_number`, in a random order.
+
+    Args:
+        max_number (`int`):
+            Largest number.
+        seed (`int`):
+            Seed of the order.
+
+    Returns:
+        `list[tuple[int, int]]`: `(max_number + 1) ** 2` pairs.
+    """
+    pairs = [(a, b) for a in range(max_number + 1) for b in range(max_number + 1)]
+    random.Random(seed).shuffle(pairs)
+    return pairs
+
+
+def wrong_sum(total: int, generator: random.Random) -> int:
+    """
+    A wrong answer close to the right one and not negative.
+
+    Args:
+        total (`int`):
+            Right answer.
+        generator (`random.Random`):
+            Source of chance.
+
+    Returns:
+        `int`: the right answer plus or minus one of [`ERRORS`].
+    """
+    error = generator.choice(ERRORS)
+    return total - error if generator.random() < 0.5 and total >= error else total + error
+
+
+def addition_dataset(pairs: list[tuple[int, int]], wrong_share: float = 0.0, seed: int = 0) -> Dataset:
+    """
+    Prompt-completion rows for pairs of numbers.
+
+    Args:
+        pairs (`list[tuple[int, int]]`):
+            What is added.
+        wrong_share (`float`, *optional*, defaults to `0.0`):
+            Share of the rows, drawn at random, whose completion is wrong. The solution column always is right.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of which rows are wrong, and by how much.
+
+    Returns:
+        [`~datasets.Dataset`]: columns `prompt`, `completion` and `solution`, all strings; one row for each pair.
+
+    Raises:
+        ValueError: `wrong_share` outside [0, 1].
+    """
+    if not 0.0 <= wrong_share <= 1.0:
+        raise ValueError(f"`wrong_share` must lie in [0, 1], got {wrong_share}.")
+    generator = random.Random(seed)
+    wrong = set(generator.sample(range(len(pairs)), round(wrong_share * len(pairs))))
+    rows = []
+    for index, (a, b) in enumerate(pairs):
+        said = wrong_sum(a + b, generator) if index in wrong else a + b
+        rows.append({"prompt": f"{a}+{b}=", "completion": str(said), "solution": str(a + b)})
+    return Dataset.from_list(rows)

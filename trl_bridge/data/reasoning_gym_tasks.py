@@ -1,0 +1,132 @@
+"""
+reasoning-gym tasks with worked solutions, generated without a download.
+
+A worked solution is written from what the generator itself knows about the row (its metadata), so it is always right and
+ends with "The answer is ...".
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+
+
+__all__ = ["WORKED_SOLUTIONS", "reasoning_gym_dataset", "worked_solution"]
+
+# Row i of a reasoning-gym dataset is drawn from seed + i, so seeds that are neighbours share nearly all rows.
+_SEED_STRIDE = 1_000_000
+
+
+def _chain_sum(row: dict[str, Any]) -> list[str]:
+    first, *rest = re.split(r" ([+-]) ", row["metadata"]["expression"])
+    total, lines = int(first), []
+    for sign, term in zip(rest[::2], rest[1::2], strict=True):
+        after = total + int(term) if sign == "+" else total - int(term)
+        lines.append(f"{total} {sign} {term} = {after}")
+        total = after
+    return lines
+
+
+def _gcd(row: dict[str, Any]) -> list[str]:
+    first, *rest = row["metadata"]["numbers"]
+    current, lines = first, []
+    for number in rest:
+        a, b = max(current, number), min(current, number)
+        while b:
+            lines.append(f"{a} mod {b} = {a % b}")
+            a, b = b, a % b
+        current = math.gcd(current, number)
+    return lines
+
+
+def _gsm_symbolic(row: dict[str, Any]) -> list[str]:
+    return row["metadata"]["answer_cot"].split("\n####")[0].splitlines()
+
+
+WORKED_SOLUTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "chain_sum": _chain_sum,
+    "gcd": _gcd,
+    "gsm_symbolic": _gsm_symbolic,
+}
+"""Tasks that have demonstrations, with the function that gives the lines of the working."""
+
+
+def worked_solution(row: dict[str, Any]) -> str:
+    """
+    Demonstration for a row of reasoning-gym.
+
+    Args:
+        row (`dict[str, Any]`):
+            Row with `answer` and `metadata`, of a task in [`WORKED_SOLUTIONS`].
+
+    Returns:
+        `str`: the working line by line, then "The answer is ...".
+    """
+    working = WORKED_SOLUTIONS[row["metadata"]["source_dataset"]](row)
+    return "\n".join([*working, f"The answer is {row['answer']}."])
+
+
+def reasoning_gym_dataset(
+    task: str, size: int = 1000, test_size: int = 200, seed: int = 0, **parameters: Any
+) -> DatasetDict:
+    """
+    Rows of a reasoning-gym task, conversational, with the generator's worked solution where there is one.
+
+    Args:
+        task (`str`):
+            Name of the task in reasoning-gym, such as `"chain_sum"`.
+        size (`int`, *optional*, defaults to `1000`):
+            Number of training rows.
+        test_size (`int`, *optional*, defaults to `200`):
+            Number of test rows. No test question is a training question; fewer rows than asked for are given where the
+            task has no more different ones.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed; different seeds share no rows but by chance.
+        **parameters:
+            The task's own parameters, such as `max_terms=3`.
+
+    Returns:
+        [`~datasets.DatasetDict`]: `train` and `test` with the columns `prompt` (messages), `completion` (messages; only
+        for the tasks in [`WORKED_SOLUTIONS`]), `solution` (`str`) and `metadata` (JSON), as
+        [`~trl_bridge.rewards.reasoning_gym_reward`] reads them.
+
+    Raises:
+        ImportError: reasoning-gym is not installed.
+        ValueError: no such task, or a parameter that it does not have or accept.
+    """
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise ImportError(
+            "reasoning-gym tasks need the package `reasoning-gym`: pip install 'trl-bridge[demo]'"
+        ) from error
+
+    def generate(count: int, offset: int) -> list[dict[str, Any]]:
+        try:
+            return list(
+                reasoning_gym.create_dataset(task, seed=seed * _SEED_STRIDE + offset, size=count, **parameters)
+            )
+        except (ValueError, TypeError, AssertionError) as error:
+            raise ValueError(f"reasoning-gym cannot make the task {task!r} with {parameters}: {error}") from error
+
+    train = generate(size, 0)
+    seen = {row["question"] for row in train}
+    test = []
+    # The smallest tasks have few different questions, so a bounded number of candidates is drawn.
+    for row in generate(4 * test_size, _SEED_STRIDE // 2) if test_size else []:
+        if row["question"] not in seen and len(test) < test_size:
+            seen.add(row["question"])
+            test.append(row)
+    splits = {"train": train, "test": test}
+    return DatasetDict({name: Dataset.from_list([_example(row) for row in rows]) for name, rows in splits.items()})
+
+
+def _example(row: dict[str, Any]) -> dict[str, Any]:
+    example = {"prompt": [{"role": "user", "content": row["question"].strip()}]}
+    if row["metadata"]["source_dataset"] in WORKED_SOLUTIONS:
+        example["completion"] = [{"role": "assistant", "content": worked_solution(row)}]
+    # Metadata differs from row to row and holds tuples and numpy values, which a column cannot.
+    return {**example, "solution": row["answer"], "metadata": json.dumps(row["metadata"], default=str)}

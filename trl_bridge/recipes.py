@@ -1,0 +1,115 @@
+"""
+Recipes: YAML files for the command line, shipped with the package, found by name.
+
+A recipe's name is its path under the recipe folder without `.yaml`, such as `smoke/bridge`.
+"""
+
+import difflib
+import shutil
+from pathlib import Path
+
+
+__all__ = ["RecipeNotFoundError", "copy_recipe", "find_recipe", "list_recipes", "recipe_folder", "recipe_summary"]
+
+_PACKAGE = Path(__file__).parent
+# Accelerate's configs are named by `--accelerate_config`, they are no recipes.
+ACCELERATE_CONFIGS = "accelerate_configs"
+
+
+class RecipeNotFoundError(FileNotFoundError):
+    """Neither a file nor a shipped recipe."""
+
+
+def recipe_folder() -> Path:
+    """
+    Folder that holds the recipes: in the wheel a part of the package, in a checkout the top-level `recipes/`.
+
+    Returns:
+        `Path`: the folder.
+    """
+    shipped = _PACKAGE / "recipe_files"
+    return shipped if shipped.is_dir() else _PACKAGE.parent / "recipes"
+
+
+def list_recipes() -> list[str]:
+    """
+    Names of all recipes.
+
+    Returns:
+        `list[str]`: the names, sorted.
+    """
+    folder = recipe_folder()
+    paths = (path.relative_to(folder) for path in folder.rglob("*.yaml"))
+    return sorted(path.with_suffix("").as_posix() for path in paths if path.parts[0] != ACCELERATE_CONFIGS)
+
+
+def find_recipe(name: str | Path) -> Path:
+    """
+    File of a recipe. An existing file goes before a shipped recipe of that name.
+
+    Args:
+        name (`str` or `Path`):
+            Path of a file, or name of a shipped recipe, with or without `.yaml`.
+
+    Returns:
+        `Path`: the file.
+
+    Raises:
+        RecipeNotFoundError: there is none; the message names the nearest recipe.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    wanted = str(name).removesuffix(".yaml")
+    names = list_recipes()
+    if wanted in names:
+        # Not `with_suffix`: in `qwen2.5-3b` it would take `.5-3b` for an ending.
+        return recipe_folder() / f"{wanted}.yaml"
+    nearest = difflib.get_close_matches(wanted, names, n=1)
+    hint = f"did you mean `{nearest[0]}`?" if nearest else "`trl-bridge recipes ls` lists the recipes"
+    raise RecipeNotFoundError(f"no file and no recipe is called {str(name)!r} ({hint})")
+
+
+def recipe_summary(name: str) -> str:
+    """
+    First line of a recipe's header.
+
+    Args:
+        name (`str`):
+            Name of a shipped recipe.
+
+    Returns:
+        `str`: the line without its `#`, empty if the file does not start with a comment.
+    """
+    with find_recipe(name).open(encoding="utf-8") as file:
+        first = file.readline()
+    return first.lstrip("# ").rstrip() if first.startswith("#") else ""
+
+
+def copy_recipe(name: str, target: str | Path, force: bool = False) -> Path:
+    """
+    Copy a recipe to a file of your own.
+
+    Args:
+        name (`str`):
+            Name of a shipped recipe.
+        target (`str` or `Path`):
+            File to write, or a folder that exists.
+        force (`bool`, *optional*, defaults to `False`):
+            Whether to overwrite a file.
+
+    Returns:
+        `Path`: the file written.
+
+    Raises:
+        RecipeNotFoundError: no such recipe.
+        FileExistsError: the target exists and `force` is not set.
+    """
+    source = find_recipe(name)
+    path = Path(target)
+    if path.is_dir():
+        path = path / source.name
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists; `--force` overwrites it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, path)
+    return path

@@ -1,0 +1,254 @@
+"""Whether two answers are the same, as far as that needs no computer algebra: true, false, or a question for a worker."""
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from functools import lru_cache
+
+from .numbers import exact
+from .structure import Node, parse
+from .surface import clean
+from .units import conversion
+
+
+Verdict = bool | None
+Leaf = Callable[[Node, Node, Fraction], Verdict]
+"""Comparison of two nodes that structure alone does not decide; the last argument is the first one's unit factor."""
+
+_NAME = re.compile(
+    rf"(?:\\(?:angle|triangle|text|mathbb|vec|overline|overrightarrow|hat|bar|lambda|theta|alpha|beta|mu|sigma|phi|omega|Delta)(?![a-zA-Z])\s*)?"
+    rf"(?:\{{[^{{}}]*\}}|[A-Za-z]{{1,3}})?'*(?:_(?:\{{[^{{}}]*\}}|\w))?(?:\([^()]*\))?(?:\^\{{?\\?(?:-1|prime|circ)\}}?(?:\([^()]*\))?)?"
+)
+_SYMBOLS_ONLY = re.compile(r"(?:[A-Za-z]{1,2}(?:_(?:\{\w+\}|\w))?|\\[a-z]+|[+\-*/ ]|\\cdot|\\text\{[^{}]*\}|\\frac|[{}|])+")
+_LETTER = re.compile(r"\(?\s*(?:\\text\s*\{\s*)?\(?\s*([A-Ja-j])\s*\)?\s*\.?\s*\}?\s*\)?")
+_LETTER_AND_TEXT = re.compile(r"\(?\s*(?:\\text\s*\{\s*)?\(?\s*([A-J])\s*(?:\)|[.:](?=\s))\s*\}?\s*\S.*", re.DOTALL)
+_RANKS = {kind: rank for rank, kind in enumerate(
+    ("expression", "text", "based", "equation", "list", "set", "tuple", "sequence", "interval", "inequality", "union",
+     "intersection", "difference", "matrix", "determinant", "row"))}  # fmt: skip
+_REGIONS = ("interval", "inequality", "union", "intersection", "difference")
+
+
+def compare(first: str, second: str, leaf: Leaf) -> Verdict:
+    """
+    Whether two answers are the same; symmetric in its arguments.
+
+    Args:
+        first (`str`):
+            One answer, as it was written.
+        second (`str`):
+            The other.
+        leaf (`callable`):
+            Decides what structure does not: gets two nodes and a factor for the first one's value.
+
+    Returns:
+        `bool` or `None`:
+            The verdict; `None` where a `leaf` that matters gave `None`.
+    """
+    if first == second:
+        return bool(first.strip())
+    a, b = clean(first), clean(second)
+    if not a or not b:
+        return False
+    if a.replace(" ", "") == b.replace(" ", ""):
+        return True
+    if (letters := _letters(a, b)) is not None:
+        return letters
+    return same(parse(a), parse(b), leaf)
+
+
+def _letters(a: str, b: str) -> Verdict:
+    """Letters of multiple choice: `\\text{(B)}`, `B.`, `b` and, against a bare letter, `(B) 12` are one."""
+    one, two = _LETTER.fullmatch(a), _LETTER.fullmatch(b)
+    if one and two:
+        return one[1].lower() == two[1].lower()
+    single, other = (one, b) if one else (two, a)
+    if single is not None and single[1].isupper() and (match := _LETTER_AND_TEXT.fullmatch(other)):
+        return match[1] == single[1] or None
+    return None
+
+
+def same(a: Node, b: Node, leaf: Leaf) -> Verdict:
+    """Whether two shapes are the same; see [`compare`]."""
+    if a == b:
+        return True
+    if _RANKS[a.kind] > _RANKS[b.kind]:
+        return same(b, a, lambda x, y, factor: leaf(y, x, 1 / factor))
+    if a.kind == b.kind:
+        return _same_kind(a, b, leaf)
+    kinds = (a.kind, b.kind)
+    if b.kind == "equation" and a.kind in ("expression", "text", "based"):
+        assigns = _assigns(b, leaf)
+        return same(a, b.items[1], leaf) if assigns else assigns
+    if a.kind == "equation":
+        assigns = _assigns(a, leaf)
+        return same(a.items[1], b, leaf) if assigns else assigns
+    if a.kind in ("expression", "text") and b.kind in ("set", "list"):
+        return _collapsed(a, b, leaf)
+    if kinds == ("list", "set"):
+        return _unordered(_values(a), _values(b), leaf)
+    if a.kind == "list" and b.kind in ("tuple", "sequence"):
+        return _ordered(_by_name(a), b.items, leaf)
+    if kinds == ("tuple", "sequence"):
+        return _ordered(a.items, b.items, leaf)
+    if kinds == ("tuple", "matrix") and all(len(row.items) == 1 for row in b.items):
+        return _ordered(a.items, tuple(row.items[0] for row in b.items), leaf)
+    if a.kind == "tuple" and b.kind == "interval":
+        return _ordered(a.items, b.items, leaf) if b.text == "()" and len(a.items) == 2 else False
+    if b.kind in _REGIONS and (a.kind in (*_REGIONS, "set") or (a.kind == "tuple" and len(a.items) == 2)):
+        return leaf(a, b, Fraction(1))
+    if a.kind == "expression" and b.kind in ("matrix", "determinant", "difference", "intersection", "union"):
+        return leaf(a, b, Fraction(1))
+    return False
+
+
+def _same_kind(a: Node, b: Node, leaf: Leaf) -> Verdict:
+    if a.kind == "expression":
+        return _same_expression(a, b, leaf)
+    if a.kind in ("text", "based"):
+        return a.text == b.text or a.text.replace(" ", "") == b.text.replace(" ", "")
+    if a.kind == "equation":
+        left = same(a.items[0], b.items[0], _spelling)
+        if left and _assigns(a, leaf):
+            return same(a.items[1], b.items[1], leaf)
+        if a.items[0].kind == "tuple" or b.items[0].kind == "tuple":
+            return False
+        return leaf(a, b, Fraction(1))
+    if a.kind == "set":
+        return _unordered(_values(a), _values(b), leaf)
+    if a.kind == "list":
+        named = (_names(a), _names(b))
+        if all(named) and named[0] != named[1]:
+            return False
+        if all(named) and len(set(named[0])) == len(named[0]):
+            return _ordered(_by_name(a), _by_name(b), leaf)
+        return _unordered(_values(a), _values(b), leaf)
+    if a.kind == "interval" and a.text == b.text:
+        return _ordered(a.items, b.items, leaf)
+    if a.kind in ("tuple", "sequence", "row", "matrix"):
+        return _ordered(a.items, b.items, leaf)
+    return leaf(a, b, Fraction(1))
+
+
+def _same_expression(a: Node, b: Node, leaf: Leaf) -> Verdict:
+    percents = (a.unit == "%", b.unit == "%")
+    if any(percents) and not all(percents):
+        if (b.unit if percents[0] else a.unit) != "":
+            return False
+        # 50% is 50 where the sign is a mere label, and 1/2 where it is a value.
+        by_label = _value(a, b, Fraction(1), leaf)
+        return by_label or _either(by_label, _value(a, b, Fraction(1, 100) if percents[0] else Fraction(100), leaf))
+    factor = conversion(a.unit, b.unit)
+    return False if factor is None else _value(a, b, factor, leaf)
+
+
+def _either(a: Verdict, b: Verdict) -> Verdict:
+    return True if a or b else (None if a is None or b is None else False)
+
+
+def _value(a: Node, b: Node, factor: Fraction, leaf: Leaf) -> Verdict:
+    one, two = exact(a.text), exact(b.text)
+    if one is not None and two is not None:
+        return one * factor == two
+    if factor == 1 and a.text.replace(" ", "") == b.text.replace(" ", ""):
+        return True
+    return leaf(a, b, factor)
+
+
+def _ordered(a: tuple[Node, ...], b: tuple[Node, ...], leaf: Leaf) -> Verdict:
+    if len(a) != len(b):
+        return False
+    verdict: Verdict = True
+    for one, two in zip(a, b, strict=True):
+        current = same(one, two, leaf)
+        if current is False:
+            return False
+        verdict = None if current is None else verdict
+    return verdict
+
+
+def _unordered(a: tuple[Node, ...], b: tuple[Node, ...], leaf: Leaf) -> Verdict:
+    """Multisets: equality is an equivalence, so the first match found for an element is as good as any."""
+    if len(a) != len(b) or len(a) > 40:
+        return False
+    left, unsure = list(b), False
+    for one in a:
+        verdicts = []
+        for index, two in enumerate(left):
+            verdict = same(one, two, leaf)
+            if verdict:
+                del left[index]
+                break
+            verdicts.append(verdict)
+        else:
+            if None not in verdicts:
+                return False
+            unsure = True
+    return None if unsure else True
+
+
+def _collapsed(a: Node, b: Node, leaf: Leaf) -> Verdict:
+    """One value against a set of one, or against the same value written several times ("3/4 or 0.75")."""
+    if len(b.items) == 1:
+        return same(a, b.items[0], leaf)
+    if b.kind == "list" and b.text == "or" and 1 < len(b.items) <= 4:
+        return _ordered((a,) * len(b.items), b.items, leaf)
+    return False
+
+
+def _names(node: Node) -> tuple[str, ...]:
+    """Sorted names that a list of assignments assigns to; empty unless all its members are assignments."""
+    if all(item.kind == "equation" for item in node.items):
+        return tuple(sorted(item.items[0].text.replace(" ", "") for item in node.items))
+    return ()
+
+
+def _by_name(node: Node) -> tuple[Node, ...]:
+    names = _names(node)
+    if names and len(set(names)) == len(names):
+        items = sorted(node.items, key=lambda item: item.items[0].text.replace(" ", ""))
+        return tuple(item.items[1] for item in items)
+    return node.items
+
+
+def _values(node: Node) -> tuple[Node, ...]:
+    """Members without the variable's name, where there is one name ("x = 1, 2", "x = 1 or x = 2")."""
+    heads = {item.items[0].text.replace(" ", "") for item in node.items if item.kind == "equation"}
+    if not heads or (len(heads) > 1 and len(heads) < len(node.items)):
+        return node.items
+    values: list[Node] = []
+    for item in node.items:
+        value = item.items[1] if item.kind == "equation" and is_name(item.items[0].text) else item
+        values.extend(value.items if value.kind == "list" else (value,))
+    return tuple(values)
+
+
+@lru_cache(maxsize=4096)
+def is_name(text: str) -> bool:
+    """Whether the left side of an equation only names its right side: `x`, `f(x)`, `\\angle ABC`, `m + n`, `Area`."""
+    text = text.strip()
+    if not text or exact(text) is not None:
+        return False
+    if text.startswith("(") and re.fullmatch(r"\(\s*[a-zA-Z](?:_\w)?(?:\s*,\s*[a-zA-Z](?:_\w)?)*\s*\)", text):
+        return True
+    return bool(_NAME.fullmatch(text) or _SYMBOLS_ONLY.fullmatch(text)) or text.replace(" ", "").isalpha()
+
+
+def _assigns(node: Node, leaf: Leaf) -> Verdict:
+    left, right = node.items
+    if left.kind == "tuple":
+        return all(item.kind == "expression" and is_name(item.text) for item in left.items)
+    if left.kind == "text" or is_name(left.text):
+        return True
+    # `3 \times 4 = 12` is 12; `9 = 1` and `2x = 12` are not.
+    if re.search(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])", re.sub(r"\\[a-zA-Z]+", "", left.text)):
+        return False
+    return same(left, right, leaf) if right.kind == "expression" else False
+
+
+def _spelling(a: Node, b: Node, factor: Fraction) -> Verdict:
+    return False
+
+
+def quick(first: str, second: str) -> Verdict:
+    """Verdict without computer algebra; `None` where a worker has to look."""
+    return compare(first, second, lambda a, b, factor: None)

@@ -1,0 +1,248 @@
+"""The part of the comparison that needs computer algebra. Runs in a worker process only: any call may run for ever."""
+
+import logging
+import re
+from fractions import Fraction
+from functools import lru_cache
+
+import mpmath
+import sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+from math_verify.grader import sympy_expr_eq
+from sympy.core.cache import clear_cache
+from sympy.core.function import AppliedUndef
+
+from .equality import compare, is_name, same
+from .numbers import exact
+from .regions import RegionError, same_region
+from .structure import Node, parse
+from .surface import clean
+
+
+for _name in ("math_verify.parser", "math_verify.grader", "latex2sympy2_extended"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
+
+# Digits of the numeric comparison, and how many of them must agree. Honest near misses differ in the first few digits,
+# the closest known coincidences (e^(pi sqrt 163)) in the first 31.
+_DIGITS, _AGREE = 60, sympy.Float(10) ** -45
+# Points of both signs, so that |x| is not x; no two symbols get the same one.
+_POINTS = [sympy.Rational(p, q) for p, q in
+           ((7, 3), (-5, 7), (11, 13), (-17, 5), (19, 23), (29, 9), (-3, 31), (37, 6), (-41, 11), (43, 47), (53, 8), (-59, 61))]  # fmt: skip
+_ROUNDS = 6
+_CONFIG = ConversionConfig(lowercase_symbols=False)
+_IMAGINARY = {sympy.Symbol("i", real=True), sympy.Symbol("i"), sympy.Symbol("math{i}", real=True), sympy.Symbol("imath", real=True)}
+
+
+class ParseError(ValueError):
+    """The text is no expression that latex2sympy2_extended understands."""
+
+
+@lru_cache(maxsize=64)
+def to_sympy(text: str) -> sympy.Basic:
+    """
+    SymPy expression of one leaf, decimals exact.
+
+    Raises:
+        [`ParseError`]:
+            Where the parser does not understand it.
+    """
+    number = exact(text)
+    if number is not None:
+        return sympy.Rational(number.numerator, number.denominator)
+    text = re.sub(r"\\(?:overline|bar)\{\s*([a-z])\s*\}", r"\\bar{\1}", text)
+    try:
+        expression = latex2sympy(
+            text, is_real=True, convert_degrees=False, normalization_config=None, conversion_config=_CONFIG
+        )
+    except RecursionError:
+        raise
+    except Exception as error:  # The parser and SymPy raise bare Exceptions of every kind on text they do not know.
+        raise ParseError(text[:80]) from error
+    if not isinstance(expression, (sympy.Basic, sympy.MatrixBase)):
+        raise ParseError(text[:80])
+    return _exact_expression(expression)
+
+
+def _exact_expression(expression: sympy.Basic) -> sympy.Basic:
+    """Replace floats by the decimals they were written as, the symbol i by the imaginary unit, f(x) by a symbol."""
+    if isinstance(expression, sympy.MatrixBase):
+        return expression.applyfunc(_exact_expression)
+    replacements = {f: sympy.Rational(str(f)) for f in expression.atoms(sympy.Float)}
+    replacements |= {symbol: sympy.I for symbol in expression.free_symbols if symbol in _IMAGINARY}
+    replacements |= {f: sympy.Symbol(f"call {f}", real=True) for f in expression.atoms(AppliedUndef)}
+    return expression.xreplace(replacements) if replacements else expression
+
+
+def leaf(a: Node, b: Node, factor: Fraction) -> bool:
+    """Whether two nodes are the same, by value; text that is no mathematics is never equal to anything but itself."""
+    try:
+        return _leaf(a, b, factor)
+    except (ParseError, RegionError):
+        return False
+
+
+def _leaf(a: Node, b: Node, factor: Fraction) -> bool:
+    if a.kind == b.kind == "expression":
+        left, right = to_sympy(a.text), to_sympy(b.text)
+        if factor != 1:
+            left = sympy.Rational(factor.numerator, factor.denominator) * left
+        return same_value(left, right)
+    if a.kind == b.kind == "equation":
+        return _same_equation(a, b)
+    if "determinant" in (a.kind, b.kind) or "matrix" in (a.kind, b.kind):
+        return same_value(_matrix(a), _matrix(b))
+    if a.kind == b.kind == "inequality" and len(a.items) == len(b.items) == 2 and _same_inequality(a, b):
+        return True
+    return same_region(a, b, to_sympy, same_value)
+
+
+def _matrix(node: Node) -> sympy.Basic:
+    if node.kind == "expression":
+        return to_sympy(node.text)
+    if node.kind not in ("matrix", "determinant"):
+        raise ParseError(node.kind)
+    matrix = sympy.Matrix([[to_sympy(cell.text) for cell in row.items] for row in node.items])
+    return matrix.det() if node.kind == "determinant" else matrix
+
+
+def same_value(a: sympy.Basic, b: sympy.Basic) -> bool:
+    """
+    Whether two expressions have one value, exactly.
+
+    Numbers are evaluated to 60 digits, of which 45 must agree (relative to the larger one); expressions with free
+    symbols at 6 points of both signs. Only what cannot be evaluated goes to math-verify's comparison, both ways.
+    """
+    if a == b:
+        return a not in (sympy.nan, sympy.zoo)
+    if isinstance(a, sympy.MatrixBase) or isinstance(b, sympy.MatrixBase):
+        return _same_matrix(a, b)
+    a, b = a.doit(), b.doit()
+    if a == b:
+        return a not in (sympy.nan, sympy.zoo)
+    if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)):
+        return bool(sympy_expr_eq(a, b, 12, 30) and sympy_expr_eq(b, a, 12, 30))
+    if a.is_infinite or b.is_infinite:
+        return False
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    if len(symbols) > 10:
+        return bool(sympy.expand(a - b) == 0)
+    if not symbols:
+        verdict = _close(a, b)
+        return bool(verdict) if verdict is not None else _simplified(a, b)
+    seen = 0
+    for turn in range(_ROUNDS):
+        point = {s: _POINTS[(turn * 5 + i) % len(_POINTS)] for i, s in enumerate(symbols)}
+        verdict = _close(a.xreplace(point), b.xreplace(point))
+        if verdict is False:
+            return False
+        seen += verdict is True
+    return seen >= 3 or _simplified(a, b)
+
+
+def _same_matrix(a: sympy.Basic, b: sympy.Basic) -> bool:
+    if not (isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase)) or a.shape != b.shape:
+        return False
+    return all(same_value(x, y) for x, y in zip(a.flat(), b.flat(), strict=True))
+
+
+def _close(a: sympy.Expr, b: sympy.Expr) -> bool | None:
+    try:
+        x, y = a.evalf(_DIGITS), b.evalf(_DIGITS)
+    except (ArithmeticError, ValueError, TypeError, NotImplementedError, AttributeError, mpmath.libmp.NoConvergence):
+        return None
+    if not (_is_finite_number(x) and _is_finite_number(y)):
+        return None
+    size = max(abs(x), abs(y))
+    return bool(size == 0 or abs(x - y) <= _AGREE * size or size < sympy.Float(10) ** -400)
+
+
+def _is_finite_number(value: sympy.Basic) -> bool:
+    return all(part.is_Float or part.is_Rational for part in value.as_real_imag())
+
+
+def _simplified(a: sympy.Expr, b: sympy.Expr) -> bool:
+    return bool(sympy.simplify(a - b) == 0)
+
+
+def _same_equation(a: Node, b: Node) -> bool:
+    """Equations up to a nonzero constant factor (`2x = 4y` is `x - 2y = 0`)."""
+    if any(side.kind != "expression" for node in (a, b) for side in node.items):
+        return False
+    first, second = (_difference(node) for node in (a, b))
+    return _ratio(first, second) is not None
+
+
+def _difference(node: Node) -> sympy.Expr:
+    left, right = to_sympy(node.items[0].text), to_sympy(node.items[1].text)
+    if not (isinstance(left, sympy.Expr) and isinstance(right, sympy.Expr)):
+        raise ParseError(node.text)
+    return left.doit() - right.doit()
+
+
+def _ratio(first: sympy.Expr, second: sympy.Expr) -> sympy.Expr | None:
+    """Constant ratio of two expressions in the same symbols; `None` where it is not constant, or zero."""
+    symbols = sorted(first.free_symbols, key=str)
+    if not symbols or first.free_symbols != second.free_symbols or len(symbols) > 10:
+        return None
+    ratio = None
+    for turn in range(_ROUNDS):
+        point = {s: _POINTS[(turn * 5 + i) % len(_POINTS)] for i, s in enumerate(symbols)}
+        x, y = first.xreplace(point).evalf(_DIGITS), second.xreplace(point).evalf(_DIGITS)
+        if not (_is_finite_number(x) and _is_finite_number(y)) or x == 0 or y == 0:
+            continue
+        if ratio is None:
+            ratio = x / y
+        elif abs(x / y - ratio) > _AGREE * abs(ratio):
+            return None
+    return ratio
+
+
+def _same_inequality(a: Node, b: Node) -> bool:
+    """Inequalities in the same symbols up to a factor, turned round where it is negative."""
+    turned = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
+    ratio = _ratio(_difference(a), _difference(b))
+    if ratio is None or sympy.im(ratio) != 0:
+        return False
+    return a.text == (b.text if ratio > 0 else turned[b.text])
+
+
+def is_gold(text: str) -> bool:
+    """Whether a reference can be judged against: every leaf of its shape is text, a number, or parses."""
+    cleaned = clean(text)
+    return bool(cleaned) and _understood(parse(cleaned))
+
+
+def _understood(node: Node) -> bool:
+    if node.kind == "expression":
+        try:
+            return to_sympy(node.text) is not None
+        except ParseError:
+            return False
+    if node.kind == "equation" and is_name(node.items[0].text):
+        return _understood(node.items[1])
+    return all(_understood(item) for item in node.items)
+
+
+def verdict(job: list[str]) -> bool:
+    """
+    Answer one job of a worker.
+
+    Args:
+        job (`list[str]`):
+            `["same", first, second]` or `["gold", text]`.
+    """
+    try:
+        if job[0] == "gold":
+            return is_gold(job[1])
+        # In one order whatever the caller's, so that the verdict is symmetric even where SymPy is not.
+        first, second = sorted(job[1:3])
+        return bool(compare(first, second, leaf))
+    except RecursionError:
+        return False
+    finally:
+        # What one answer left in SymPy's caches must not decide on the next one.
+        clear_cache()
+        to_sympy.cache_clear()
+
+
+__all__ = ["ParseError", "is_gold", "leaf", "same", "same_value", "to_sympy", "verdict"]
