@@ -2,7 +2,7 @@
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
@@ -13,8 +13,8 @@ from .reasoning_gym_tasks import reasoning_gym_dataset
 
 __all__ = ["load_named_dataset", "map_columns", "with_system_prompt"]
 
-AnyDataset = Dataset | IterableDataset
-AnyDatasetDict = DatasetDict | IterableDatasetDict
+AnyDataset: TypeAlias = Dataset | IterableDataset
+AnyDatasetDict: TypeAlias = DatasetDict | IterableDatasetDict
 
 _ADDITION = "builtin:addition"
 _REASONING_GYM = "reasoning-gym:"

@@ -114,7 +114,7 @@ def reasoning_gym_dataset(
 
     train = generate(size, 0)
     seen = {row["question"] for row in train}
-    test = []
+    test: list[dict[str, Any]] = []
     # The smallest tasks have few different questions, so a bounded number of candidates is drawn.
     for row in generate(4 * test_size, _SEED_STRIDE // 2) if test_size else []:
         if row["question"] not in seen and len(test) < test_size:

@@ -19,7 +19,9 @@ _NAME = re.compile(
     rf"(?:\\(?:angle|triangle|text|mathbb|vec|overline|overrightarrow|hat|bar|lambda|theta|alpha|beta|mu|sigma|phi|omega|Delta)(?![a-zA-Z])\s*)?"
     rf"(?:\{{[^{{}}]*\}}|[A-Za-z]{{1,3}})?'*(?:_(?:\{{[^{{}}]*\}}|\w))?(?:\([^()]*\))?(?:\^\{{?\\?(?:-1|prime|circ)\}}?(?:\([^()]*\))?)?"
 )
-_SYMBOLS_ONLY = re.compile(r"(?:[A-Za-z]{1,2}(?:_(?:\{\w+\}|\w))?|\\[a-z]+|[+\-*/ ]|\\cdot|\\text\{[^{}]*\}|\\frac|[{}|])+")
+_SYMBOLS_ONLY = re.compile(
+    r"(?:[A-Za-z]{1,2}(?:_(?:\{\w+\}|\w))?|\\[a-z]+|[+\-*/ ]|\\cdot|\\text\{[^{}]*\}|\\frac|[{}|])+"
+)
 _LETTER = re.compile(r"\(?\s*(?:\\text\s*\{\s*)?\(?\s*([A-Ja-j])\s*\)?\s*\.?\s*\}?\s*\)?")
 _LETTER_AND_TEXT = re.compile(r"\(?\s*(?:\\text\s*\{\s*)?\(?\s*([A-J])\s*(?:\)|[.:](?=\s))\s*\}?\s*\S.*", re.DOTALL)
 _RANKS = {kind: rank for rank, kind in enumerate(

@@ -14,7 +14,12 @@ class RegionError(ValueError):
 ToSympy = Callable[[str], sympy.Basic]
 SameValue = Callable[[sympy.Basic, sympy.Basic], bool]
 
-_RELATIONS = {"<": sympy.StrictLessThan, ">": sympy.StrictGreaterThan, r"\le": sympy.LessThan, r"\ge": sympy.GreaterThan}
+_RELATIONS = {
+    "<": sympy.StrictLessThan,
+    ">": sympy.StrictGreaterThan,
+    r"\le": sympy.LessThan,
+    r"\ge": sympy.GreaterThan,
+}
 
 
 def same_region(a: Node, b: Node, to_sympy: ToSympy, same_value: SameValue) -> bool:
@@ -48,7 +53,11 @@ def same_region(a: Node, b: Node, to_sympy: ToSympy, same_value: SameValue) -> b
 def _variables(node: Node, to_sympy: ToSympy) -> set[sympy.Basic]:
     if node.kind == "inequality":
         return set().union(*(to_sympy(item.text).free_symbols for item in node.items))
-    return set().union(*(_variables(item, to_sympy) for item in node.items)) if node.kind in ("union", "intersection") else set()
+    return (
+        set().union(*(_variables(item, to_sympy) for item in node.items))
+        if node.kind in ("union", "intersection")
+        else set()
+    )
 
 
 def to_region(node: Node, to_sympy: ToSympy) -> sympy.Set:

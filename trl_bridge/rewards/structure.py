@@ -40,7 +40,9 @@ _SEPARATOR = re.compile(r"[,;]|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])")
 _SET_OPERATION = re.compile(r"\\(?:cup|cap|setminus)(?![a-zA-Z])|(?<=[)\]}])\s*[Uu∪]\s*(?=[(\[\\])")
 _BUILDER = re.compile(r"\\\{\s*([a-zA-Z])\s*(?:\\in\s*(?:\\mathbb\{[A-Z]\})?\s*)?(?:\||:)\s*(.*)\\\}", re.DOTALL)
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?(?:small)?matrix|array)\}(?:\s*\{[clr|\s]*\})?(.*)\\end\{\1\}", re.DOTALL)
-_BASED = re.compile(r"\(?\s*([0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?)\s*\)?\s*_\s*(?:\{\s*(?:\\text\s*\{)?\s*([0-9a-z]+)\s*\}?\s*\}|(\d+))")
+_BASED = re.compile(
+    r"\(?\s*([0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?)\s*\)?\s*_\s*(?:\{\s*(?:\\text\s*\{)?\s*([0-9a-z]+)\s*\}?\s*\}|(\d+))"
+)
 _BASE_WORDS = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9",
                "ten": "10", "twelve": "12", "sixteen": "16"}  # fmt: skip
 _TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
@@ -50,7 +52,14 @@ _SIGNED = re.compile(r"\\(pm|mp)(?![a-zA-Z])|\+\s*/?\s*-(?=\s*[\d\\(])")
 _COLON = re.compile(r"\s*\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+\s*(?:\\?[ap]\.?m\.?)?\s*", re.IGNORECASE)
 _EMPTY = {"no solution", "no solutions", "none", "empty set", "the empty set", "no real solution", "no real solutions"}
 _UNDEFINED = {"dne", "does not exist", "undefined", "not defined", "do not exist"}
-_ALL_REALS = {"all real numbers", "all reals", "any real number", "the set of all real numbers", "all real number", "real numbers"}
+_ALL_REALS = {
+    "all real numbers",
+    "all reals",
+    "any real number",
+    "the set of all real numbers",
+    "all real number",
+    "real numbers",
+}
 
 
 def split_top(text: str, pattern: re.Pattern[str]) -> tuple[list[str], list[str]]:
@@ -68,7 +77,7 @@ def split_top(text: str, pattern: re.Pattern[str]) -> tuple[list[str], list[str]
             depth += 1
         elif text.startswith(r"\end{", index):
             depth -= 1
-        if char in "([{" :
+        if char in "([{":
             depth += 1
         elif char in ")]}":
             depth = max(depth - 1, 0)
@@ -116,7 +125,8 @@ def _worded(text: str) -> Node | None:
         return Node("text", re.sub(r"[\s.\\]", "", text).lower())
     if re.fullmatch(r"\\text\s*\{[^{}]*\}", text):
         inner = text[text.index("{") + 1 : -1].strip()
-        return parse(inner) if _MATH.search(inner) and not _WORD.search(inner) else Node("text", _plain(inner))
+        number = re.match(r"[+-]?[\d.]", inner) or (_MATH.search(inner) and not _WORD.search(inner))
+        return parse(inner) if number else Node("text", _plain(inner))
     bare = _TEXT_COMMAND.sub(r" \1 ", text)
     if not _MATH.search(bare) and (_WORD.search(bare) or r"\text" in text) and "(" not in bare[1:]:
         return Node("text", _plain(bare))
@@ -210,7 +220,9 @@ def _bracketed(text: str) -> Node | None:
     if match := _MATRIX.search(text):
         outside = (text[: match.start()] + text[match.end() :]).strip()
         if outside in ("", "()", "[]") and r"\begin" not in match[2]:
-            rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?|\\cr", match[2].replace(r"\hline", "")) if row.strip()]
+            rows = [
+                row for row in re.split(r"\\\\(?:\[[^\]]*\])?|\\cr", match[2].replace(r"\hline", "")) if row.strip()
+            ]
             cells = [[parse(cell) for cell in row.split("&")] for row in rows]
             if cells and len({len(row) for row in cells}) == 1:
                 name = "determinant" if match[1].startswith(("v", "V")) else "matrix"

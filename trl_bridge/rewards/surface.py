@@ -153,6 +153,7 @@ def clean(raw: str) -> str | None:
     text = _SQRT_WORD.sub(lambda m: rf"\sqrt{{{next(g for g in m.groups() if g is not None)}}}", text)
     text = _SQRT_BARE.sub(r"\\sqrt{\1}", text)
     text = _INFINITY.sub(r"\\infty ", _PI_WORD.sub(r"\\pi ", text))
+    text = re.sub(r"\\log\s*_\s*(?:\{\s*e\s*\}|e(?![a-z]))", r"\\ln ", text)
     text = _POWER.sub(lambda m: "^" if m.group(1) is None else f"^{{{m.group(1)}}}", text)
     text = _strip(text)
     if _GROUPED_SPACE.fullmatch(text):

@@ -30,7 +30,12 @@ _POINTS = [sympy.Rational(p, q) for p, q in
            ((7, 3), (-5, 7), (11, 13), (-17, 5), (19, 23), (29, 9), (-3, 31), (37, 6), (-41, 11), (43, 47), (53, 8), (-59, 61))]  # fmt: skip
 _ROUNDS = 6
 _CONFIG = ConversionConfig(lowercase_symbols=False)
-_IMAGINARY = {sympy.Symbol("i", real=True), sympy.Symbol("i"), sympy.Symbol("math{i}", real=True), sympy.Symbol("imath", real=True)}
+_IMAGINARY = {
+    sympy.Symbol("i", real=True),
+    sympy.Symbol("i"),
+    sympy.Symbol("math{i}", real=True),
+    sympy.Symbol("imath", real=True),
+}
 
 
 class ParseError(ValueError):

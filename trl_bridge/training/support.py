@@ -50,6 +50,36 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         _is_set,
         "the KL reference is a frozen copy of the initial policy. Set it to False",
     ),
+    "parallelism_config": (_is_set, "only data parallelism is built. Remove it, and launch with DDP (torchrun)"),
+    "ddp_static_graph": (
+        _is_set,
+        "a micro-batch runs several passes, so its graph is not the one that DDP recorded. Set it to False",
+    ),
+    "bf16_full_eval": (
+        _is_set,
+        "evaluation outside of training would cast the student's own weights to bfloat16. Use `bf16=True`",
+    ),
+    "fp16_full_eval": (
+        _is_set,
+        "evaluation outside of training would cast the student's own weights to float16. Use `bf16=True`",
+    ),
+    "use_transformers_paged": (
+        _is_set,
+        "TRL casts the student's own weights for it where `bf16=True`. Set it to False, or use `use_vllm=True`",
+    ),
+    "use_transformers_continuous_batching": (
+        _is_set,
+        "TRL casts the student's own weights for it where `bf16=True`. Set it to False, or use `use_vllm=True`",
+    ),
+    "router_aux_loss_coef": (
+        _is_set,
+        "the shadow and the gain have no load-balancing term. Set it to 0",
+    ),
+    "enable_jit_checkpoint": (
+        _is_set,
+        "it saves between the coordinator's step and the student's, and a resumed run would take one of them twice. "
+        "Save often (`save_steps`) in place of it",
+    ),
     "fsdp": (_is_set, "sharded training is not built yet. Launch with DDP (torchrun) or on one device"),
     "deepspeed": (_is_set, "DeepSpeed is not built yet. Launch with DDP (torchrun) or on one device"),
 }

@@ -1,0 +1,259 @@
+"""Nothing lost: training 2N updates equals N, a stop, a resume, and N more, bit for bit."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from tests.harness import rl_rows, sft_rows, small_config, small_lora, small_trainer
+
+
+UPDATES = 8
+TIMES = ("runtime", "per_second", "step_time")
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def _state(trainer):
+    """Everything that an exact resume must bring back."""
+    shared = trainer.shared_state()
+    return {
+        "model": dict(trainer.model.state_dict()),
+        "theta": trainer.theta_state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scheduler": trainer.lr_scheduler.state_dict(),
+        **shared,
+    }
+
+
+def _metrics(trainer, after):
+    entries = [e for e in trainer.state.log_history if "loss" in e and e["step"] > after]
+    return [{k: v for k, v in e.items() if not any(t in k for t in TIMES)} for e in entries]
+
+
+def assert_same(got, want, path=""):
+    if isinstance(want, torch.Tensor):
+        assert torch.equal(got, want), path
+    elif isinstance(want, dict):
+        assert got.keys() == want.keys(), path
+        for key in want:
+            assert_same(got[key], want[key], f"{path}/{key}")
+    elif isinstance(want, (list, tuple)):
+        assert len(got) == len(want), path
+        for index, (x, y) in enumerate(zip(got, want, strict=True)):
+            assert_same(x, y, f"{path}/{index}")
+    else:
+        assert got == want or (got != got and want != want), (path, got, want)
+
+
+def _options(**changes):
+    return {"max_steps": UPDATES, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine", **changes}
+
+
+def _trainer(folder, callbacks=None, **changes):
+    return small_trainer(folder, callbacks=callbacks, **_options(**changes))
+
+
+CASES = {
+    # 16 prompts and 4 of them an update: an RL epoch ends after update 4; 16 demonstrations and 6 an update.
+    "before any boundary": ({}, 2),
+    "after an epoch of demonstrations": ({}, 3),
+    "at an RL epoch's end": ({}, 4),
+    "in the second RL epoch": ({}, 5),
+    "inside a generation batch": ({"num_iterations": 2, "steps_per_generation": 4}, 3),
+    "gain off": ({"cooperative_gain": False}, 3),
+    "reset of the shadow": ({"shadow_reset_steps": 2}, 3),
+    "pairing": ({"sft_pairing": "prompt", "steps_per_generation": 4}, 3),
+    "likelihood": ({"sft_weighting": "likelihood"}, 3),
+    "judge and verdict": ({"sft_weighting": "judge_verdict", "judge_window": 3, "success_threshold": 1.0}, 4),
+    "adaptive entropy": ({"use_adaptive_entropy": True, "entropy_target": 4.0, "entropy_coef": 0.01}, 3),
+    "metrics between logs": ({"logging_steps": 2}, 3),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resume_is_exact(tmp_path, name):
+    changes, stop = CASES[name]
+    straight = _trainer(tmp_path / "straight", **changes)
+    straight.train()
+    _trainer(tmp_path / "halves", callbacks=[StopAt(stop)], **changes).train()
+    resumed = _trainer(tmp_path / "halves", **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "halves" / f"checkpoint-{stop}"))
+    assert_same(_state(resumed), _state(straight))
+    if changes.get("logging_steps") != 2:  # transformers forgets the losses since the last log
+        assert_same(_metrics(resumed, stop), _metrics(straight, stop))
+    else:
+        for got, want in zip(_metrics(resumed, stop), _metrics(straight, stop), strict=True):
+            assert_same({k: v for k, v in got.items() if k != "loss"}, {k: v for k, v in want.items() if k != "loss"})
+
+
+KILLED_RUN = """
+import sys
+from tests.bridge.test_resume import _trainer
+_trainer(sys.argv[1], logging_steps=1).train()
+"""
+
+
+def test_resume_after_sigkill(tmp_path):
+    straight = _trainer(tmp_path / "straight")
+    straight.train()
+    folder = tmp_path / "killed"
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    process = subprocess.Popen([sys.executable, "-c", KILLED_RUN, str(folder)], env=environment, cwd=root)
+    while process.poll() is None and not (folder / "checkpoint-3" / "bridge" / "shared.pt").exists():
+        pass
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    resumed = _trainer(folder)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(_state(resumed), _state(straight))
+
+
+def test_unfinished_checkpoint_is_passed_over(tmp_path, caplog, monkeypatch):
+    _trainer(tmp_path, max_steps=3).train()
+    (tmp_path / "checkpoint-3" / "bridge" / "complete.json").unlink()
+    resumed = _trainer(tmp_path, max_steps=4)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("trl_bridge"), "propagate", True)
+    with caplog.at_level("WARNING"):
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert "Passing over" in caplog.text and "checkpoint-3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "part", ["bridge", "bridge/complete.json", "bridge/shared.pt", "bridge/rank-0.pt", "optimizer.pt", "scheduler.pt",
+             "rng_state.pth", "trainer_state.json", "model.safetensors"],
+)  # fmt: skip
+def test_checkpoint_that_lacks_a_part_is_refused(tmp_path, finished_run, part):
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(finished_run / "checkpoint-2", folder)
+    lost = folder / part
+    shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    named = {"bridge": "complete.json", "model.safetensors": "weights"}.get(part, part.split("/")[-1])
+    with pytest.raises(ValueError, match=f"resume_from_checkpoint.*{named}"):
+        _trainer(tmp_path, max_steps=3).train(resume_from_checkpoint=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("cooperative_gain", {"cooperative_gain": False}),
+        ("peft_config", {"peft_config": small_lora(r=2)}),
+        ("sft_dataset", {"sft_dataset": sft_rows().select(range(9))}),
+        ("seed", {"seed": 12}),
+        ("shadow_optim", {"shadow_optim": "sgd"}),
+        ("shadow_reset_steps", {"shadow_reset_steps": 3}),
+        ("sft_weighting", {"sft_weighting": "phi"}),
+        ("num_iterations", {"num_iterations": 2}),
+    ],
+)
+def test_checkpoint_of_other_options_is_refused(tmp_path, finished_run, name, changes):
+    before = sorted(p.name for p in finished_run.iterdir())
+    trainer = _trainer(finished_run, **{"max_steps": 3, **changes})
+    with pytest.raises(ValueError, match=f"resume_from_checkpoint.*`{name}`"):
+        trainer.train(resume_from_checkpoint=str(finished_run / "checkpoint-2"))
+    assert sorted(p.name for p in finished_run.iterdir()) == before
+
+
+def test_checkpoint_of_plain_grpo_is_refused(tmp_path):
+    args = small_config(tmp_path / "grpo", GRPOConfig, max_steps=1, save_strategy="steps", save_steps=1)
+    small_trainer(tmp_path, GRPOTrainer, args=args).train()
+    with pytest.raises(ValueError, match="resume_from_checkpoint.*bridge"):
+        _trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "grpo" / "checkpoint-1"))
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    _trainer(folder, max_steps=2).train()
+    return folder
+
+
+def test_top_of_a_checkpoint_is_the_plain_policy(tmp_path):
+    trainer = _trainer(tmp_path, max_steps=2, save_total_limit=1)
+    trainer.train()
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    trainer.save_model(str(tmp_path / "final"))
+    for folder in (tmp_path / "checkpoint-2", tmp_path / "final"):
+        # As a user without this package would: in a process of its own, with transformers alone.
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        assert type(loaded).__module__.startswith("transformers.")
+        assert_same(dict(loaded.state_dict()), dict(trainer.model.state_dict()))
+    assert not list((tmp_path / "final").glob("adapter*"))
+
+
+def test_best_model_brings_back_its_own_coordinator_and_shadow(tmp_path):
+    trainer = _trainer(
+        tmp_path,
+        max_steps=4,
+        eval_dataset=rl_rows().select(range(4)),
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=4,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_reward",
+        greater_is_better=False,  # so that the best one is not the last
+        learning_rate=5e-2,
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name != "checkpoint-4", "the last update was the best, so nothing was brought back"
+    saved = torch.load(best / "bridge" / "shared.pt", weights_only=True)
+    assert_same(trainer.coordinator_state_dict(), saved["coordinator"])
+    assert_same({n: p.detach() for n, p in trainer.shadow.weights.items()}, saved["shadow"]["weights"])
+    assert_same(
+        dict(AutoModelForCausalLM.from_pretrained(best).state_dict()), dict(trainer.model.state_dict())
+    )
+
+
+def test_interrupted_save_leaves_the_previous_one(tmp_path, monkeypatch):
+    trainer = _trainer(tmp_path, max_steps=2, save_total_limit=1)
+
+    def cut_off(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    saved = []
+
+    def save_rng(output_dir):
+        saved.append(output_dir)
+        if len(saved) == 2:
+            cut_off()
+        return type(trainer)._save_rng_state(trainer, output_dir)
+
+    monkeypatch.setattr(trainer, "_save_rng_state", save_rng)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert (tmp_path / "checkpoint-1").is_dir() and (tmp_path / "checkpoint-2").is_dir()
+    resumed = _trainer(tmp_path, max_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    straight = _trainer(tmp_path / "straight", max_steps=2)
+    straight.train()
+    assert_same(_state(resumed), _state(straight))
+
+
+def test_saved_coordinator_is_a_peft_adapter(tmp_path):
+    from peft import PeftConfig, load_peft_weights
+
+    trainer = _trainer(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.save_coordinator(tmp_path / "w")
+    assert PeftConfig.from_pretrained(str(tmp_path / "w")).r == 4
+    assert_same(load_peft_weights(str(tmp_path / "w")), trainer.coordinator_state_dict())
+    assert json.loads((tmp_path / "w" / "adapter_config.json").read_text())["peft_type"] == "LORA"

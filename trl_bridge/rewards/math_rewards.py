@@ -1,0 +1,289 @@
+"""Rewards for mathematics: the value of the last box against the gold, and whether there is a box at all."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+from .answers import Fallback, final_answer, gold_answer, last_box
+from .completions import Completion, LogExtra, LogMetric, check_lengths, log_answers, visible_text
+from .equality import Verdict, quick
+from .numbers import exact
+from .surface import clean
+from .workers import Outcome, shared_pool
+
+
+logger = logging.getLogger(__name__)
+
+
+class _Cache:
+    """Verdicts of workers, least recently used out first. Timeouts are not verdicts and are not kept."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.values: OrderedDict[tuple[str, ...], bool] = OrderedDict()
+
+    def get(self, job: tuple[str, ...]) -> bool | None:
+        return self.values.get(job)
+
+    def put(self, job: tuple[str, ...], verdict: bool) -> None:
+        self.values[job] = verdict
+        if len(self.values) > self.size:
+            self.values.popitem(last=False)
+
+
+_cache = _Cache(100_000)
+_warned: set[str] = set()
+
+
+def is_plain(gold: str) -> bool:
+    """Whether a gold can be judged without asking a worker if it parses: a number, or words."""
+    cleaned = clean(gold)
+    if not cleaned:
+        return False
+    return exact(cleaned) is not None or cleaned.replace(" ", "").isalpha()
+
+
+def same_batch(
+    pairs: Sequence[tuple[str, str]], limit: float, seconds: float, memory_gb: float, golds: Sequence[str] = ()
+) -> tuple[list[Outcome], dict[str, Outcome], int]:
+    """
+    Compare many pairs, in process where that decides, the rest in workers.
+
+    Args:
+        pairs (`list[tuple[str, str]]`):
+            Golds and answers, in that order.
+        limit (`float`):
+            Seconds an answer may take.
+        seconds (`float`):
+            Seconds the batch may take.
+        memory_gb (`float`):
+            Memory an answer may take.
+        golds (`list[str]`, *optional*, defaults to `()`):
+            Golds of which to say, too, whether they parse.
+
+    Returns:
+        `tuple`:
+            One outcome per pair; for each gold whether it parses; and the number of pairs that workers saw.
+    """
+    verdicts: list[Verdict] = [quick(first, second) for first, second in pairs]
+    jobs: dict[tuple[str, ...], Outcome | None] = {}
+    for (first, second), verdict in zip(pairs, verdicts, strict=True):
+        if verdict is None:
+            job = ("same", *sorted((first, second)))
+            jobs[job] = _cache.get(job)
+    for gold in golds:
+        jobs["gold", gold] = True if is_plain(gold) else _cache.get(("gold", gold))
+    # Golds first: without them the answers' verdicts are worth nothing.
+    todo = sorted((job for job, outcome in jobs.items() if outcome is None), key=lambda job: job[0] != "gold")
+    if todo:
+        for job, outcome in zip(todo, shared_pool(memory_gb).run(todo, limit, seconds), strict=True):
+            jobs[job] = outcome
+            if isinstance(outcome, bool):
+                _cache.put(job, outcome)
+    outcomes: list[Outcome] = []
+    for (first, second), verdict in zip(pairs, verdicts, strict=True):
+        known = jobs["same", *sorted((first, second))] if verdict is None else verdict
+        outcomes.append("deadline" if known is None else known)
+    parsed = {gold: jobs["gold", gold] or False for gold in golds}
+    return outcomes, parsed, sum(verdict is None for verdict in verdicts)
+
+
+def same_answer(gold: str, answer: str, *, limit: float = 5.0, memory_gb: float = 1.0) -> bool:
+    r"""
+    Whether two answers are the same; symmetric. Both may be raw, in `$...$` or boxed.
+
+    Args:
+        gold (`str`):
+            One answer.
+        answer (`str`):
+            The other.
+        limit (`float`, *optional*, defaults to `5.0`):
+            Seconds after which the comparison is killed, and is `False`.
+        memory_gb (`float`, *optional*, defaults to `1.0`):
+            Memory it may take.
+
+    Example:
+    ```python
+    >>> from trl_bridge.rewards import same_answer
+
+    >>> same_answer(r"\frac{1}{2}", "0.5"), same_answer("1/3", "0.33")
+    (True, False)
+    ```
+    """
+    pair = (gold_answer(gold), gold_answer(answer))
+    outcomes, _, _ = same_batch([pair], limit, limit + 30.0, memory_gb)
+    return outcomes[0] is True
+
+
+class MathReward:
+    r"""
+    Reward 1.0 for a completion whose final answer equals the gold, 0.0 for any other, `None` for a gold that does not
+    parse. An instance with other options than the defaults of [`math_reward`] is a reward function, too.
+
+    Args:
+        fallback (`str`, *optional*, defaults to `"none"`):
+            What counts as the answer without a `\boxed`; see [`~trl_bridge.rewards.answers.final_answer`].
+        tolerance (`float`, *optional*):
+            Relative tolerance between two plain numbers. `None` means exact values: 0.33 is not 1/3.
+        limit (`float`, *optional*, defaults to `5.0`):
+            Seconds after which the comparison of one answer is killed; it then pays 0.
+        batch_limit (`float`, *optional*, defaults to `30.0`):
+            Seconds after which whatever still runs for a batch is killed; it then pays 0.
+        memory_gb (`float`, *optional*, defaults to `1.0`):
+            Memory in GB that the comparison of one answer may take.
+
+    Raises:
+        `ValueError`:
+            If an option is out of range.
+    """
+
+    def __init__(
+        self,
+        fallback: Fallback = "none",
+        tolerance: float | None = None,
+        limit: float = 5.0,
+        batch_limit: float = 30.0,
+        memory_gb: float = 1.0,
+    ):
+        if fallback not in ("none", "phrase", "text"):
+            raise ValueError(f"`fallback` is {fallback!r}: choose 'none', 'phrase' or 'text'.")
+        for name, value in (("limit", limit), ("batch_limit", batch_limit), ("memory_gb", memory_gb)):
+            if value <= 0:
+                raise ValueError(f"`{name}` is {value}: it must be above 0.")
+        if tolerance is not None and not 0 <= tolerance < 1:
+            raise ValueError(f"`tolerance` is {tolerance}: it must be at least 0 and below 1.")
+        self.__name__ = "math_reward"
+        self.fallback = fallback
+        self.tolerance = tolerance
+        self.limit = limit
+        self.batch_limit = batch_limit
+        self.memory_gb = memory_gb
+
+    def __call__(
+        self,
+        completions: Sequence[Completion],
+        solution: Sequence[Any],
+        log_extra: LogExtra | None = None,
+        log_metric: LogMetric | None = None,
+        **kwargs: Any,
+    ) -> list[float | None]:
+        check_lengths(completions, solution, "solution")
+        golds = [None if gold is None else gold_answer(str(gold)) for gold in solution]
+        answers = [final_answer(visible_text(completion), self.fallback) for completion in completions]
+        rows = [i for i, (gold, answer) in enumerate(zip(golds, answers, strict=True)) if gold and answer]
+        pairs = [(golds[i] or "", answers[i] or "") for i in rows]
+        distinct = list(dict.fromkeys(gold for gold in golds if gold))
+        outcomes, parsed, symbolic = same_batch(pairs, self.limit, self.batch_limit, self.memory_gb, distinct)
+        by_row = dict(zip(rows, outcomes, strict=True))
+        rewards: list[float | None] = []
+        for i, gold in enumerate(golds):
+            if gold is None or parsed.get(gold, False) is not True:
+                _warn_once(i, solution[i])
+                rewards.append(None)
+            else:
+                rewards.append(1.0 if by_row.get(i) is True or self._near(gold, answers[i]) else 0.0)
+        log_answers(log_extra, golds, answers)
+        if log_metric is not None:
+            stopped = sum(outcome in ("timeout", "deadline", "killed") for outcome in outcomes)
+            total = max(1, len(completions))
+            log_metric("math_reward/timeouts", float(stopped))
+            log_metric("math_reward/symbolic_fraction", symbolic / total)
+            log_metric("math_reward/no_answer_fraction", sum(answer is None for answer in answers) / total)
+        return rewards
+
+    def _near(self, gold: str, answer: str | None) -> bool:
+        if self.tolerance is None or answer is None:
+            return False
+        one, two = exact(clean(gold) or ""), exact(clean(answer) or "")
+        if one is None or two is None:
+            return False
+        return abs(one - two) <= self.tolerance * max(abs(one), abs(two))
+
+
+def _warn_once(row: int, solution: Any) -> None:
+    key = repr(solution)[:200]
+    if key not in _warned:
+        _warned.add(key)
+        logger.warning(
+            "`solution` of row %d of this batch cannot be parsed and is not rewarded (reward None): %s. List such rows "
+            "before training with `trl_bridge.rewards.check_golds(dataset)`.",
+            row,
+            key,
+        )
+
+
+_default = MathReward()
+
+
+def math_reward(
+    completions: Sequence[Completion],
+    solution: Sequence[Any],
+    log_extra: LogExtra | None = None,
+    log_metric: LogMetric | None = None,
+    **kwargs: Any,
+) -> list[float | None]:
+    r"""
+    Reward 1.0 where the completion's last `\boxed{}` equals the gold, else 0.0; `None` where the gold does not parse.
+
+    Exact values (0.5 is 1/2, 0.33 is not 1/3), by latex2sympy2_extended, SymPy and math-verify in worker processes that
+    are killed after 5 seconds or 1 GB an answer and 30 seconds a batch. For other options make a [`MathReward`].
+
+    Args:
+        completions (`list[str]` or `list[list[dict]]`):
+            Completions, standard or conversational; of reasoning traces the text after the think block counts.
+        solution (`list[str]`):
+            Golds: raw (`\frac{3}{4}`), in `$...$`, boxed, or worked solutions, whose last box counts.
+        log_extra (`callable`, *optional*):
+            Given by the trainer; gets the columns `solution` and `answer`.
+        log_metric (`callable`, *optional*):
+            Given by the trainer; gets `math_reward/timeouts` (answers killed, a count), `math_reward/symbolic_fraction`
+            and `math_reward/no_answer_fraction`.
+        **kwargs:
+            Other columns of the dataset, ignored.
+
+    Returns:
+        `list[float | None]`:
+            One reward per completion.
+
+    Raises:
+        `ValueError`:
+            If `solution` does not have one value per completion.
+
+    Example:
+    ```python
+    >>> from trl_bridge.rewards import math_reward
+
+    >>> math_reward([r"So \boxed{0.5}", r"So \boxed{0.6}"], [r"\frac{1}{2}", r"\frac{1}{2}"])
+    [1.0, 0.0]
+    ```
+    """
+    return _default(completions, solution, log_extra, log_metric, **kwargs)
+
+
+def boxed_format_reward(
+    completions: Sequence[Completion], log_metric: LogMetric | None = None, **kwargs: Any
+) -> list[float]:
+    r"""
+    Reward 1.0 where the visible text (after any think block) ends with a closed, non-empty `\boxed{}`, else 0.0.
+
+    Args:
+        completions (`list[str]` or `list[list[dict]]`):
+            Completions, standard or conversational.
+        log_metric (`callable`, *optional*):
+            Given by the trainer; gets `boxed_format_reward/boxed_fraction`.
+        **kwargs:
+            Other columns of the dataset, ignored.
+
+    Returns:
+        `list[float]`:
+            One reward per completion.
+    """
+    rewards = []
+    for completion in completions:
+        text = visible_text(completion)
+        box = None if text is None else last_box(text, join=False)
+        rewards.append(1.0 if box and box.strip() else 0.0)
+    if log_metric is not None:
+        log_metric("boxed_format_reward/boxed_fraction", sum(rewards) / max(1, len(rewards)))
+    return rewards
