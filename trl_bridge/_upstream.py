@@ -62,7 +62,7 @@ def add_demonstration_head(model: PreTrainedModel, cast_lm_head_to_fp32: bool = 
             return demonstration_forward(*args, fused_lm_head=True, **kwargs)
         return policy_forward(*args, **kwargs)
 
-    model.forward = types.MethodType(dispatch, model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(dispatch, model)
 
 
 def plain_copy(

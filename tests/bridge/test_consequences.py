@@ -98,9 +98,7 @@ def test_lambda_one_is_grpo_to_the_bit(tmp_path, changes):
         small_model().save_pretrained(tmp_path / "model")
         changes = {**changes, "model": str(tmp_path / "model")}
     model = {"model": changes.pop("model")} if "model" in changes else {}
-    grpo = small_trainer(
-        tmp_path, RecordingGRPO, args=small_config(tmp_path / "grpo", GRPOConfig, **changes), **model
-    )
+    grpo = small_trainer(tmp_path, RecordingGRPO, args=small_config(tmp_path / "grpo", GRPOConfig, **changes), **model)
     grpo.train()
     bridge = _bridge(tmp_path, bridge_lambda=1.0, **PLAIN, **model, **changes)
     bridge.train()

@@ -218,9 +218,7 @@ def test_best_model_brings_back_its_own_coordinator_and_shadow(tmp_path):
     saved = torch.load(best / "bridge" / "shared.pt", weights_only=True)
     assert_same(trainer.coordinator_state_dict(), saved["coordinator"])
     assert_same({n: p.detach() for n, p in trainer.shadow.weights.items()}, saved["shadow"]["weights"])
-    assert_same(
-        dict(AutoModelForCausalLM.from_pretrained(best).state_dict()), dict(trainer.model.state_dict())
-    )
+    assert_same(dict(AutoModelForCausalLM.from_pretrained(best).state_dict()), dict(trainer.model.state_dict()))
 
 
 def test_interrupted_save_leaves_the_previous_one(tmp_path, monkeypatch):

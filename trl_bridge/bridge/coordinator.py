@@ -8,7 +8,7 @@ respect to theta is the one with respect to M, and those of A and B are its proj
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -138,14 +138,14 @@ class Coordinator:
         return [(target.a.detach().clone(), target.b.detach().clone()) for target in self.targets]
 
     @torch.no_grad()
-    def push(self, old: Projection, models: list[Mapping[str, torch.Tensor]]) -> None:
+    def push(self, old: Projection, models: Sequence[Mapping[str, torch.Tensor]]) -> None:
         """
         Add s (B'A' - BA) to merged weights.
 
         Args:
             old (`list[tuple[torch.Tensor, torch.Tensor]]`):
                 A and B before the coordinator's step.
-            models (`list[Mapping[str, torch.Tensor]]`):
+            models (`Sequence[Mapping[str, torch.Tensor]]`):
                 Weights of the student and of the shadow, by name.
         """
         for target, (a, b) in zip(self.targets, old, strict=True):
@@ -227,6 +227,7 @@ def _read_off_adapters(model: PreTrainedModel, peft_config: PeftConfig, seed: in
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         tuner = LoraModel(model, peft_config, _ADAPTER)
+    layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
     targets = [
         Target(
             module=name,
@@ -235,8 +236,7 @@ def _read_off_adapters(model: PreTrainedModel, peft_config: PeftConfig, seed: in
             scaling=float(layer.scaling[_ADAPTER]),
             transposed=isinstance(layer.get_base_layer(), Conv1D),
         )
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer)
+        for name, layer in layers
     ]
     tuner.unload()
     # PEFT leaves its configuration behind on the model, where TRL and transformers would read it.

@@ -80,17 +80,13 @@ def _read_box(text: str, match: re.Match[str]) -> tuple[int, int, str] | None:
 
 def phrase_answer(text: str) -> str | None:
     """What follows the last "#### " or "the answer is", to the end of its sentence; `None` where there is neither."""
-    hashes = None
-    for hashes in _HASHES.finditer(text):
-        pass
-    if hashes is not None:
-        return text[hashes.end() :].split("\n", 1)[0].strip() or None
-    phrase = None
-    for phrase in _PHRASE.finditer(text):
-        pass
-    if phrase is None:
+    hashes = [match.end() for match in _HASHES.finditer(text)]
+    if hashes:
+        return text[hashes[-1] :].split("\n", 1)[0].strip() or None
+    phrases = [match.end() for match in _PHRASE.finditer(text)]
+    if not phrases:
         return None
-    tail = _HOPE.sub("", text[phrase.end() : phrase.end() + 2000].lstrip())
+    tail = _HOPE.sub("", text[phrases[-1] : phrases[-1] + 2000].lstrip())
     tail = tail.split("\n\n", 1)[0] if tail.startswith(("$$", r"\[")) else tail.split("\n", 1)[0]
     end = _SENTENCE_END.search(tail)
     return (tail[: end.start()] if end else tail).strip() or None

@@ -16,8 +16,8 @@ Leaf = Callable[[Node, Node, Fraction], Verdict]
 """Comparison of two nodes that structure alone does not decide; the last argument is the first one's unit factor."""
 
 _NAME = re.compile(
-    rf"(?:\\(?:angle|triangle|text|mathbb|vec|overline|overrightarrow|hat|bar|lambda|theta|alpha|beta|mu|sigma|phi|omega|Delta)(?![a-zA-Z])\s*)?"
-    rf"(?:\{{[^{{}}]*\}}|[A-Za-z]{{1,3}})?'*(?:_(?:\{{[^{{}}]*\}}|\w))?(?:\([^()]*\))?(?:\^\{{?\\?(?:-1|prime|circ)\}}?(?:\([^()]*\))?)?"
+    r"(?:\\(?:angle|triangle|text|mathbb|vec|overline|overrightarrow|hat|bar|lambda|theta|alpha|beta|mu|sigma|phi|omega|Delta)(?![a-zA-Z])\s*)?"
+    r"(?:\{[^{}]*\}|[A-Za-z]{1,3})?'*(?:_(?:\{[^{}]*\}|\w))?(?:\([^()]*\))?(?:\^\{?\\?(?:-1|prime|circ)\}?(?:\([^()]*\))?)?"
 )
 _SYMBOLS_ONLY = re.compile(
     r"(?:[A-Za-z]{1,2}(?:_(?:\{\w+\}|\w))?|\\[a-z]+|[+\-*/ ]|\\cdot|\\text\{[^{}]*\}|\\frac|[{}|])+"

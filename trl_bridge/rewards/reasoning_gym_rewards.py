@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from .arithmetic_rewards import completion_text
+from .completions import LogMetric, visible_text
 
 
 __all__ = ["extract_answer", "reasoning_gym_reward"]
@@ -21,6 +21,7 @@ def reasoning_gym_reward(
     solution: list[str],
     metadata: list[str],
     log_extra: Callable[[str, list[Any]], None] | None = None,
+    log_metric: LogMetric | None = None,
     **kwargs: Any,
 ) -> list[float]:
     """
@@ -35,17 +36,21 @@ def reasoning_gym_reward(
             The generator's metadata of each, as JSON; `source_dataset` names the task.
         log_extra (`Callable`, *optional*):
             TRL's hook for columns of the completions table; gets the extracted answers and the golds.
+        log_metric (`Callable`, *optional*):
+            TRL's hook for metrics; gets `reasoning_gym_reward/no_answer_fraction`.
 
     Returns:
         `list[float]`: one score in [0, 1] for each completion; 0 where no answer is found.
     """
     answers = [
-        extract_answer(completion_text(completion), gold)
+        extract_answer(visible_text(completion) or "", gold)
         for completion, gold in zip(completions, solution, strict=True)
     ]
     if log_extra is not None:
         log_extra("answer", answers)
         log_extra("solution", list(solution))
+    if log_metric is not None:
+        log_metric("reasoning_gym_reward/no_answer_fraction", sum(a is None for a in answers) / max(1, len(answers)))
     rewards = []
     for answer, gold, facts in zip(answers, solution, metadata, strict=True):
         entry = {"answer": gold, "metadata": json.loads(facts)}

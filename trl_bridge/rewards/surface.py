@@ -15,7 +15,7 @@ _SYMBOLS = {
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "°": r"^\circ ", "±": r"\pm ",
     "∓": r"\mp ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "≈": r"\approx ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
     "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ",
-    "’": "'", "‘": "'", "“": '"', "”": '"', "′": "'", "⟨": r"\langle ", "⟩": r"\rangle ", "…": r"\ldots ", "−": "-",
+    "’": "'", "‘": "'", "“": '"', "”": '"', "′": "'", "⟨": r"\langle ", "⟩": r"\rangle ", "…": r"\ldots ",
 }  # fmt: skip
 _TRANSLATE = str.maketrans(_SYMBOLS | {c: f"^{{{i}}}" for i, c in enumerate(_SUPERSCRIPTS)})
 _CURRENCY = re.compile(r"\\\$|[$£€¥₹]|\\pounds(?![a-zA-Z])|\\euro(?![a-zA-Z])")

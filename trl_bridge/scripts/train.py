@@ -104,6 +104,8 @@ def _model_arguments(line: CommandLine) -> dict[str, Any]:
             raise UsageError(f"`model_name_or_path: {name}` is float32; remove `dtype: {line.model.dtype}`")
         training.model_init_kwargs = None
         return _builtin_model(name, training.seed)
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
+        raise UsageError(f"`model_name_or_path`: there is no directory {name}")
     training.model_init_kwargs = {
         "revision": line.model.model_revision,
         "trust_remote_code": training.trust_remote_code,

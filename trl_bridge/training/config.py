@@ -120,7 +120,8 @@ class DemonstrationConfig(GRPOConfig):
                     "`sft_per_device_train_batch_size` has no effect with `sft_pairing='prompt'`, where every group of "
                     "rollouts brings one demonstration. Remove it, or use `sft_pairing='independent'`."
                 )
-            if self.steps_per_generation % self.gradient_accumulation_steps != 0:
+            # TRL's own `__post_init__` has filled it in.
+            if int(self.steps_per_generation or 0) % self.gradient_accumulation_steps != 0:
                 raise ValueError(
                     f"`sft_pairing='prompt'` needs `steps_per_generation` ({self.steps_per_generation}) to be a "
                     f"multiple of `gradient_accumulation_steps` ({self.gradient_accumulation_steps}), so that the "
@@ -133,7 +134,7 @@ class DemonstrationConfig(GRPOConfig):
         """Demonstrations per micro-batch and device with `sft_pairing="independent"`."""
         if self.sft_per_device_train_batch_size is not None:
             return self.sft_per_device_train_batch_size
-        return max(1, self.per_device_train_batch_size // self.num_generations)
+        return max(1, self.per_device_train_batch_size // int(self.num_generations or 1))
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -33,15 +33,17 @@ class Demonstrations:
     def __init__(self, trainer: "DemonstrationTrainer", dataset: Dataset):
         self.trainer = trainer
         self.source = dataset
-        args = trainer.args
+        args: Any = trainer.args
+        tokenizer: Any = trainer.processing_class
+        template_kwargs: Any = trainer.chat_template_kwargs
         own_eos = trainer._tokenizer.eos_token_id
         # The main process renders first, so that the others read its cache.
         with trainer.accelerator.main_process_first():
             self.rendered = render_demonstrations(
                 dataset,
-                trainer.processing_class,
+                tokenizer,
                 chat_template=trainer.chat_template,
-                chat_template_kwargs=trainer.chat_template_kwargs,
+                chat_template_kwargs=template_kwargs,
                 eos_token_id=[own_eos, *(eos for eos in trainer.eos_token_ids if eos != own_eos)],
                 max_length=args.sft_max_length,
                 overlong=args.sft_overlong,
@@ -60,7 +62,7 @@ class Demonstrations:
         self._index = self._index_prompts() if self.paired else None
 
     def _index_prompts(self) -> PromptIndex:
-        train_dataset = self.trainer.train_dataset
+        train_dataset: Any = self.trainer.train_dataset
         if isinstance(train_dataset, IterableDataset):
             raise NotImplementedError(
                 "`sft_pairing='prompt'` needs a `train_dataset` that can be looked through beforehand, not an iterable "
@@ -107,7 +109,7 @@ class Demonstrations:
         """
         if self._index is None:
             return {}
-        trainer = self.trainer
+        trainer: Any = self.trainer
         generation = trainer._step // (trainer.args.steps_per_generation * trainer.num_iterations)
         first_row = trainer.accelerator.process_index * len(inputs)
         indices = []

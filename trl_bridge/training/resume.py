@@ -56,7 +56,7 @@ class ResumableTrainer(GRPOTrainer):
             ValueError: the checkpoint lacks a part, or was made with other options; the message names it.
         """
         if resume_from_checkpoint is True:
-            found = checkpoints.latest(Path(self.args.output_dir))
+            found = checkpoints.latest(Path(str(self.args.output_dir)))
             if found is None:
                 raise ValueError(f"`resume_from_checkpoint`: no whole checkpoint in {self.args.output_dir!r}.")
             resume_from_checkpoint = str(found)
@@ -104,7 +104,7 @@ class ResumableTrainer(GRPOTrainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self.load_best_shared_state(checkpoints.read_shared(Path(self.state.best_model_checkpoint)))
+        self.load_best_shared_state(checkpoints.read_shared(Path(str(self.state.best_model_checkpoint))))
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         self._train_sampler = super()._get_train_sampler(dataset)

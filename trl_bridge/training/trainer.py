@@ -28,7 +28,7 @@ from .demonstrations import Demonstrations
 from .metrics import record
 from .resume import ResumableTrainer
 from .rollouts import RolloutObserver
-from .verdicts import collect_verdicts
+from .verdicts import collect_verdicts, missing_columns
 from .weighting import DemonstrationWeighting
 
 
@@ -138,7 +138,7 @@ class DemonstrationTrainer(ResumableTrainer):
         add_demonstration_head(self._plain_model, args.cast_lm_head_to_fp32)
         if own_reference:
             self.beta = args.beta
-            self.ref_model = self._frozen_copy()
+            self.ref_model: Any = self._frozen_copy()
         self.demonstrations = Demonstrations(self, sft_dataset)
         self.weighting = DemonstrationWeighting(
             self.resolve_weighting(sft_dataset),
@@ -147,6 +147,8 @@ class DemonstrationTrainer(ResumableTrainer):
             judge_penalty=args.judge_penalty,
             verdict_calls=args.verdict_calls,
         )
+        if self.weighting.needs_verdicts:
+            self._check_verdict_columns(sft_dataset)
         self.rollouts = RolloutObserver(self)
         self._window: Window | None = None
         # First in the list, so that user callbacks and saving see the parts as `after_step` leaves them.
@@ -184,6 +186,16 @@ class DemonstrationTrainer(ResumableTrainer):
     def resolve_weighting(self, sft_dataset: Dataset) -> str:
         """Kind of `sft_weighting` that is used."""
         return self.args.sft_weighting or "none"
+
+    def _check_verdict_columns(self, sft_dataset: Dataset) -> None:
+        columns = self.train_dataset.column_names or []
+        missing = missing_columns(self.reward_funcs, columns, sft_dataset)
+        if missing:
+            raise ValueError(
+                f"`sft_weighting={self.weighting.kind!r}` asks the reward functions about demonstrations, but "
+                f"`sft_dataset` lacks the columns that they need: {', '.join(map(repr, missing))}. Add them, or use "
+                "`sft_weighting='judge'`, which needs none."
+            )
 
     @property
     def _plain_model(self) -> PreTrainedModel:
@@ -325,7 +337,8 @@ class DemonstrationTrainer(ResumableTrainer):
         micro_batches = self.current_gradient_accumulation_steps
         if self.demonstrations.paired:
             upcoming = (self._step + i for i in range(micro_batches))
-            batches = [self._buffered_inputs[step % self.args.steps_per_generation] for step in upcoming]
+            buffered: Any = self._buffered_inputs
+            batches = [buffered[step % self.args.steps_per_generation] for step in upcoming]
             return [[i for i in batch["demonstration_index"].tolist() if i >= 0] for batch in batches]
         count = micro_batches * self.backend.world_size * self.args.demonstration_batch_size
         drawn = self.demonstrations.stream.draw(count)
@@ -337,7 +350,7 @@ class DemonstrationTrainer(ResumableTrainer):
         with torch.no_grad(), self._forked_rng():
             for share in shares:
                 log_probs, mask, _ = self._score(model, share)
-                raw = self.weighting.raw(log_probs, mask)
+                raw: Any = self.weighting.raw(log_probs, mask)
                 counted = mask if raw.size(1) == mask.size(1) else mask.any(dim=1, keepdim=True)
                 total += torch.stack([(raw * counted).sum(), counted.sum()]).double().cpu()
         self.weighting.set_initial_mean(*(self._sum_over_ranks(float(value)) for value in total))

@@ -1,0 +1,1 @@
+"""`trl-bridge demo`: methods compared on a small verifiable task, in minutes on a CPU, nothing downloaded."""

@@ -1,0 +1,94 @@
+"""Reward for puzzles about knights and knaves."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .answers import last_box, phrase_answer
+from .completions import Completion, LogExtra, LogMetric, check_lengths, log_answers, visible_text
+
+
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_HEADING = re.compile(r"(?:final answer|conclusion|answer)\W{0,6}(?:is)?\s*:?\W{0,4}\n(.*)", re.IGNORECASE | re.DOTALL)
+_CLAIM = re.compile(r"([A-Z][\w'-]*)\s*(?:\\?\s)*(?:is|:|=|->|→)\s*(not\s+)?(?:an?\s+)?([a-z]+)", re.IGNORECASE)
+_MARKUP = re.compile(r"\\text\s*\{([^{}]*)\}|\*\*|__|[{}$\\]")
+
+
+def assignment(text: str | None) -> dict[str, str] | None:
+    """
+    Roles by name, both in lower case, of a text such as "Zoey is a knight, and Riley is a knave".
+
+    Returns:
+        `dict[str, str]` or `None`:
+            The roles; `None` where a name gets two of them, or one is denied ("is not a knight").
+    """
+    roles: dict[str, str] = {}
+    for name, negation, role in _CLAIM.findall(_MARKUP.sub(lambda m: m.group(1) or " ", text or "")):
+        if negation or roles.setdefault(name.lower(), role.lower()) != role.lower():
+            return None
+    return roles or None
+
+
+def _gold(solution: Any) -> dict[str, str] | None:
+    if isinstance(solution, str) and solution.lstrip().startswith("{"):
+        solution = json.loads(solution)
+    if isinstance(solution, Mapping):
+        return {str(name).lower(): str(role).lower() for name, role in solution.items() if role is not None} or None
+    return assignment(solution)
+
+
+def _stated(text: str | None) -> str | None:
+    if text is None:
+        return None
+    if r"\boxed" in text:
+        return last_box(text)
+    if tagged := _TAGGED.findall(text):
+        return tagged[-1]
+    if heading := _HEADING.search(text):
+        return heading[1]
+    return phrase_answer(text) or text
+
+
+def knights_knaves_reward(
+    completions: Sequence[Completion],
+    solution: Sequence[Any],
+    log_extra: LogExtra | None = None,
+    log_metric: LogMetric | None = None,
+    **kwargs: Any,
+) -> list[float | None]:
+    r"""
+    Reward 1.0 where the completion gives every person the right role, in any order, and nobody two of them.
+
+    The answer is the last `\boxed{}`, else the last `<answer>`, else what follows "final answer" or "conclusion", else
+    the whole visible text (where a role weighed and rejected on the way makes it contradictory, hence 0).
+
+    Args:
+        completions (`list[str]` or `list[list[dict]]`):
+            Completions, standard or conversational.
+        solution (`list[str]` or `list[dict]`):
+            Gold roles: "Zoey is a knight, and Riley is a knave", or a mapping (or its JSON) from name to role. Any role
+            words do.
+        log_extra (`callable`, *optional*):
+            Given by the trainer; gets the columns `solution` and `answer`.
+        log_metric (`callable`, *optional*):
+            Given by the trainer; gets `knights_knaves_reward/complete_fraction`.
+        **kwargs:
+            Other columns of the dataset, ignored.
+
+    Returns:
+        `list[float | None]`:
+            One reward per completion, `None` where the gold holds no assignment.
+
+    Raises:
+        `ValueError`:
+            If `solution` does not have one value per completion.
+    """
+    check_lengths(completions, solution, "solution")
+    golds = [_gold(gold) for gold in solution]
+    answers = [assignment(_stated(visible_text(completion))) for completion in completions]
+    log_answers(log_extra, golds, answers)
+    if log_metric is not None:
+        complete = [bool(g and a and set(g) == set(a)) for g, a in zip(golds, answers, strict=True)]
+        log_metric("knights_knaves_reward/complete_fraction", sum(complete) / max(1, len(complete)))
+    return [None if gold is None else float(gold == answer) for gold, answer in zip(golds, answers, strict=True)]
