@@ -118,6 +118,11 @@ class BridgeConfig(DemonstrationConfig):
                 "A ramp needs both `bridge_lambda_start` and `bridge_lambda_warmup_steps` above 0, got "
                 f"{self.bridge_lambda_start} and {self.bridge_lambda_warmup_steps}."
             )
+        if not self.learning_rate > 0:
+            raise ValueError(
+                f"`learning_rate` must be above 0, got {self.learning_rate}: the coordinator's and the shadow's rates "
+                "follow its schedule."
+            )
         for name in ("coordinator_learning_rate", "shadow_learning_rate"):
             value = getattr(self, name)
             if value is not None and value < 0:

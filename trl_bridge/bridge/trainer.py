@@ -245,10 +245,7 @@ class BridgeTrainer(DemonstrationTrainer):
     def _rate_factor(self) -> float:
         """Where theta's learning rate stands in its schedule, relative to its initial rate."""
         group = self.optimizer.param_groups[0]
-        initial = group.get("initial_lr", group["lr"])
-        if initial == 0:
-            raise ValueError("`learning_rate` is 0, and the schedule of the coordinator and the shadow follows it.")
-        return group["lr"] / initial
+        return group["lr"] / group["initial_lr"]
 
     def _log_update(
         self, weight: float, fused: dict[str, torch.Tensor], shadow: dict[str, torch.Tensor] | None
@@ -266,6 +263,10 @@ class BridgeTrainer(DemonstrationTrainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._build_parts()
+        # Nothing of a window that an exception cut off in an earlier call of `train` may stay.
+        self._gain, self._probe = GainMeter(self), GradientProbe(self)
+        if self.shadow is not None:
+            self.shadow.optimizer.zero_grad(set_to_none=True)
         return prepared
 
     # Saving and resuming

@@ -9,7 +9,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.addition import addition_dataset, addition_pairs
+from ..data.addition import addition_dataset, addition_pairs, wrong_sum
 from ..models import tiny_model, tiny_tokenizer
 
 
@@ -141,7 +141,7 @@ def greedy_answers(model: PreTrainedModel, task: Task, prompts: list[str]) -> li
     training = model.training
     model.eval()
     with torch.no_grad():
-        output = model.generate(
+        output = model.generate(  # type: ignore[operator]
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             max_new_tokens=4,
@@ -160,9 +160,12 @@ def _train_base(
     generator = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_BASE_RATE, weight_decay=0.0)
     model.train()
-    for step in tqdm(range(steps), desc="base model", unit="step"):
-        rows = addition_dataset(generator.sample(pairs, _BASE_BATCH), _BASE_WRONG_SHARE, seed=seed * steps + step)
-        ids, labels = _tensors(tokenizer, [(row["prompt"], row["completion"]) for row in rows])
+    for _ in tqdm(range(steps), desc="base model", unit="step", ncols=100):
+        rows = []
+        for a, b in generator.sample(pairs, _BASE_BATCH):
+            wrong = generator.random() < _BASE_WRONG_SHARE
+            rows.append((f"{a}+{b}=", str(wrong_sum(a + b, generator) if wrong else a + b)))
+        ids, labels = _tensors(tokenizer, rows)
         attention = ids.ne(tokenizer.pad_token_id)
         model(input_ids=ids, attention_mask=attention, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -171,9 +174,7 @@ def _train_base(
     model.eval()
 
 
-def _tensors(
-    tokenizer: PreTrainedTokenizerBase, rows: list[tuple[str, str]]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _tensors(tokenizer: PreTrainedTokenizerBase, rows: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids `(N, T)`, padded on the right, and labels `(N, T)`, -100 outside the completion and its end token."""
     ids, labels = [], []
     for prompt, completion in rows:

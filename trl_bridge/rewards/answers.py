@@ -15,7 +15,7 @@ _JOINT = re.compile(
     r"[\s$]*(?:[A-Za-z]\s*=)?(?:,|;|/|\\?\s*(?:\\text\s*\{)?\s*,?\s*(?:and|or)\b\s*\}?)[\s$]*(?:[A-Za-z]\s*=\s*)?\$?"
 )
 _PHRASE = re.compile(
-    r"(?:final|correct)?\s*\banswer\b\s*(?:\*\*|__)?\s*(?:\([^()\n]{0,40}\)\s*)?(?:is|are|:|=)\s*(?:\*\*|__)?\s*:?",
+    r"(?:final|correct)?\s*\banswer\b\s*(?:\*\*|__)?\s*(?:\([^()\n]{0,40}\)\s*)?(?:is|are|:|=)\s*(?:\*\*|__)?\s*:?\s*\}?",
     re.IGNORECASE,
 )
 _HASHES = re.compile(r"####[ \t]*")

@@ -9,7 +9,7 @@ __all__ = ["answer_reward", "closeness_reward"]
 _INTEGER = re.compile(r"-?\d+")
 
 
-def answer_reward(completions: list[Any], solution: list[str], **kwargs: Any) -> list[float]:
+def answer_reward(completions: list[Any], solution: list[str], **kwargs: Any) -> list[float | None]:
     """
     1 where the completion is the solution, apart from surrounding blanks, and 0 elsewhere.
 
@@ -28,7 +28,7 @@ def answer_reward(completions: list[Any], solution: list[str], **kwargs: Any) ->
     ]
 
 
-def closeness_reward(completions: list[Any], solution: list[str], **kwargs: Any) -> list[float]:
+def closeness_reward(completions: list[Any], solution: list[str], **kwargs: Any) -> list[float | None]:
     """
     `1 / (1 + |answer - solution|)` for the first integer of the completion, and 0 where there is none.
 
@@ -43,7 +43,7 @@ def closeness_reward(completions: list[Any], solution: list[str], **kwargs: Any)
     Returns:
         `list[float]`: one reward in [0, 1] for each completion.
     """
-    rewards = []
+    rewards: list[float | None] = []
     for completion, gold in zip(completions, solution, strict=True):
         found = _INTEGER.search(completion_text(completion))
         rewards.append(0.0 if found is None else 1.0 / (1.0 + abs(int(found.group()) - int(gold))))

@@ -25,7 +25,7 @@ _SYMBOLS_ONLY = re.compile(
 _LETTER = re.compile(r"\(?\s*(?:\\text\s*\{\s*)?\(?\s*([A-Ja-j])\s*\)?\s*\.?\s*\}?\s*\)?")
 _LETTER_AND_TEXT = re.compile(r"\(?\s*(?:\\text\s*\{\s*)?\(?\s*([A-J])\s*(?:\)|[.:](?=\s))\s*\}?\s*\S.*", re.DOTALL)
 _RANKS = {kind: rank for rank, kind in enumerate(
-    ("expression", "text", "based", "equation", "list", "set", "tuple", "sequence", "interval", "inequality", "union",
+    ("expression", "text", "ratio", "based", "congruence", "equation", "list", "set", "tuple", "sequence", "interval", "inequality", "union",
      "intersection", "difference", "matrix", "determinant", "row"))}  # fmt: skip
 _REGIONS = ("interval", "inequality", "union", "intersection", "difference")
 
@@ -78,12 +78,16 @@ def same(a: Node, b: Node, leaf: Leaf) -> Verdict:
     if a.kind == b.kind:
         return _same_kind(a, b, leaf)
     kinds = (a.kind, b.kind)
-    if b.kind == "equation" and a.kind in ("expression", "text", "based"):
+    if b.kind == "equation" and a.kind in ("expression", "text", "ratio", "based", "congruence"):
         assigns = _assigns(b, leaf)
         return same(a, b.items[1], leaf) if assigns else assigns
     if a.kind == "equation":
         assigns = _assigns(a, leaf)
         return same(a.items[1], b, leaf) if assigns else assigns
+    if kinds == ("expression", "ratio"):
+        return _same_ratio(a, b)
+    if kinds == ("expression", "congruence"):
+        return same(a, b.items[0], leaf)
     if a.kind in ("expression", "text") and b.kind in ("set", "list"):
         return _collapsed(a, b, leaf)
     if kinds == ("list", "set"):
@@ -96,6 +100,8 @@ def same(a: Node, b: Node, leaf: Leaf) -> Verdict:
         return _ordered(a.items, tuple(row.items[0] for row in b.items), leaf)
     if a.kind == "tuple" and b.kind == "interval":
         return _ordered(a.items, b.items, leaf) if b.text == "()" and len(a.items) == 2 else False
+    if a.kind == "list" and b.kind in _REGIONS and all(item.kind in (*_REGIONS, "tuple") for item in a.items):
+        return leaf(a, b, Fraction(1))
     if b.kind in _REGIONS and (a.kind in (*_REGIONS, "set") or (a.kind == "tuple" and len(a.items) == 2)):
         return leaf(a, b, Fraction(1))
     if a.kind == "expression" and b.kind in ("matrix", "determinant", "difference", "intersection", "union"):
@@ -106,7 +112,9 @@ def same(a: Node, b: Node, leaf: Leaf) -> Verdict:
 def _same_kind(a: Node, b: Node, leaf: Leaf) -> Verdict:
     if a.kind == "expression":
         return _same_expression(a, b, leaf)
-    if a.kind in ("text", "based"):
+    if a.kind == "congruence":
+        return False if a.text and b.text and a.text != b.text else _ordered(a.items, b.items, leaf)
+    if a.kind in ("text", "ratio", "based"):
         return a.text == b.text or a.text.replace(" ", "") == b.text.replace(" ", "")
     if a.kind == "equation":
         left = same(a.items[0], b.items[0], _spelling)
@@ -132,15 +140,23 @@ def _same_kind(a: Node, b: Node, leaf: Leaf) -> Verdict:
 
 
 def _same_expression(a: Node, b: Node, leaf: Leaf) -> Verdict:
-    percents = (a.unit == "%", b.unit == "%")
+    percents = (a.unit.startswith("%"), b.unit.startswith("%"))
     if any(percents) and not all(percents):
         if (b.unit if percents[0] else a.unit) != "":
             return False
         # 50% is 50 where the sign is a mere label, and 1/2 where it is a value.
         by_label = _value(a, b, Fraction(1), leaf)
         return by_label or _either(by_label, _value(a, b, Fraction(1, 100) if percents[0] else Fraction(100), leaf))
-    factor = conversion(a.unit, b.unit)
+    factor = conversion(a.unit.lstrip("% "), b.unit.lstrip("% "))
     return False if factor is None else _value(a, b, factor, leaf)
+
+
+def _same_ratio(a: Node, b: Node) -> bool:
+    """`2/3` and `2:3`; never `6:30`, which may be a time, and any number but a fraction."""
+    match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", b.text)
+    if match is None or not ("/" in a.text or "frac" in a.text) or a.unit:
+        return False
+    return exact(a.text) == Fraction(int(match[1]), int(match[2]))
 
 
 def _either(a: Verdict, b: Verdict) -> Verdict:

@@ -73,7 +73,7 @@ class NoisyReward:
 class AsyncNoisyReward(NoisyReward):
     """[`NoisyReward`] around an async reward function."""
 
-    async def __call__(  # type: ignore[override]
+    async def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Completion], **kwargs: Any
     ) -> list[float | None]:
         rewards = await self.reward(prompts=prompts, completions=completions, **kwargs)

@@ -23,7 +23,7 @@ def reasoning_gym_reward(
     log_extra: Callable[[str, list[Any]], None] | None = None,
     log_metric: LogMetric | None = None,
     **kwargs: Any,
-) -> list[float]:
+) -> list[float | None]:
     """
     Score of the extracted answer (see [`extract_answer`]) under the task's own scorer.
 
@@ -51,7 +51,7 @@ def reasoning_gym_reward(
         log_extra("solution", list(solution))
     if log_metric is not None:
         log_metric("reasoning_gym_reward/no_answer_fraction", sum(a is None for a in answers) / max(1, len(answers)))
-    rewards = []
+    rewards: list[float | None] = []
     for answer, gold, facts in zip(answers, solution, metadata, strict=True):
         entry = {"answer": gold, "metadata": json.loads(facts)}
         score = _scorer(entry["metadata"]["source_dataset"])

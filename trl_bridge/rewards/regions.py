@@ -70,6 +70,8 @@ def to_region(node: Node, to_sympy: ToSympy) -> sympy.Set:
         if (high - low).is_negative:
             raise RegionError("the ends of the interval are in the wrong order")
         return sympy.Interval(low, high, brackets[0] == "(", brackets[1] == ")")
+    if node.kind == "list" and all(item.kind in ("inequality", "interval", "tuple", "union") for item in node.items):
+        return _listed([to_region(item, to_sympy) for item in node.items], node)
     if node.kind in ("set", "list"):
         return sympy.FiniteSet(*(_end(item, to_sympy) for item in node.items))
     if node.kind == "expression":
@@ -83,6 +85,15 @@ def to_region(node: Node, to_sympy: ToSympy) -> sympy.Set:
     if node.kind == "difference" and len(parts) == 2:
         return parts[0] - parts[1]
     raise RegionError(f"a {node.kind} is no set of real numbers")
+
+
+def _listed(parts: list[sympy.Set], node: Node) -> sympy.Set:
+    """"x > 1, x < 3" means both, "x < 1, x > 3" either, since both would be nothing; listed intervals are a union."""
+    if all(item.kind == "inequality" for item in node.items):
+        both = sympy.Intersection(*parts)
+        if both != sympy.S.EmptySet:
+            return both
+    return sympy.Union(*parts)
 
 
 def _end(node: Node, to_sympy: ToSympy) -> sympy.Expr:

@@ -18,7 +18,7 @@ class Node:
         kind (`str`):
             `"expression"` (a leaf), `"text"`, `"list"` (bare, unordered), `"tuple"` (round brackets), `"interval"`,
             `"sequence"` (three or more in square brackets), `"set"`, `"union"`, `"difference"`, `"intersection"`,
-            `"matrix"` (rows of the same length), `"equation"`, `"inequality"` (a chain) or `"based"` (`1011_2`).
+            `"matrix"` (rows of the same length), `"equation"`, `"inequality"` (a chain), `"congruence"` (residue and modulus) or `"based"` (`1011_2`).
         text (`str`):
             Its spelling: a leaf's own; an interval's two brackets; a chain's operators, separated by spaces.
         items (`tuple`):
@@ -43,6 +43,7 @@ _MATRIX = re.compile(r"\\begin\{([pbvBV]?(?:small)?matrix|array)\}(?:\s*\{[clr|\
 _BASED = re.compile(
     r"\(?\s*([0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?)\s*\)?\s*_\s*(?:\{\s*(?:\\text\s*\{)?\s*([0-9a-z]+)\s*\}?\s*\}|(\d+))"
 )
+_MODULO = re.compile(r"([^,;]*?)\s*(?:\\pmod\s*\{([^{}]+)\}|\(\s*\\?(?:mod|bmod|text\s*\{\s*mod\s*\})\s*([^()]+)\))")
 _BASE_WORDS = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9",
                "ten": "10", "twelve": "12", "sixteen": "16"}  # fmt: skip
 _TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
@@ -73,9 +74,9 @@ def split_top(text: str, pattern: re.Pattern[str]) -> tuple[list[str], list[str]
             separators.append(match.group().strip())
             start = index = match.end()
             continue
-        if text.startswith(r"\begin{", index):
+        if text.startswith((r"\begin{", r"\langle"), index):
             depth += 1
-        elif text.startswith(r"\end{", index):
+        elif text.startswith((r"\end{", r"\rangle"), index):
             depth -= 1
         if char in "([{":
             depth += 1
@@ -121,13 +122,23 @@ def _worded(text: str) -> Node | None:
         return Node("set")
     if words in _UNDEFINED:
         return Node("text", "undefined")
-    if _COLON.fullmatch(text):
-        return Node("text", re.sub(r"[\s.\\]", "", text).lower())
+    if _COLON.fullmatch(words):
+        return Node("ratio", re.sub(r"[\s.]", "", words))
     if re.fullmatch(r"\\text\s*\{[^{}]*\}", text):
         inner = text[text.index("{") + 1 : -1].strip()
+        if exact(inner) is not None:
+            return Node("expression", inner)
+        if re.fullmatch(r"[A-Z](?:\s*(?:,|and|,\s*and)\s*[A-Z])+", inner):
+            return parse(inner)
         number = re.match(r"[+-]?[\d.]", inner) or (_MATH.search(inner) and not _WORD.search(inner))
         return parse(inner) if number else Node("text", _plain(inner))
     bare = _TEXT_COMMAND.sub(r" \1 ", text)
+    if re.fullmatch(r"[a-df-hj-np-tv-z]{3}", bare.strip()):
+        return None  # `xyz` and `abc` are products.
+    if re.fullmatch(r"[A-Z](?:\s*(?:,|and|or|,\s*and)\s*[A-Z])+", bare.strip()):
+        return None  # "B and C" is a list.
+    if re.fullmatch(r"[A-Za-z]{3,}[A-Za-z ]* \d+(?:, \d+)?", bare.strip()):
+        return Node("text", _plain(bare))  # "June 12"
     if not _MATH.search(bare) and (_WORD.search(bare) or r"\text" in text) and "(" not in bare[1:]:
         return Node("text", _plain(bare))
     return None
@@ -171,6 +182,10 @@ def _single(text: str) -> Node:
         plus = _SIGNED.sub(lambda m: "-" if m.group(1) == "mp" else "+", text)
         minus = _SIGNED.sub(lambda m: "+" if m.group(1) == "mp" else "-", text)
         return Node("list", "", (parse(_tidy(plus)), parse(_tidy(minus))))
+    if match := _MODULO.fullmatch(text):
+        residue = match[1].split(r"\equiv", 1)[-1]
+        return Node("congruence", match[1].split(r"\equiv", 1)[0].strip() if r"\equiv" in match[1] else "",
+                    (_leaf(residue), _leaf(match[2] or match[3])))  # fmt: skip
     parts, operators = split_top(text, _RELATION)
     if operators:
         return _relation([part.strip() for part in parts], [_RELATION_NAMES.get(o, o) for o in operators], text)
@@ -186,6 +201,8 @@ def _single(text: str) -> Node:
     if match := _BASED.fullmatch(text):
         base = _BASE_WORDS.get(match[2] or match[3], match[2] or match[3])
         if base.isdigit() and 2 <= int(base[:3]) <= 36 and not (len(match[1]) == 1 and match[1].isalpha()):
+            if base == "10":
+                return _leaf(match[1])
             return Node("based", f"{match[1].lstrip('0') or '0'}_{base}".lower())
     return _leaf(text)
 
@@ -257,11 +274,11 @@ def _leaf(text: str) -> Node:
     value = value.strip()
     percent = re.fullmatch(r"(.*?)\s*(?:\\?%|\\text\s*\{\s*\\?(?:%|percent)\s*\}|\bpercent)", value, re.DOTALL)
     if percent and percent[1].strip():
-        return Node("expression", percent[1].strip(), (), "%")
+        return Node("expression", percent[1].strip(), (), f"% {unit}".strip())
     if unit:
         inner = parse(value)
-        if inner.kind == "expression" and not inner.unit:
-            return Node("expression", inner.text, (), unit)
+        if inner.kind == "expression" and inner.unit in ("", "%"):
+            return Node("expression", inner.text, (), f"{inner.unit} {unit}".strip())
         return inner
     value = _TEXT_COMMAND.sub(lambda m: m.group() if len(m.group(1).strip()) > 1 else f" {m.group(1).strip()} ", value)
     return Node("expression", value.strip())

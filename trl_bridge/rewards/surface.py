@@ -26,13 +26,26 @@ _WORD_COMMANDS = re.compile(
 _FUNCTIONS = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp gcd lcm det max min".split()
 )
+_TRIG_DEGREE = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)")
+_TRIG = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
+_ORDINAL = re.compile(r"(?<=\d)\s*(?:\^\s*\{?\s*)?\\text\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?(?![a-zA-Z])")
+_WRAPPERS = re.compile(r"\\(?:underline|textcolor\{[a-zA-Z]+\}|color\{[a-zA-Z]+\}|phantom\{[^{}]*\}|ensuremath)\s*")
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\{(?:align|aligned|gather|gathered|equation|split|displaymath|math|center)\*?\}")
+_CASES = re.compile(r"\\begin\{cases\}([^&]*)\\end\{cases\}")
+_APPROXIMATELY = re.compile(r"^(?:approximately|about|roughly|around|\\text\{\s*(?:approximately|about)\s*\}|\\approx)\s*", re.IGNORECASE)
+_MONEY_WORD = re.compile(r"^(?:\\text\{\s*)?(?:Rs\.?|USD|US|INR|EUR)\s*\}?\s*(?=[\d.])")
+_TEXT_PREFIX = re.compile(
+    r"^\\text\{\s*(?:so|thus|hence|therefore)?,?\s*(?:the|my|our)?\s*(?:final|correct)?\s*(?:answer|solution|result|value)"
+    r"\s*(?:is|are|:|=)\s*:?\s*\}\s*",
+    re.IGNORECASE,
+)
 _DROP = re.compile(
     r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|bf|rm|it|boldmath|mathstrut|null)(?![a-zA-Z])"
     r"|\\!|\\\s*displaystyle"
 )
 _LEFT_DOT = re.compile(r"\\(?:left|right)\s*\.")
 _SPACES = re.compile(
-    r"\\(?:quad|qquad|,|;|:|>|enspace|thinspace|hfill|space)(?![a-zA-Z])|\\[ \n\t]|~|\\hspace\{[^{}]*\}|[\s\x00-\x1f\x7f]+"
+    r"(?<!\\)\\(?:[,;:> \n\t]|(?:quad|qquad|enspace|thinspace|hfill|space)(?![a-zA-Z]))|~|\\hspace\{[^{}]*\}|[\s\x00-\x1f\x7f]+"
 )
 _DELIMITERS = re.compile(r"(?<!\\)\\[()\[\]](?![a-zA-Z])")
 _DEGREE = re.compile(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\s*\\degrees?(?![a-zA-Z])")
@@ -145,9 +158,14 @@ def clean(raw: str) -> str | None:
     text = _WORD_COMMANDS.sub(_word, _LEFT_DOT.sub("", text))
     text = _DROP.sub("", _DELIMITERS.sub(" ", text))
     text = _SYNONYM.sub(_synonym, text)
-    text = _AND_OR_TEXT.sub(r" \1 ", text)
+    text = _AND_OR_TEXT.sub(r" \1 ", _TEXT_PREFIX.sub("", text))
+    text = _ORDINAL.sub("", _WRAPPERS.sub("", text))
+    text = _CASES.sub(lambda m: ", ".join(row for row in m.group(1).split(r"\\") if row.strip()), text)
+    text = _ENVIRONMENT.sub(" ", text)
     text = _SPACES.sub(" ", text)
-    text = _DEGREE.sub("", text)
+    if _TRIG.search(text):
+        text = _TRIG_DEGREE.sub(r"\\frac{\1\\pi}{180}", text)
+    text = _MONEY_WORD.sub("", _APPROXIMATELY.sub("", _DEGREE.sub("", text).strip()))
     text = _FRAC.sub(r"\\frac", text)
     text = _FRAC_BARE.sub(_fraction, text)
     text = _SQRT_WORD.sub(lambda m: rf"\sqrt{{{next(g for g in m.groups() if g is not None)}}}", text)
@@ -167,7 +185,8 @@ def _strip(text: str) -> str:
         before = text
         text = text.strip().rstrip(";:").strip()
         if text.endswith((".", ",")):
-            text = text[:-1].rstrip("\\")
+            text = text[:-1]
+        text = text.rstrip("\\") if text.endswith("\\") else text
         if text.startswith("{") and closing(text, 0) == len(text) - 1:
             text = text[1:-1]
         if text == before:

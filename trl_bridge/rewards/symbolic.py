@@ -38,6 +38,9 @@ _IMAGINARY = {
 }
 
 
+_PROSE = re.compile(r"\\text\s*\{[^{}]*[A-Za-z]{2}|(?<![\\A-Za-z])[A-Za-z]{3,}")
+
+
 class ParseError(ValueError):
     """The text is no expression that latex2sympy2_extended understands."""
 
@@ -121,7 +124,7 @@ def same_value(a: sympy.Basic, b: sympy.Basic) -> bool:
         return a not in (sympy.nan, sympy.zoo)
     if isinstance(a, sympy.MatrixBase) or isinstance(b, sympy.MatrixBase):
         return _same_matrix(a, b)
-    a, b = a.doit(), b.doit()
+    a, b = _real_roots(a.doit(), b.doit())
     if a == b:
         return a not in (sympy.nan, sympy.zoo)
     if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)):
@@ -142,6 +145,22 @@ def same_value(a: sympy.Basic, b: sympy.Basic) -> bool:
             return False
         seen += verdict is True
     return seen >= 3 or _simplified(a, b)
+
+
+def _real_roots(a: sympy.Basic, b: sympy.Basic) -> tuple[sympy.Basic, sympy.Basic]:
+    """Odd roots of negative numbers are real, as at school, unless one side speaks of complex numbers."""
+    if a.has(sympy.I) or b.has(sympy.I):
+        return a, b
+
+    def root(power: sympy.Pow) -> sympy.Expr:
+        base, exponent = power.base, power.exp
+        sign = sympy.sign(base) ** exponent.p
+        return sign * sympy.Abs(base) ** exponent
+
+    def odd(e: sympy.Basic) -> bool:
+        return e.is_Pow and e.exp.is_Rational and e.exp.q % 2 == 1 and e.exp.q > 1 and not e.base.is_positive
+
+    return a.replace(odd, root), b.replace(odd, root)
 
 
 def _same_matrix(a: sympy.Basic, b: sympy.Basic) -> bool:
@@ -222,10 +241,15 @@ def _understood(node: Node) -> bool:
         try:
             return to_sympy(node.text) is not None
         except ParseError:
-            return False
+            # Prose with mathematics in it can be compared as a string, as long as it is whole.
+            return bool(_PROSE.search(node.text)) and _balanced(node.text)
     if node.kind == "equation" and is_name(node.items[0].text):
         return _understood(node.items[1])
     return all(_understood(item) for item in node.items)
+
+
+def _balanced(text: str) -> bool:
+    return all(text.count(opening) == text.count(ending) for opening, ending in ("{}", "()", "[]"))
 
 
 def verdict(job: list[str]) -> bool:

@@ -30,6 +30,7 @@ _ALIASES = {
 }  # fmt: skip
 _POWERS = {"square": 2, "sq": 2, "sq.": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _TEXT_UNIT = re.compile(r"^(.*?)\s*\\text\s*\{([^{}]*)\}\s*(?:\^\s*\{?\s*(-?\d)\s*\}?)?$", re.DOTALL)
+_FRACTION_UNIT = re.compile(r"^(.*[\d})\]])\s*\\frac\{\s*\\text\{([^{}]*)\}\s*\}\{\s*\\text\{([^{}]*)\}\s*\}$", re.DOTALL)
 _PLAIN_UNIT = re.compile(r"^(.*[\d})\]a-z%])\s+([A-Za-z][A-Za-z./' ]*?)\s*(?:\^\s*\{?\s*([23])\s*\}?)?$", re.DOTALL)
 _GLUED_UNIT = re.compile(r"^([+-]?[\d.,]+)(mm|cm|dm|km|kg|mg|ml|ft|mph|mi|min|hrs?|lbs?)(?:\^\s*\{?\s*([23])\s*\}?)?$")
 # Words that change a value, or join two: what they stand in is never a unit.
@@ -64,7 +65,9 @@ def split_unit(text: str) -> tuple[str, str]:
     """
     glued = _GLUED_UNIT.match(text)
     if glued:
-        return glued[1], _name(glued[2], glued[3])
+        return glued[1], _unit_name(glued[2], glued[3])
+    if match := _FRACTION_UNIT.match(text):
+        return match[1].strip(), _unit_name(f"{match[2].strip()}/{match[3].strip()}", None)
     match = _TEXT_UNIT.match(text)
     if (
         match
@@ -74,10 +77,10 @@ def split_unit(text: str) -> tuple[str, str]:
         inner, label = match[1].strip(), match[2].strip()
         if not _NOT_UNITS.search(label.lower()):
             value, rest = split_unit(inner) if r"\text" in inner else (inner, "")
-            return (value, rest) if not label else (value, _name(f"{rest} {label}".strip(), match[3]))
+            return (value, rest) if not label else (value, _unit_name(f"{rest} {label}".strip(), match[3]))
     plain = _PLAIN_UNIT.match(text)
     if plain and not _NOT_UNITS.search(plain[2].lower()):
-        name = _name(plain[2], plain[3])
+        name = _unit_name(plain[2], plain[3])
         numeric = re.fullmatch(r"[+-]?[\d.]+(?:\s*/\s*\d+)?|[+-]?\d*\s*\\frac\{\d+\}\{\d+\}", plain[1].strip())
         known = name.split("^")[0] in _FACTORS and len(plain[2].strip()) > 1
         if (
@@ -87,7 +90,7 @@ def split_unit(text: str) -> tuple[str, str]:
     return text, ""
 
 
-def _name(label: str, power: str | None) -> str:
+def _unit_name(label: str, power: str | None) -> str:
     words = label.lower().replace("\\", " ").strip(" .").split()
     exponent = int(power) if power else 1
     if words and words[0] in _POWERS:

@@ -293,6 +293,11 @@ class DemonstrationTrainer(ResumableTrainer):
             self._finish_window()
         return loss
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        # A window that an exception cut off in an earlier call of `train` is not gone on with.
+        self._window = None
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         if self.model.training:

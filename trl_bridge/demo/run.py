@@ -1,0 +1,150 @@
+"""`trl-bridge demo`: train, tabulate, draw, save."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+
+if TYPE_CHECKING:
+    from .methods import Curve
+    from .task import Scores, Task
+
+
+__all__ = ["main"]
+
+_ROLLOUTS_PER_STEP = 64
+_EXAMPLES = 3
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Run the demo.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            Arguments after the verb. `None` takes `sys.argv`.
+
+    Returns:
+        `int`: exit code.
+
+    Raises:
+        ValueError: an argument out of range.
+        ImportError: matplotlib is not installed.
+    """
+    options = _parse(sys.argv[1:] if argv is None else argv)
+    # Imported late, so that --help and a wrong option answer at once.
+    from .picture import check_matplotlib, draw
+
+    check_matplotlib()
+    import torch
+    import transformers
+
+    from .methods import METHODS, Settings
+    from .task import evaluate, make_task
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    start = time.perf_counter()
+    output = Path(options.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    print(
+        f"Sums of two numbers up to 49, {options.wrong_share:.0%} of 400 demonstrations wrong, {options.steps} updates of "
+        f"{_ROLLOUTS_PER_STEP} rollouts for each method, seed {options.seed}, {torch.get_num_threads()} CPU threads."
+    )
+    task = make_task(options.wrong_share, options.seed, options.base_steps)
+    base = evaluate(task.base, task)
+    settings = Settings(options.steps, options.seed, output / "scratch")
+    curves = [train(task, settings) for train in METHODS.values()]
+
+    table = _table(base, curves)
+    title = f"Sums of two numbers, {options.wrong_share:.0%} of the demonstrations wrong (seed {options.seed})"
+    draw(curves, base, _ROLLOUTS_PER_STEP, title, output / "curves.png")
+    _save(output, curves, base, vars(options))
+    task.tokenizer.save_pretrained(output / "model")
+    print(f"\n{table}\n")
+    print(_before_and_after(task, curves[-1]))
+    print(
+        f"\nCurves:        {output / 'curves.png'}\n"
+        f"All numbers:   {output / 'results.json'}\n"
+        f"Trained model: {output / 'model'} ({curves[-1].name}; AutoModelForCausalLM.from_pretrained loads it)\n"
+        f"One seed on a toy task: it shows how the methods behave, not how good they are. {time.perf_counter() - start:.0f} s "
+        "in all."
+    )
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="trl-bridge demo",
+        description="Compare GRPO, cold start and BRIDGE on sums of two numbers, with some demonstrations wrong.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--steps", type=int, default=120, help="RL updates of each method")
+    parser.add_argument("--base_steps", type=int, default=600, help="training steps of the base model")
+    parser.add_argument("--wrong_share", type=float, default=0.5, help="share of the demonstrations that are wrong")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything")
+    parser.add_argument("--output_dir", default="demo-output", help="folder for picture, model and numbers")
+    options = parser.parse_args(argv)
+    if options.steps < 1 or options.base_steps < 1:
+        raise ValueError("`--steps` and `--base_steps` must be at least 1")
+    if not 0.0 <= options.wrong_share <= 1.0:
+        raise ValueError(f"`--wrong_share` must lie in [0, 1], got {options.wrong_share}")
+    return options
+
+
+def _table(base: "Scores", curves: "list[Curve]") -> str:
+    """Markdown: accuracy and probability of the right answer on held-out sums, and the time of training."""
+    rows = [("base model", f"{base.accuracy:.3f}", f"{base.probability:.3f}", "")]
+    rows += [
+        (curve.name, f"{curve.final.accuracy:.3f}", f"{curve.final.probability:.3f}", f"{curve.seconds:.0f} s")
+        for curve in curves
+    ]
+    head = ("method", "held-out accuracy", "p(right answer)", "training")
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in [head, *rows]
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def _before_and_after(task: "Task", curve: "Curve") -> str:
+    """Completions of the base model and of a trained one: rows where they differ first, as they come in the test set."""
+    from .task import greedy_answers
+
+    prompts, solutions = list(task.test["prompt"]), list(task.test["solution"])
+    before = greedy_answers(task.base, task, prompts)
+    after = greedy_answers(curve.model, task, prompts)
+    rows = list(zip(prompts, solutions, before, after, strict=True))
+    shown = sorted(range(len(rows)), key=lambda index: rows[index][2] == rows[index][3])[:_EXAMPLES]
+    lines = [f"Before and after {curve.name}, on the first held-out sums where the answer changed:"]
+    for prompt, solution, old, new in (rows[index] for index in shown):
+        lines.append(f"  {prompt:8} before {old:5} after {new:5} (right: {solution})")
+    return "\n".join(lines)
+
+
+def _save(output: Path, curves: "list[Curve]", base: "Scores", options: dict[str, object]) -> None:
+    curves[-1].model.save_pretrained(output / "model")
+    results = {
+        "options": options,
+        "base": dataclasses.asdict(base),
+        "methods": {
+            curve.name: {
+                "seconds": round(curve.seconds, 1),
+                "points": [{"step": step, **dataclasses.asdict(scores)} for step, scores in curve.points],
+            }
+            for curve in curves
+        },
+    }
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
