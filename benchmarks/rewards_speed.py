@@ -33,8 +33,10 @@ def easy(count: int, seed: int = 0) -> tuple[list[str], list[str]]:
     completions, golds = [], []
     for index in range(count):
         value, other = rng.randint(-999, 999), rng.randint(2, 99)
-        gold = rf"\frac{{{value}}}{{{other}}}" if index % 3 == 0 else str(value)
-        shown = gold if index % 2 else gold.replace(str(value), str(value + 1))
+        gold, wrong = str(value), str(value + 1)
+        if index % 3 == 0:
+            gold, wrong = rf"\frac{{{value}}}{{{other}}}", rf"\frac{{{value + 1}}}{{{other}}}"
+        shown = gold if index % 2 else wrong
         thought = "Let us compute $x_1 + 2 = 5$ step by step. " * 50
         completions.append(f"{thought[:1980]}\\boxed{{{shown}}}")
         golds.append(gold)

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -62,8 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     task = make_task(options.wrong_share, options.seed, options.base_steps)
     base = evaluate(task.base, task)
-    settings = Settings(options.steps, options.seed, output / "scratch")
-    curves = [train(task, settings) for train in METHODS.values()]
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = Settings(options.steps, options.seed, Path(scratch))
+        curves = [train(task, settings) for train in METHODS.values()]
 
     table = _table(base, curves)
     title = f"Sums of two numbers, {options.wrong_share:.0%} of the demonstrations wrong (seed {options.seed})"

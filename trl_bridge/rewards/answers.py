@@ -19,7 +19,7 @@ _PHRASE = re.compile(
     re.IGNORECASE,
 )
 _HASHES = re.compile(r"####[ \t]*")
-_HOPE = re.compile(r"\.?\s*\$?\.?\s*I hope (?:it|this) is correct.*$", re.IGNORECASE | re.DOTALL)
+_HOPE = re.compile(r"[\s.]*I hope (?:it|this) is correct.*$", re.IGNORECASE | re.DOTALL)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 
 

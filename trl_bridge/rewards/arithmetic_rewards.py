@@ -3,13 +3,15 @@
 import re
 from typing import Any
 
+from .completions import Completion, message_text
+
 
 __all__ = ["answer_reward", "closeness_reward"]
 
 _INTEGER = re.compile(r"-?\d+")
 
 
-def answer_reward(completions: list[Any], solution: list[str], **kwargs: Any) -> list[float | None]:
+def answer_reward(completions: list[Completion], solution: list[str], **kwargs: Any) -> list[float | None]:
     """
     1 where the completion is the solution, apart from surrounding blanks, and 0 elsewhere.
 
@@ -23,12 +25,12 @@ def answer_reward(completions: list[Any], solution: list[str], **kwargs: Any) ->
         `list[float]`: one reward for each completion.
     """
     return [
-        float(completion_text(completion).strip() == gold.strip())
+        float(message_text(completion).strip() == gold.strip())
         for completion, gold in zip(completions, solution, strict=True)
     ]
 
 
-def closeness_reward(completions: list[Any], solution: list[str], **kwargs: Any) -> list[float | None]:
+def closeness_reward(completions: list[Completion], solution: list[str], **kwargs: Any) -> list[float | None]:
     """
     `1 / (1 + |answer - solution|)` for the first integer of the completion, and 0 where there is none.
 
@@ -45,20 +47,6 @@ def closeness_reward(completions: list[Any], solution: list[str], **kwargs: Any)
     """
     rewards: list[float | None] = []
     for completion, gold in zip(completions, solution, strict=True):
-        found = _INTEGER.search(completion_text(completion))
+        found = _INTEGER.search(message_text(completion))
         rewards.append(0.0 if found is None else 1.0 / (1.0 + abs(int(found.group()) - int(gold))))
     return rewards
-
-
-def completion_text(completion: Any) -> str:
-    """
-    Text of a completion as TRL hands it to a reward function.
-
-    Args:
-        completion (`str` or `list[dict[str, str]]`):
-            A string, or messages, of which the last one counts.
-
-    Returns:
-        `str`: the text.
-    """
-    return completion if isinstance(completion, str) else completion[-1]["content"] or ""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
 
@@ -46,6 +47,12 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         _is_set,
         "a compiled forward does not know the demonstration head. Set it to False",
     ),
+    "lr_scheduler_type": (
+        lambda value: value in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY),
+        "it keeps no initial rate, and the coordinator's and the shadow's rates follow the rate relative to it. Use "
+        "another schedule",
+    ),
+    "max_grad_norm": (lambda value: value is None, "transformers compares it with 0. Set it to 0 for no clipping"),
     "sync_ref_model": (
         _is_set,
         "the KL reference is a frozen copy of the initial policy. Set it to False",

@@ -38,6 +38,7 @@ class Support:
 
 _UPDATE = "tests/bridge/test_update.py::test_update_equals_reference"
 _OPTIONS = "tests/bridge/test_options.py::"
+_RUN = "tests/bridge/test_options_run.py::"
 _RESUME = "tests/bridge/test_resume.py::"
 
 # Test -> fields that it sets.
@@ -52,9 +53,10 @@ _TESTED = {
     "tests/bridge/test_consequences.py::test_coordinator_is_what_peft_would_make": "seed",
     f"{_OPTIONS}test_shadow_follows_the_parents_loss": (
         "epsilon delta sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg "
-        "vespo_lambda_neg top_entropy_quantile pad_to_multiple_of multi_objective_aggregation reward_weights "
-        "generation_batch_size bf16 cast_lm_head_to_fp32"
+        "vespo_lambda_neg top_entropy_quantile bf16 cast_lm_head_to_fp32"
     ),
+    f"{_OPTIONS}test_batching_options_replayed": "pad_to_multiple_of generation_batch_size",
+    f"{_RUN}test_several_rewards_with_weights": "multi_objective_aggregation reward_weights",
     f"{_OPTIONS}test_checkpointing_variants": (
         "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing_kwargs"
     ),
@@ -63,23 +65,29 @@ _TESTED = {
     ),
     f"{_OPTIONS}test_disable_dropout_reaches_every_pass": "disable_dropout",
     f"{_OPTIONS}test_off_policy_mask_without_the_gain": "off_policy_mask_threshold",
-    f"{_OPTIONS}test_vllm_ratios_reach_the_shadow": (
+    f"{_RUN}test_vllm_ratios_reach_the_shadow": (
         "use_vllm vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max "
         "vllm_importance_sampling_clip_min"
     ),
-    f"{_OPTIONS}test_evaluation_takes_the_parents_path": (
+    f"{_RUN}test_evaluation_takes_the_parents_path": (
         "eval_strategy eval_steps eval_on_start per_device_eval_batch_size num_generations_eval"
     ),
-    f"{_OPTIONS}test_short_last_window": "num_train_epochs",
-    f"{_OPTIONS}test_logging_does_not_change_the_update": "logging_strategy logging_steps logging_first_step",
+    f"{_RUN}test_short_last_window": "num_train_epochs",
+    f"{_RUN}test_logging_does_not_change_the_update": "logging_strategy logging_steps logging_first_step",
     f"{_OPTIONS}test_optimizer_arguments_reach_all_three": "adam_beta1 adam_beta2 adam_epsilon optim_args",
-    f"{_OPTIONS}test_model_given_by_name": "model_init_kwargs",
-    f"{_OPTIONS}test_rollouts_in_the_datasets_order": "shuffle_dataset",
-    "tests/demonstrations/test_render.py::test_template_arguments": "chat_template_kwargs",
-    f"{_RESUME}test_resume": "save_strategy save_steps",
+    f"{_RUN}test_model_given_by_name": "model_init_kwargs",
+    f"{_RUN}test_rollouts_in_the_datasets_order": "shuffle_dataset",
+    "tests/demonstrations/test_render.py::test_template_and_its_arguments_are_those_of_generation": "chat_template_kwargs",
+    f"{_RESUME}test_resume_is_exact": "save_strategy save_steps",
+    f"{_RESUME}test_best_model_brings_back_its_own_coordinator_and_shadow": "load_best_model_at_end",
+    f"{_RESUME}test_interrupted_save_leaves_the_previous_one": "save_total_limit",
 }
 
+# Values that are refused of options that are tested or neutral, beside those in `REFUSED`.
 _LIMITS = {
+    **{name: reason for name, (_, reason) in REFUSED.items()},
+    "lr_scheduler_type": "`reduce_lr_on_plateau` and `greedy`",
+    "max_grad_norm": "None",
     "optim": "those whose step reads the weights' values, or that step inside the backward",
     "off_policy_mask_threshold": "with `cooperative_gain=True`",
     "save_only_model": "with `load_best_model_at_end=True`",
@@ -143,9 +151,7 @@ _NEUTRAL = {
     "acts when a run goes on from a checkpoint, on the parent's own state": (
         "ignore_data_skip restore_callback_states_from_checkpoint resume_from_checkpoint"
     ),
-    "acts on whole checkpoint folders, or leaves out all that is not the policy": (
-        "save_total_limit save_only_model load_best_model_at_end"
-    ),
+    "leaves out of a checkpoint all that is not the policy; a resume from it is refused": "save_only_model",
     "read by launch scripts alone": "do_train do_eval do_predict",
     "lets transformers run code that comes with a model": "trust_remote_code",
 }
@@ -154,8 +160,10 @@ _NEUTRAL = {
 def _rows() -> Iterator[tuple[str, Support]]:
     for test, names in _TESTED.items():
         yield from ((name, Support(TESTED, test, _LIMITS.get(name, ""))) for name in names.split())
+    tested = {name for names in _TESTED.values() for name in names.split()}
     for name, (_, reason) in REFUSED.items():
-        yield name, Support(REFUSES, reason)
+        if name not in tested:
+            yield name, Support(REFUSES, reason)
     for name, reason in _UPSTREAM_REFUSALS.items():
         yield name, Support(REFUSES, reason)
     for reason, names in _NEUTRAL.items():
