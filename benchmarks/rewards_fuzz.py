@@ -20,7 +20,15 @@ PIECES = (
     "</think>", "<think>", "####", "the answer is ", "\\\\", r"\{", r"\}", "10^", "^{", "!!", "%s", "{0}", "__import__('os')",
     "or", "and", "nan", "inf", "1e999", "cm", "mod", r"\pmod{", r"\cases", "import os", "eval(", "1/0", "0^0", "0/0",
 )  # fmt: skip
-GOLDS = ("12", r"\frac{3}{4}", "x^2+1", r"(3, \infty)", r"\text{Evelyn}", r"\{1,2\}", r"\begin{pmatrix}1\\2\end{pmatrix}")
+GOLDS = (
+    "12",
+    r"\frac{3}{4}",
+    "x^2+1",
+    r"(3, \infty)",
+    r"\text{Evelyn}",
+    r"\{1,2\}",
+    r"\begin{pmatrix}1\\2\end{pmatrix}",
+)
 SPECIALS = (
     "2^{2^{2^{100}}}", "9" * 100_000, "{" * 50_000, "}" * 50_000, "(" * 1000 + ")" * 1000, "((9999!)!)!", "\x00" * 1000,
     r"\sqrt{" * 39 + "2" + "}" * 39, r"\frac{1}{" * 39 + "2" + "}" * 39, "\\" * 10_000, r"\boxed" * 5_000, ",1" * 900,
@@ -80,7 +88,9 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.perf_counter()
     totals = run(arguments.count, arguments.seed, arguments.batch, arguments.limit)
-    print(f"{time.perf_counter() - start:.0f} s: " + ", ".join(f"{name} {value:.1f}" for name, value in totals.items()))
+    print(
+        f"{time.perf_counter() - start:.0f} s: " + ", ".join(f"{name} {value:.1f}" for name, value in totals.items())
+    )
 
 
 if __name__ == "__main__":

@@ -54,7 +54,9 @@ def main() -> None:
     rewards = MathReward()(completions, golds, log_metric=metrics.__setitem__)
     seconds = time.perf_counter() - start
     right = sum(reward == index % 2 for index, reward in enumerate(rewards))
-    print(f"math_reward: {arguments.count / seconds:,.0f} easy completions/s, {right / arguments.count:.2%} scored right,")
+    print(
+        f"math_reward: {arguments.count / seconds:,.0f} easy completions/s, {right / arguments.count:.2%} scored right,"
+    )
     print(f"             symbolic {metrics['math_reward/symbolic_fraction']:.2%}")
 
     part = 500

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from tests.reference.bridge import Reference
 from trl_bridge import BridgeConfig, BridgeTrainer
 from trl_bridge.models import tiny_model, tiny_tokenizer
+from trl_bridge.training.config import DemonstrationConfig
 
 
 PAIRS = [(a, b) for a in range(4) for b in range(4)]
@@ -48,13 +49,16 @@ def small_config(output_dir, config_class=BridgeConfig, **changes):
         "sft_per_device_train_batch_size": 3,
         "seed": 11,
     }
-    if changes.get("sft_pairing") == "prompt" or not issubclass(config_class, BridgeConfig):
+    if changes.get("sft_pairing") == "prompt" or not issubclass(config_class, DemonstrationConfig):
         del options["sft_per_device_train_batch_size"]
     return config_class(**{**options, **changes})
 
 
-def small_model(**changes):
-    return tiny_model(tiny_tokenizer(), **{"hidden_size": 32, "layers": 2, "seed": 3, **changes})
+def small_model(attention_dropout=0.0, **changes):
+    model = tiny_model(tiny_tokenizer(), **{"hidden_size": 32, "layers": 2, "seed": 3, **changes})
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = attention_dropout
+    return model
 
 
 def small_lora(**changes):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft.tuners.lora.config import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from trl import GRPOConfig
 
@@ -137,17 +138,27 @@ ADAPTERS = {
     "use_dora": {"use_dora": True},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "bias": {"bias": "all"},
-    "lora_bias": {"lora_bias": True, "init_lora_weights": True},
+    "lora_bias": {"lora_bias": True},
     "lora_dropout": {"lora_dropout": 0.1},
     "target_parameters": {"target_parameters": ["mlp.gate_proj.weight"]},
     "trainable_token_indices": {"trainable_token_indices": [1, 2]},
     "layer_replication": {"layer_replication": [[0, 2], [1, 2]]},
+    # Variants whose output is not that of theta + s B A, or initial values that need data or a quantised base.
+    "alora_invocation_tokens": {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},
+    "use_qalora": {"use_qalora": True, "qalora_group_size": 16},
+    "velora_config": {"velora_config": VeloraConfig()},
+    "monteclora_config": {"monteclora_config": MontecloraConfig()},
+    "use_bdlora": {"use_bdlora": BdLoraConfig(nblocks=2, match_strict=False)},
+    "arrow_config": {"arrow_config": ArrowConfig()},
+    "kasa_config": {"kasa_config": KasaConfig()},
+    **{f"init_lora_weights={init}": {"init_lora_weights": init} for init in ("eva", "corda", "loftq", "lora_ga")},
 }
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_that_are_not_additive(tmp_path, name):
-    _refused(tmp_path, ValueError, f"`peft_config.{name}`", peft_config=small_lora(**ADAPTERS[name]))
+    options = {"init_lora_weights": True, **ADAPTERS[name]}
+    _refused(tmp_path, ValueError, f"`peft_config.{name.split('=')[0]}", peft_config=small_lora(**options))
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,8 @@ def test_hedging_is_not_paid(completion):
 
 
 @pytest.mark.parametrize(
-    "completion", [r"\boxed{3}. Wait, no. It is \boxed{4}.", r"<think>\boxed{3}</think>\boxed{4}", r"x</think>\boxed{4}"]
+    "completion",
+    [r"\boxed{3}. Wait, no. It is \boxed{4}.", r"<think>\boxed{3}</think>\boxed{4}", r"x</think>\boxed{4}"],
 )
 def test_the_last_word_is_paid(completion):
     assert math_reward([completion], ["4"]) == [1.0]
@@ -115,6 +116,13 @@ def test_visible_text():
 
 def test_boxed_format_reward():
     metrics = {}
-    completions = [r"\boxed{1}", r"\boxed{}", r"\boxed{1", "1", r"<think>\boxed{1}</think>", [{"role": "assistant", "content": r"\boxed{2}"}]]
+    completions = [
+        r"\boxed{1}",
+        r"\boxed{}",
+        r"\boxed{1",
+        "1",
+        r"<think>\boxed{1}</think>",
+        [{"role": "assistant", "content": r"\boxed{2}"}],
+    ]
     assert boxed_format_reward(completions, log_metric=metrics.__setitem__) == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
     assert metrics == {"boxed_format_reward/boxed_fraction": 2 / 6}

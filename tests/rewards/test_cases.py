@@ -64,7 +64,9 @@ def test_unparsable_golds_give_none_and_one_warning_each(caplog):
     golds = [r"\frac{19}{", "12", "", None, r"\frac{19}{"]
     for _ in range(2):
         assert reward([r"\boxed{12}"] * 5, golds) == [None, 1.0, None, None, None]
-    messages = [record.getMessage() for record in caplog.records if r"\frac{19}{" in record.getMessage().replace("\\\\", "\\")]
+    messages = [
+        record.getMessage() for record in caplog.records if r"\frac{19}{" in record.getMessage().replace("\\\\", "\\")
+    ]
     assert len(messages) == 1 and "row 0" in messages[0] and "check_golds" in messages[0]
 
 

@@ -27,7 +27,20 @@ def spellings(value: Fraction) -> st.SearchStrategy[str]:
     return st.sampled_from(forms)
 
 
-surfaces = st.sampled_from(["{}", "${}$", r"\boxed{{{}}}", " {} ", "{}.", r"\left({}\right)", r"\displaystyle {}", r"\({}\)", "**{}**", "{{{}}}"])
+surfaces = st.sampled_from(
+    [
+        "{}",
+        "${}$",
+        r"\boxed{{{}}}",
+        " {} ",
+        "{}.",
+        r"\left({}\right)",
+        r"\displaystyle {}",
+        r"\({}\)",
+        "**{}**",
+        "{{{}}}",
+    ]
+)
 
 
 @st.composite
@@ -66,7 +79,14 @@ def test_tuples_are_ordered_and_lists_are_not(values, random):
 
 
 @relaxed
-@given(st.integers(-30, 30), st.integers(1, 30), st.sampled_from("[("), st.sampled_from(")]"), st.sampled_from("[("), st.sampled_from(")]"))
+@given(
+    st.integers(-30, 30),
+    st.integers(1, 30),
+    st.sampled_from("[("),
+    st.sampled_from(")]"),
+    st.sampled_from("[("),
+    st.sampled_from(")]"),
+)
 def test_brackets_of_intervals_matter(low, length, l1, r1, l2, r2):
     same = quick(f"{l1}{low}, {low + length}{r1}", f"{l2}{low},{low + length}{r2}")
     assert same is ((l1, r1) == (l2, r2))
@@ -98,11 +118,17 @@ def test_symmetry_in_the_workers():
 @st.composite
 def polynomials(draw):
     """Two spellings of one polynomial and one of another."""
-    terms = draw(st.lists(st.tuples(st.integers(1, 9), st.sampled_from("xyz"), st.integers(1, 4)), min_size=2, max_size=4))
+    terms = draw(
+        st.lists(st.tuples(st.integers(1, 9), st.sampled_from("xyz"), st.integers(1, 4)), min_size=2, max_size=4)
+    )
     texts = [f"{c}{v}^{{{p}}}" for c, v, p in terms]
     index = draw(st.integers(0, len(terms) - 1))
     c, v, p = terms[index]
-    changed = texts[:index] + [draw(st.sampled_from([f"{c + 1}{v}^{{{p}}}", f"{c}{v}^{{{p + 1}}}", f"-{c}{v}^{{{p}}}"]))] + texts[index + 1 :]
+    changed = (
+        texts[:index]
+        + [draw(st.sampled_from([f"{c + 1}{v}^{{{p}}}", f"{c}{v}^{{{p + 1}}}", f"-{c}{v}^{{{p}}}"]))]
+        + texts[index + 1 :]
+    )
     return "+".join(texts), "+".join(reversed(texts)), "+".join(changed)
 
 
@@ -123,11 +149,20 @@ def test_reordered_sums_are_paid_and_changed_ones_are_not():
 
 def test_no_poisoning_and_any_thread():
     """Inputs that poisoned older parsers change nothing, and threads see what the main thread sees."""
-    pair = [(r"\frac{dy}{dx}+1", r"1+\frac{dy}{dx}"), ("x^2+1+dx", "1+x^2+dx"), ("i^2x", "-x"), ("x=2", "x"), ("x+1", "3")]
+    pair = [
+        (r"\frac{dy}{dx}+1", r"1+\frac{dy}{dx}"),
+        ("x^2+1+dx", "1+x^2+dx"),
+        ("i^2x", "-x"),
+        ("x=2", "x"),
+        ("x+1", "3"),
+    ]
     before = math_reward([rf"\boxed{{{b}}}" for _, b in pair], [a for a, _ in pair])
     same_batch([("x=5+y-y", "5+z-z"), ("dx", "d+x-0"), (r"\int x dx + 0", "q")], 5.0, 30.0, 1.0)
     results: list[list] = []
-    threads = [Thread(target=lambda: results.append(math_reward([rf"\boxed{{{b}}}" for _, b in pair], [a for a, _ in pair]))) for _ in range(4)]
+    threads = [
+        Thread(target=lambda: results.append(math_reward([rf"\boxed{{{b}}}" for _, b in pair], [a for a, _ in pair])))
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 
 import psutil
@@ -44,7 +43,9 @@ def test_hostile_answers_pay_nothing_in_bounded_time():
 def test_the_deadline_of_a_batch_holds_and_honest_answers_come_first():
     reward = MathReward(limit=30.0, batch_limit=4.0)
     metrics = {}
-    completions = [rf"\boxed{{2^{{2^{{2^{{10{i}}}}}}}+x}}" for i in range(4)] + [rf"\boxed{{{i}+x+y-y}}" for i in range(20)]
+    completions = [rf"\boxed{{2^{{2^{{2^{{10{i}}}}}}}+x}}" for i in range(4)] + [
+        rf"\boxed{{{i}+x+y-y}}" for i in range(20)
+    ]
     golds = ["x^2"] * 4 + [f"x+{i}" for i in range(20)]
     shared_pool().run([("same", "a", "b")])
     start = time.monotonic()
@@ -58,7 +59,9 @@ def test_memory_is_limited():
     pool = WorkerPool(workers=1, memory_gb=0.2)
     try:
         start = time.monotonic()
-        outcomes = pool.run([("same", "x", r"\binom{4\cdot 10^9}{2\cdot 10^9}+(10^{10})!"), ("same", "x+1", "1+x")], 5.0, 20.0)
+        outcomes = pool.run(
+            [("same", "x", r"\binom{4\cdot 10^9}{2\cdot 10^9}+(10^{10})!"), ("same", "x+1", "1+x")], 5.0, 20.0
+        )
         assert outcomes[0] is not True and outcomes[1] is True
         assert time.monotonic() - start < 15.0
     finally:
@@ -149,7 +152,9 @@ def test_the_workers_end_with_a_killed_script(tmp_path):
 
 
 def test_import_is_light():
-    code = "import sys, trl_bridge.rewards; print([m for m in ('sympy', 'torch', 'trl', 'pebble') if m in sys.modules])"
+    code = (
+        "import sys, trl_bridge.rewards; print([m for m in ('sympy', 'torch', 'trl', 'pebble') if m in sys.modules])"
+    )
     assert run([sys.executable, "-c", code]).strip() == "[]"
 
 

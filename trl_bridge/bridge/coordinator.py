@@ -187,12 +187,13 @@ class Coordinator:
     @torch.no_grad()
     def base_norm(self, weights: Mapping[str, torch.Tensor]) -> float:
         """Norm of theta = M - s B A, over all parameters."""
-        products = {target.weight_name: target for target in self.targets}
-        squares = [
-            (weight - products[name].product() if name in products else weight).double().square().sum()
-            for name, weight in weights.items()
-        ]
-        return torch.stack(squares).sum().sqrt().item()
+        squares = [torch.linalg.vector_norm(weight, dtype=torch.float64).square() for weight in weights.values()]
+        # |M - sBA|^2 = |M|^2 - 2 <M, sBA> + |sBA|^2, with products of the adapters' size only.
+        for target in self.targets:
+            projected = target.b.T @ target.oriented(weights[target.weight_name]).to(target.b.dtype)
+            squares.append(-2 * target.scaling * (projected.double() * target.a.double()).sum())
+        total = torch.stack(squares).sum() + self.norm() ** 2
+        return total.clamp(min=0).sqrt().item()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """A and B under PEFT's names, float32 on the CPU."""

@@ -60,8 +60,12 @@ class Shadow:
     @torch.no_grad()
     def distance(self, student: Mapping[str, torch.Tensor]) -> float:
         """Norm of M_hat - M, which is that of theta_hat - theta."""
-        squares = [(p - student[name]).double().square().sum() for name, p in self.model.named_parameters()]
-        return torch.stack(squares).sum().sqrt().item()
+        # `dtype` sums in float64 without a float64 copy of the largest weight.
+        norms = [
+            torch.linalg.vector_norm(p - student[name], dtype=torch.float64)
+            for name, p in self.model.named_parameters()
+        ]
+        return torch.stack(norms).norm().item()
 
     def state_dict(self) -> dict[str, Any]:
         """M_hat itself (not theta_hat: a difference would not come back bit for bit) and the optimizer's state."""

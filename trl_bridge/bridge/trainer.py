@@ -244,8 +244,18 @@ class BridgeTrainer(DemonstrationTrainer):
 
     def _rate_factor(self) -> float:
         """Where theta's learning rate stands in its schedule, relative to its initial rate."""
-        group = self.optimizer.param_groups[0]
+        group = self._rate_group()
         return group["lr"] / group["initial_lr"]
+
+    def _rate_group(self) -> dict[str, Any]:
+        for group in self.optimizer.param_groups:
+            if group.get("initial_lr", 0) > 0:
+                return group
+        raise ValueError(
+            "`optimizers`: the coordinator's and the shadow's rates follow the schedule of theta's, but no parameter "
+            "group has an `initial_lr` above 0. Pass a scheduler that sets it (those of torch.optim.lr_scheduler but "
+            "ReduceLROnPlateau), or none."
+        )
 
     def _log_update(
         self, weight: float, fused: dict[str, torch.Tensor], shadow: dict[str, torch.Tensor] | None
@@ -265,6 +275,7 @@ class BridgeTrainer(DemonstrationTrainer):
         self._build_parts()
         # Nothing of a window that an exception cut off in an earlier call of `train` may stay.
         self._gain, self._probe = GainMeter(self), GradientProbe(self)
+        self._rate_group()
         if self.shadow is not None:
             self.shadow.optimizer.zero_grad(set_to_none=True)
         return prepared
@@ -301,6 +312,10 @@ class BridgeTrainer(DemonstrationTrainer):
             "optim": str(args.optim),
             "shadow_optim": str(args.shadow_optim or args.optim),
             "shadow_reset_steps": args.shadow_reset_steps,
+            "shadow_importance_sampling": args.shadow_importance_sampling,
+            # Optimizers bring their base rates back with their state, so a changed one would be ignored.
+            "coordinator_learning_rate": args.coordinator_rate,
+            "shadow_learning_rate": args.shadow_rate,
         }
 
     # What users read

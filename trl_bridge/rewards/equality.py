@@ -66,7 +66,16 @@ def _letters(a: str, b: str) -> Verdict:
     single, other = (one, b) if one else (two, a)
     if single is not None and single[1].isupper() and (match := _LETTER_AND_TEXT.fullmatch(other)):
         return match[1] == single[1] or None
-    return None
+    several = _choices(a), _choices(b)
+    separated = any(re.search(r"[,;]|\band\b", text) for text in (a, b))
+    return several[0] == several[1] if separated and all(several) else None
+
+
+def _choices(text: str) -> str:
+    """Several letters of multiple choice, however they are separated: `ACD`, `A, C, D`, `(A), (C) and (D)`."""
+    letters = re.sub(r"\\text|\band\b|[{}(),;\s]", "", text)
+    distinct = 1 < len(letters) == len(set(letters)) and re.fullmatch("[A-H]+", letters)
+    return "".join(sorted(letters)) if distinct else ""
 
 
 def same(a: Node, b: Node, leaf: Leaf) -> Verdict:
@@ -132,8 +141,8 @@ def _same_kind(a: Node, b: Node, leaf: Leaf) -> Verdict:
         if all(named) and len(set(named[0])) == len(named[0]):
             return _ordered(_by_name(a), _by_name(b), leaf)
         return _unordered(_values(a), _values(b), leaf)
-    if a.kind == "interval" and a.text == b.text:
-        return _ordered(a.items, b.items, leaf)
+    if a.kind == "interval":
+        return _ordered(a.items, b.items, leaf) if a.text == b.text else False
     if a.kind in ("tuple", "sequence", "row", "matrix"):
         return _ordered(a.items, b.items, leaf)
     return leaf(a, b, Fraction(1))

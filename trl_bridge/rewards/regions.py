@@ -88,7 +88,7 @@ def to_region(node: Node, to_sympy: ToSympy) -> sympy.Set:
 
 
 def _listed(parts: list[sympy.Set], node: Node) -> sympy.Set:
-    """"x > 1, x < 3" means both, "x < 1, x > 3" either, since both would be nothing; listed intervals are a union."""
+    """ "x > 1, x < 3" means both, "x < 1, x > 3" either, since both would be nothing; listed intervals are a union."""
     if all(item.kind == "inequality" for item in node.items):
         both = sympy.Intersection(*parts)
         if both != sympy.S.EmptySet:

@@ -118,6 +118,8 @@ def _worded(text: str) -> Node | None:
     words = " ".join(_TEXT_COMMAND.sub(r" \1 ", text).replace("\\", " ").split()).lower().strip(" .")
     if words in _ALL_REALS or text in (r"\mathbb{R}", r"\mathbb{R} "):
         return Node("interval", "()", (Node("expression", r"-\infty"), Node("expression", r"\infty")))
+    if re.fullmatch(r"\\mathbb\s*\{?\s*[NZQC]\s*\}?\s*(?:[\^_]\s*\{?[+*\->0-9]+\}?)*", text):
+        return Node("text", text.replace(" ", ""))
     if words in _EMPTY or text.strip() in (r"\emptyset", r"\{\}", r"\{ \}"):
         return Node("set")
     if words in _UNDEFINED:

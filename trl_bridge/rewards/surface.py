@@ -26,13 +26,22 @@ _WORD_COMMANDS = re.compile(
 _FUNCTIONS = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp gcd lcm det max min".split()
 )
+_BOX = re.compile(r"\\(?:boxed|fbox)(?=\s*\{)")
+_CHOOSE = re.compile(r"\{?\s*([0-9a-zA-Z+\-]+)\s*\\choose\s*([0-9a-zA-Z+\-]+)\s*\}?")
+_ANY_INTEGER = re.compile(
+    r"\s*[,;]?\s*\(?\s*(?:\\text\s*\{[^{}]*\}\s*)?([a-zA-Z])\s*\\in\s*(?:\\mathbb\s*\{?\s*Z\s*\}?|Z)\s*\)?$"
+)
 _TRIG_DEGREE = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)")
 _TRIG = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _ORDINAL = re.compile(r"(?<=\d)\s*(?:\^\s*\{?\s*)?\\text\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?(?![a-zA-Z])")
 _WRAPPERS = re.compile(r"\\(?:underline|textcolor\{[a-zA-Z]+\}|color\{[a-zA-Z]+\}|phantom\{[^{}]*\}|ensuremath)\s*")
-_ENVIRONMENT = re.compile(r"\\(?:begin|end)\{(?:align|aligned|gather|gathered|equation|split|displaymath|math|center)\*?\}")
+_ENVIRONMENT = re.compile(
+    r"\\(?:begin|end)\{(?:align|aligned|gather|gathered|equation|split|displaymath|math|center)\*?\}"
+)
 _CASES = re.compile(r"\\begin\{cases\}([^&]*)\\end\{cases\}")
-_APPROXIMATELY = re.compile(r"^(?:approximately|about|roughly|around|\\text\{\s*(?:approximately|about)\s*\}|\\approx)\s*", re.IGNORECASE)
+_APPROXIMATELY = re.compile(
+    r"^(?:approximately|about|roughly|around|\\text\{\s*(?:approximately|about)\s*\}|\\approx)\s*", re.IGNORECASE
+)
 _MONEY_WORD = re.compile(r"^(?:\\text\{\s*)?(?:Rs\.?|USD|US|INR|EUR)\s*\}?\s*(?=[\d.])")
 _TEXT_PREFIX = re.compile(
     r"^\\text\{\s*(?:so|thus|hence|therefore)?,?\s*(?:the|my|our)?\s*(?:final|correct)?\s*(?:answer|solution|result|value)"
@@ -118,11 +127,17 @@ def _ungroup(text: str) -> str:
     text = _DECIMAL_COMMA.sub(".", text)
     if not _GROUPED.search(text):
         return text
-    stripped = _GROUPED.sub(lambda m: m.group().replace(",", ""), text)
-    # Inside brackets a comma with no space after it separates, unless commas with a space do.
-    if text[:1] in "([" or text.startswith(r"\{"):
-        return stripped if ", " in text else text
-    return stripped
+    spaced = ", " in text
+
+    def without_commas(match: re.Match[str]) -> str:
+        before = text[: match.start()]
+        inside = sum(before.count(c) for c in "([") + before.count(r"\{") > (
+            sum(before.count(c) for c in ")]") + before.count(r"\}")
+        )
+        # Inside brackets a comma with no space after it separates, unless commas with a space do.
+        return match.group() if inside and not spaced else match.group().replace(",", "")
+
+    return _GROUPED.sub(without_commas, text)
 
 
 @lru_cache(maxsize=65536)
@@ -152,7 +167,7 @@ def clean(raw: str) -> str | None:
     text = text.strip().strip("`").strip()
     text = re.sub(r"^(?:\*\*|__)(.*)(?:\*\*|__)$", r"\1", text, flags=re.DOTALL)
     text = _HOPE.sub("", _PREFIX.sub("", text))
-    text = _THIN_SPACE.sub("", text)
+    text = _THIN_SPACE.sub("", _BOX.sub("", text))
     text = _CURRENCY.sub(lambda m: "" if m.group() != "$" else " ", text)
     text = _ungroup(text)
     text = _WORD_COMMANDS.sub(_word, _LEFT_DOT.sub("", text))
@@ -173,7 +188,10 @@ def clean(raw: str) -> str | None:
     text = _INFINITY.sub(r"\\infty ", _PI_WORD.sub(r"\\pi ", text))
     text = re.sub(r"\\log\s*_\s*(?:\{\s*e\s*\}|e(?![a-z]))", r"\\ln ", text)
     text = _POWER.sub(lambda m: "^" if m.group(1) is None else f"^{{{m.group(1)}}}", text)
-    text = _strip(text)
+    text = re.sub(r"^(?:negative|minus)\s+(?=[\d.])", "-", _CHOOSE.sub(r"\\binom{\1}{\2}", text))
+    # "2k pi, k an integer": which letter runs over the integers goes without saying.
+    free = _ANY_INTEGER.search(text)
+    text = _strip(text[: free.start()] if free and free[1] in text[: free.start()] else text)
     if _GROUPED_SPACE.fullmatch(text):
         text = text.replace(" ", "")
     return text if len(text) <= MAX_LENGTH else None

@@ -30,7 +30,9 @@ _ALIASES = {
 }  # fmt: skip
 _POWERS = {"square": 2, "sq": 2, "sq.": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _TEXT_UNIT = re.compile(r"^(.*?)\s*\\text\s*\{([^{}]*)\}\s*(?:\^\s*\{?\s*(-?\d)\s*\}?)?$", re.DOTALL)
-_FRACTION_UNIT = re.compile(r"^(.*[\d})\]])\s*\\frac\{\s*\\text\{([^{}]*)\}\s*\}\{\s*\\text\{([^{}]*)\}\s*\}$", re.DOTALL)
+_FRACTION_UNIT = re.compile(
+    r"^(.*[\d})\]])\s*\\frac\{\s*\\text\{([^{}]*)\}\s*\}\{\s*\\text\{([^{}]*)\}\s*\}$", re.DOTALL
+)
 _PLAIN_UNIT = re.compile(r"^(.*[\d})\]a-z%])\s+([A-Za-z][A-Za-z./' ]*?)\s*(?:\^\s*\{?\s*([23])\s*\}?)?$", re.DOTALL)
 _GLUED_UNIT = re.compile(r"^([+-]?[\d.,]+)(mm|cm|dm|km|kg|mg|ml|ft|mph|mi|min|hrs?|lbs?)(?:\^\s*\{?\s*([23])\s*\}?)?$")
 # Words that change a value, or join two: what they stand in is never a unit.

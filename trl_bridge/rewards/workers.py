@@ -49,11 +49,12 @@ class _Helper:
         self.lock = threading.Lock()
         self.batches: dict[int, _Batch] = {}
         self.count = 0
+        self.closed = False
         threading.Thread(target=self._read, name="trl-bridge-rewards", daemon=True).start()
 
     def alive(self) -> bool:
         # After a fork the pipes are shared with the parent: the child needs a helper of its own.
-        return self.owner == os.getpid() and self.process.poll() is None
+        return self.owner == os.getpid() and not self.closed and self.process.poll() is None
 
     def submit(self, jobs: Sequence[Job], limit: float, seconds: float) -> _Batch:
         batch = _Batch(len(jobs))
@@ -62,6 +63,10 @@ class _Helper:
             self.batches[self.count] = batch
             message = {"batch": self.count, "jobs": list(jobs), "limit": limit, "seconds": seconds}
             assert self.process.stdin is not None
+            if self.closed:
+                batch.lost = True
+                batch.finished.set()
+                return batch
             try:
                 self.process.stdin.write(json.dumps(message).encode() + b"\n")
                 self.process.stdin.flush()
@@ -81,6 +86,7 @@ class _Helper:
             else:
                 batch.outcomes[message["index"]] = message["outcome"]
         with self.lock:
+            self.closed = True
             for batch in self.batches.values():
                 batch.lost = True
                 batch.finished.set()

@@ -6,9 +6,13 @@ from typing import Any
 
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 from trl import GRPOTrainer
 
 from . import checkpoint as checkpoints
+
+
+logger = logging.get_logger(__name__)
 
 
 class ResumableTrainer(GRPOTrainer):
@@ -25,6 +29,11 @@ class ResumableTrainer(GRPOTrainer):
     def shared_state(self) -> dict[str, Any]:
         """State that all ranks have alike: tensors and plain Python values, read back with `weights_only=True`."""
         return {}
+
+    @property
+    def inside_update(self) -> bool:
+        """Whether some micro-batches of an update are done and others are not."""
+        return False
 
     def load_shared_state(self, state: dict[str, Any]) -> None:
         """Take over what `shared_state` returned."""
@@ -72,6 +81,12 @@ class ResumableTrainer(GRPOTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        if self.inside_update:
+            logger.warning(
+                f"{output_dir} is saved inside an update, which cannot be gone on with exactly: it is not marked as "
+                "whole, and `resume_from_checkpoint=True` will pass over it."
+            )
+            return
         # Here, because the parent rotates and uploads checkpoints once this and its own state are written.
         checkpoints.write(
             Path(output_dir),
@@ -83,7 +98,7 @@ class ResumableTrainer(GRPOTrainer):
                 "entropy_coef": self.entropy_coef,
                 "last_world_entropy": self._last_world_entropy,
             },
-            shared=self.shared_state(),
+            shared=self.shared_state() if self.accelerator.is_main_process else {},
             requirements=self.resume_requirements(),
             step=self.state.global_step,
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset
 from torch import nn
 from transformers import (
@@ -26,6 +26,7 @@ from .backend import Backend
 from .config import DemonstrationConfig
 from .demonstrations import Demonstrations
 from .metrics import record
+from .randomness import forked_python_rng
 from .resume import ResumableTrainer
 from .rollouts import RolloutObserver
 from .verdicts import collect_verdicts, missing_columns
@@ -135,7 +136,8 @@ class DemonstrationTrainer(ResumableTrainer):
                 "The load-balancing loss of Mixture-of-Experts models is not supported. Set `router_aux_loss_coef=0`."
             )
         self.backend = Backend(self.accelerator)
-        add_demonstration_head(self._plain_model, args.cast_lm_head_to_fp32)
+        head_owner = self._plain_model.get_base_model() if is_peft_model(self._plain_model) else self._plain_model
+        add_demonstration_head(head_owner, args.cast_lm_head_to_fp32)
         if own_reference:
             self.beta = args.beta
             self.ref_model: Any = self._frozen_copy()
@@ -203,7 +205,8 @@ class DemonstrationTrainer(ResumableTrainer):
 
     def _frozen_copy(self) -> nn.Module:
         twin = plain_copy(self._plain_model, self.temperature, self.args.cast_lm_head_to_fp32, entropy=False)
-        twin.requires_grad_(False)
+        # TRL's own reference comes fresh from `from_pretrained`, without dropout.
+        twin.requires_grad_(False).eval()
         return self.accelerator.prepare_model(twin, evaluation_mode=True)
 
     # Weights of the two terms
@@ -256,7 +259,9 @@ class DemonstrationTrainer(ResumableTrainer):
         log_probs, mask, hits = self._score(model, share)
         tempered = self._tempered_sequence_log_probs(model, share, log_probs, mask)
         weights = self.weighting.token_weights(log_probs.detach(), mask, self.demonstrations.rows(share), tempered)
-        loss, sums = demonstration_loss(log_probs, mask, weights, window.num_tokens, self.backend.world_size)
+        loss, sums = demonstration_loss(
+            log_probs, mask, weights, max(window.num_tokens, 1), self.backend.world_size
+        )
         sums["hits"] = (hits * mask).sum()
         for name, value in sums.items():
             window.sums[name] = window.sums.get(name, 0) + value
@@ -275,8 +280,10 @@ class DemonstrationTrainer(ResumableTrainer):
     ) -> torch.Tensor:
         if return_outputs or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self._window is None:
-            self._window = self._begin_window(model)
+        if self._window is None or self._window.micro_batch == len(self._window.shares):
+            # The latter where an iterable dataset's epoch ended inside a window: the parent goes on in the next epoch
+            # and scales both parts by themselves.
+            self._window = self._begin_window(model, self._window)
         policy_loss = self.policy_pass(model, inputs)
         self.rollouts.observe(inputs)
         self.between_passes(model, inputs)
@@ -296,6 +303,8 @@ class DemonstrationTrainer(ResumableTrainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         # A window that an exception cut off in an earlier call of `train` is not gone on with.
         self._window = None
+        self._entropy_window_stats = None
+        self.weighting.discard_window()
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -327,12 +336,16 @@ class DemonstrationTrainer(ResumableTrainer):
 
     # The window
 
-    def _begin_window(self, model: nn.Module) -> Window:
+    def _begin_window(self, model: nn.Module, earlier: Window | None = None) -> Window:
         shares = self._draw_shares()
         tokens = sum(self.demonstrations.num_tokens(index) for share in shares for index in share)
         window = Window(shares=shares, num_tokens=int(self._sum_over_ranks(float(tokens))))
+        if earlier is not None:
+            window.sums = earlier.sums
         if self.weighting.needs_verdicts:
-            collect_verdicts(self, [index for share in shares for index in share])
+            # A reward function may draw random numbers; RL's own go on as if it had not been asked.
+            with self._forked_rng(), forked_python_rng():
+                collect_verdicts(self, [index for share in shares for index in share])
         self.weighting.begin_window()
         if self.weighting.needs_initial_mean:
             self._set_initial_mean(model, shares)
@@ -358,7 +371,9 @@ class DemonstrationTrainer(ResumableTrainer):
                 raw: Any = self.weighting.raw(log_probs, mask)
                 counted = mask if raw.size(1) == mask.size(1) else mask.any(dim=1, keepdim=True)
                 total += torch.stack([(raw * counted).sum(), counted.sum()]).double().cpu()
-        self.weighting.set_initial_mean(*(self._sum_over_ranks(float(value)) for value in total))
+        weights, count = (self._sum_over_ranks(float(value)) for value in total)
+        if count > 0:
+            self.weighting.set_initial_mean(weights, count)
 
     def _finish_window(self) -> None:
         window = self._window
@@ -368,20 +383,22 @@ class DemonstrationTrainer(ResumableTrainer):
         names = sorted(window.sums)
         totals = self.accelerator.reduce(torch.stack([window.sums[n].double() for n in names]), reduction="sum")
         total = dict(zip(names, totals.tolist(), strict=True))
-        self.demonstrations.tokens_seen += window.num_tokens
-        tokens = max(total["tokens"], 1.0)
-        values = {
-            "sft/loss": total["nll_sum"] / tokens,
-            "sft/mean_token_accuracy": total["hits"] / tokens,
-            "sft/num_tokens": float(self.demonstrations.tokens_seen),
-            "sft/epoch": self.demonstrations.epoch,
-        }
-        if self.weighting.kind != "none":
-            values["sft/weight_mean"] = total["weight_sum"] / tokens
-            values["sft/weight_zero_fraction"] = total["zero_sum"] / tokens
+        tokens = total["tokens"]
+        self.demonstrations.tokens_seen += int(tokens)
+        values = {"sft/num_tokens": float(self.demonstrations.tokens_seen), "sft/epoch": self.demonstrations.epoch}
+        if tokens:  # with `sft_pairing="prompt"` an update may hold no group's first rollout
+            values["sft/loss"] = total["nll_sum"] / tokens
+            values["sft/mean_token_accuracy"] = total["hits"] / tokens
+            if self.weighting.kind != "none":
+                values["sft/weight_mean"] = total["weight_sum"] / tokens
+                values["sft/weight_zero_fraction"] = total["zero_sum"] / tokens
         record(self, {**values, **self.weighting.metrics()})
 
     # Saving and resuming
+
+    @property
+    def inside_update(self) -> bool:
+        return self._window is not None
 
     def shared_state(self) -> dict[str, Any]:
         return {

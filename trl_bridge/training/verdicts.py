@@ -1,6 +1,7 @@
 """Asking the trainer's reward functions about demonstrations, for `sft_weighting="verdict"`."""
 
 import inspect
+import math
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
@@ -71,6 +72,8 @@ def collect_verdicts(trainer: "DemonstrationTrainer", indices: list[int]) -> Non
     asked = [row for row, calls in zip(rows, due, strict=True) for _ in range(calls)]
     # The parent gathers the rewards, which needs the same number of rows on each rank.
     size = max(gather_object([len(asked)]))
+    if size == 0:  # the same on every rank
+        return
     padded = asked + trainer.demonstrations.rows([0]) * (size - len(asked))
     examples = [_as_rollout(trainer, row) for row in padded]
     with isolated_bookkeeping(trainer):
@@ -82,7 +85,10 @@ def collect_verdicts(trainer: "DemonstrationTrainer", indices: list[int]) -> Non
         )
     first = trainer.accelerator.process_index * size
     rewards = trainer.rollouts.total_rewards()[first : first + len(asked)].tolist()
-    weighting.record_verdicts(asked, [int(reward >= trainer.args.success_threshold) for reward in rewards])
+    # A demonstration that no reward function could score has no verdict.
+    scored = [(row, reward) for row, reward in zip(asked, rewards, strict=True) if not math.isnan(reward)]
+    positives = [int(reward >= trainer.args.success_threshold) for _, reward in scored]
+    weighting.record_verdicts([row for row, _ in scored], positives)
     weighting.fold_verdicts(gather_object([weighting.pending_verdicts()]))
 
 

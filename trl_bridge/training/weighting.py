@@ -283,6 +283,11 @@ class DemonstrationWeighting:
             values["sft/verdict_flip_rate"] = self._eps
         return values
 
+    def discard_window(self) -> None:
+        """Forget what an unfinished window has gathered: an exception cut it off, or a checkpoint is loaded."""
+        self._initial_mean = None
+        self._local_raw, self._local_rollouts, self._local_verdicts = [], [], {}
+
     # Checkpoint
 
     @property
@@ -331,6 +336,7 @@ class DemonstrationWeighting:
                     f"The checkpoint was made with `{name}={state['options'][name]!r}`, now it is {mine!r}. Resume "
                     "with the options that it was made with."
                 )
+        self.discard_window()
         self._total, self._count = state["total"], state["count"]
         self._rollouts.clear()
         self._rollouts.extend([(s, r) for s, r in pairs.tolist()] for pairs in state["rollouts"])

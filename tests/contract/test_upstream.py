@@ -1,0 +1,462 @@
+"""
+What trl_bridge relies on in TRL, transformers, PEFT and accelerate. A failure here says what changed upstream.
+
+A renamed parent method turns an override into dead code without a word; these tests are where that is heard.
+"""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_head
+
+import trl_bridge
+from tests.harness import small_config, small_model, small_trainer
+from trl_bridge import BridgeTrainer
+from trl_bridge._upstream import isolated_bookkeeping, policy_objective
+from trl_bridge.bridge.trainer import BridgeTrainer as _Bridge
+from trl_bridge.training.resume import ResumableTrainer
+from trl_bridge.training.trainer import DemonstrationTrainer
+
+
+OURS = (ResumableTrainer, DemonstrationTrainer, _Bridge)
+
+# Parameters and defaults of what is overridden or called, without annotations.
+SIGNATURES = {
+    "trl.GRPOTrainer.__init__": "(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, processing_class=None, reward_processing_classes=None, callbacks=None, optimizers=(None, None), quantization_config=None, peft_config=None, tools=None, rollout_func=None, environment_factory=None)",
+    "trl.GRPOTrainer.compute_loss": "(self, model, inputs, return_outputs=False, num_items_in_batch=None)",
+    "trl.GRPOTrainer._compute_loss": "(self, model, inputs)",
+    "trl.GRPOTrainer.training_step": "(self, model, inputs, num_items_in_batch)",
+    "trl.GRPOTrainer._prepare_inputs": "(self, generation_batch)",
+    "trl.GRPOTrainer._generate_and_score_completions": "(self, inputs)",
+    "trl.GRPOTrainer._calculate_rewards": "(self, inputs, prompts, completions, completion_ids_list)",
+    "trl.GRPOTrainer._get_per_token_logps_and_entropies": "(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, compute_aux_loss=False, pixel_values=None, image_grid_thw=None, num_images=None, pixel_attention_mask=None, spatial_shapes=None, num_tiles=None, image_sizes=None, token_type_ids=None, mm_token_type_ids=None, image_position_ids=None)",
+    "trl.GRPOTrainer._get_train_sampler": "(self, dataset=None)",
+    "trl.GRPOTrainer._save_checkpoint": "(self, model, trial)",
+    "trl.GRPOTrainer._load_optimizer_and_scheduler": "(self, checkpoint)",
+    "trl.GRPOTrainer.create_model_card": "(self, model_name=None, dataset_name=None, tags=None)",
+    "trl.GRPOTrainer.log": "(self, logs, start_time=None)",
+    "transformers.Trainer.train": "(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)",
+    "transformers.Trainer.training_step": "(self, model, inputs, num_items_in_batch=None)",
+    "transformers.Trainer.hyperparameter_search": "(self, hp_space=None, compute_objective=None, n_trials=20, direction='minimize', backend=None, hp_name=None, **kwargs)",
+    "transformers.Trainer._prepare_for_training": "(self, max_steps, train_dataloader, resume_from_checkpoint)",
+    "transformers.Trainer._save_checkpoint": "(self, model, trial)",
+    "transformers.Trainer._save_optimizer_and_scheduler": "(self, output_dir)",
+    "transformers.Trainer._load_optimizer_and_scheduler": "(self, checkpoint)",
+    "transformers.Trainer._load_best_model": "(self)",
+    "transformers.Trainer._get_output_dir": "(self, trial)",
+    "transformers.Trainer.get_decay_parameter_names": "(self, model)",
+    "transformers.Trainer.get_optimizer_cls_and_kwargs": "(args, model=None)",
+    "transformers.TrainerCallback.on_optimizer_step": "(self, args, state, control, **kwargs)",
+    "trl.trainer.utils.add_fused_lm_head": "(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=('log_probs',))",
+    "trl.trainer.sft_trainer.DataCollatorForLanguageModeling.__init__": "(self, pad_token_id, padding_free=False, return_position_ids=False, pad_to_multiple_of=None, return_tensors='pt')",
+    "peft.LoraModel.__init__": "(self, model, peft_config, adapter_name, low_cpu_mem_usage=False, state_dict=None)",
+    "peft.LoraModel.unload": "(self)",
+    "accelerate.Accelerator.no_sync": "(self, model)",
+    "accelerate.Accelerator.backward": "(self, loss, **kwargs)",
+    "accelerate.Accelerator.autocast": "(self, autocast_handler=None)",
+    "accelerate.Accelerator.prepare_model": "(self, model, device_placement=None, evaluation_mode=False)",
+    "accelerate.Accelerator.unwrap_model": "(self, model, keep_fp32_wrapper=True, keep_torch_compile=True)",
+    "accelerate.Accelerator.reduce": "(self, tensor, reduction='sum', scale=1.0)",
+}
+
+# Methods and class attributes of our trainers that the parents do not have.
+OWN_NAMES = {
+    "_advance_sampler",
+    "_begin_window",
+    "_build_coordinator",
+    "_build_parts",
+    "_check_arguments",
+    "_check_verdict_columns",
+    "_draw_shares",
+    "_finish_window",
+    "_forked_rng",
+    "_frozen_copy",
+    "_log_update",
+    "_plain_model",
+    "_rate_factor",
+    "_rng_state",
+    "_score",
+    "_set_initial_mean",
+    "_set_rng_state",
+    "_step_coordinator",
+    "_sum_over_ranks",
+    "_tempered_sequence_log_probs",
+    "_weights",
+    "after_step",
+    "between_passes",
+    "config_class",
+    "coordinator_state_dict",
+    "demonstration_pass",
+    "demonstration_weight",
+    "end_of_window",
+    "load_best_shared_state",
+    "load_shared_state",
+    "policy_pass",
+    "policy_weight",
+    "resolve_weighting",
+    "resume_requirements",
+    "save_coordinator",
+    "shadow_state_dict",
+    "shared_state",
+    "theta_state_dict",
+}
+
+# Attributes of an instance that the parents' instances do not have.
+OWN_ATTRIBUTES = {
+    "_entropy_control",
+    "_gain",
+    "_probe",
+    "_rng_before_policy",
+    "_train_sampler",
+    "_window",
+    "backend",
+    "coordinator",
+    "coordinator_optimizer",
+    "demonstrations",
+    "rollouts",
+    "shadow",
+    "weighting",
+}
+
+# What an instance of `GRPOTrainer` has, and our parts read.
+READ = (
+    "_buffered_inputs _entropy_bonus_enabled _entropy_window_stats _last_world_entropy _logs _metrics "
+    "_pending_extra_logs _pending_metrics _step _tokenizer accelerator aux_loss_enabled beta callback_handler "
+    "chat_template chat_template_kwargs entropy_coef eos_token_ids epsilon_high epsilon_low importance_sampling_level "
+    "model num_generations num_iterations optimizer processing_class ref_model reward_funcs reward_weights state "
+    "temperature train_dataset use_adaptive_entropy"
+).split()
+
+
+def _resolve(dotted):
+    parts = dotted.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[end:]:
+            found = getattr(found, name)
+        return found
+    raise AssertionError(f"{dotted} is gone")
+
+
+def _shape(function):
+    parameters = inspect.signature(function).parameters.values()
+    bare = (str(p.replace(annotation=inspect.Parameter.empty)).replace(" = ", "=") for p in parameters)
+    return f"({', '.join(bare)})"
+
+
+def _source(function):
+    return textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
+
+
+def _in_order(function, *pieces):
+    """Each piece stands in the function's source, after the one before it."""
+    source, position = _source(function), 0
+    for piece in pieces:
+        found = source.find(piece, position)
+        assert found >= 0, f"{function.__qualname__}: {piece!r} is gone, or no longer after what precedes it"
+        position = found + len(piece)
+
+
+@pytest.fixture(scope="module")
+def grpo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grpo")
+    return small_trainer(folder, GRPOTrainer, args=small_config(folder, GRPOConfig))
+
+
+@pytest.fixture(scope="module")
+def bridge(tmp_path_factory):
+    return small_trainer(tmp_path_factory.mktemp("bridge"))
+
+
+# Signatures and names
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name):
+    assert _shape(_resolve(name)) == SIGNATURES[name]
+
+
+def _subclasses(cls):
+    for module in pkgutil.walk_packages(trl_bridge.__path__, "trl_bridge."):
+        if module.name.startswith(("trl_bridge.training", "trl_bridge.bridge")) and "__main__" not in module.name:
+            importlib.import_module(module.name)
+    found, waiting = set(), [cls]
+    while waiting:
+        for sub in waiting.pop().__subclasses__():
+            if sub.__module__.startswith("trl_bridge.") and sub not in found:
+                found.add(sub)
+                waiting.append(sub)
+    return found
+
+
+def test_all_trainers_are_looked_at():
+    assert {cls for cls in _subclasses(GRPOTrainer) if cls.__module__.split(".")[1] in ("training", "bridge")} == set(
+        OURS
+    )
+
+
+def _defined(cls):
+    python = {name for name in vars(cls) if name.startswith("__") and name != "__init__"}
+    return set(vars(cls)) - python - {"_abc_impl"}
+
+
+@pytest.mark.parametrize("cls", OURS, ids=lambda cls: cls.__name__)
+def test_names_are_the_parents_or_our_own(cls):
+    unknown = {name for name in _defined(cls) if not hasattr(GRPOTrainer, name)} - OWN_NAMES
+    assert not unknown, f"{unknown}: overrides of nothing? If they are new, add them to OWN_NAMES"
+
+
+def test_own_names_are_used_and_are_not_the_parents(grpo):
+    defined = set().union(*map(_defined, OURS))
+    assert OWN_NAMES <= defined, f"stale: {OWN_NAMES - defined}"
+    taken = {name for name in OWN_NAMES | OWN_ATTRIBUTES if hasattr(grpo, name)}
+    assert not taken, f"the parent now has {taken} too"
+
+
+def test_own_attributes(grpo, bridge):
+    new = set(vars(bridge)) - set(vars(grpo))
+    # A patched or wrapped method is no attribute of ours.
+    assert new <= OWN_ATTRIBUTES, new - OWN_ATTRIBUTES
+    assert OWN_ATTRIBUTES - new <= {"_train_sampler"}  # set once training asks for it
+
+
+@pytest.mark.parametrize("cls", OURS, ids=lambda cls: cls.__name__)
+def test_overrides_take_what_the_parent_takes(cls):
+    for name in _defined(cls):
+        ours, theirs = inspect.unwrap(vars(cls)[name]), getattr(GRPOTrainer, name, None)
+        if not inspect.isfunction(ours) or not inspect.isfunction(theirs):
+            continue
+        taken = inspect.signature(ours).parameters
+        if {p.kind for p in taken.values()} >= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+            continue
+        missing = set(inspect.signature(theirs).parameters) - set(taken)
+        assert not missing, f"{cls.__name__}.{name} does not take {missing}"
+
+
+def _super_calls(cls):
+    tree = ast.parse(_source(cls))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Call):
+            if getattr(node.value.func, "id", "") == "super":
+                yield node.attr
+
+
+@pytest.mark.parametrize("cls", OURS, ids=lambda cls: cls.__name__)
+def test_overrides_and_super_calls_are_in_the_table(cls):
+    methods = {name for name in _defined(cls) if inspect.isfunction(getattr(GRPOTrainer, name, None))}
+    used = methods | {name for name in _super_calls(cls) if name not in OWN_NAMES}
+    missing = used - {name.rpartition(".")[2] for name in SIGNATURES}
+    assert not missing, missing
+
+
+# What an instance has
+
+
+@pytest.mark.parametrize("name", READ)
+def test_attribute_that_we_read(grpo, name):
+    assert hasattr(grpo, name)
+
+
+def test_loss_is_scaled_by_the_trainer_itself():
+    assert GRPOTrainer.loss_is_scaled_for_ga is True
+
+
+def _assigned(function):
+    """Attributes of `self` that a method sets."""
+    tree = ast.parse(_source(function))
+    targets = [t for n in ast.walk(tree) if isinstance(n, ast.Assign) for t in n.targets]
+    targets += [n.target for n in ast.walk(tree) if isinstance(n, (ast.AugAssign, ast.AnnAssign))]
+    return {t.attr for t in targets if isinstance(t, ast.Attribute) and getattr(t.value, "id", "") == "self"}
+
+
+def test_loss_sets_only_what_isolation_puts_back():
+    protected = {"entropy_coef", "_last_world_entropy", "_entropy_window_stats"}
+    assert _assigned(GRPOTrainer._compute_loss) == protected
+    assert _assigned(GRPOTrainer._calculate_rewards) == set()
+    for name in protected:
+        assert f'"{name}"' in _source(isolated_bookkeeping)
+
+
+def test_isolation_puts_everything_back(grpo):
+    kept = {name: getattr(grpo, name) for name in READ}
+    grpo._metrics["train"]["kept"].append(1.0)
+    with isolated_bookkeeping(grpo, (0.5, 0.25)):
+        assert (grpo.entropy_coef, grpo._last_world_entropy) == (0.5, 0.25)
+        grpo._metrics["train"]["kept"].append(2.0)
+        grpo._pending_extra_logs["column"].append("value")
+        grpo._pending_metrics["metric"].append(1.0)
+        grpo._entropy_window_stats = torch.ones(2)
+    assert grpo._metrics["train"].pop("kept") == [1.0]
+    assert not grpo._pending_extra_logs and not grpo._pending_metrics
+    assert all(getattr(grpo, name) is value for name, value in kept.items())
+
+
+def test_terms_that_the_gain_leaves_out_are_read_by_the_loss():
+    source = _source(GRPOTrainer._compute_loss)
+    for name in ("beta", "_entropy_bonus_enabled", "aux_loss_enabled"):
+        assert f"self.{name}" in source and f'"{name}"' in _source(policy_objective)
+
+
+# Rollouts and scores
+
+BATCH = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch"}
+
+
+def _generated(trainer):
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 2
+    return trainer._generate_and_score_completions([{"prompt": "1+1="} for _ in range(16)])
+
+
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [({}, set()), ({"num_iterations": 2}, {"old_per_token_logps"})],
+    ids=["plain", "iterations"],
+)
+def test_keys_of_a_generation_batch(tmp_path, options, more):
+    trainer = small_trainer(tmp_path, GRPOTrainer, args=small_config(tmp_path, GRPOConfig, **options))
+    batch = _generated(trainer)
+    assert BATCH | more <= batch.keys()
+    assert ("old_per_token_logps" in batch) == bool(more)  # its absence says that the ratio is one
+    assert batch["advantages"].shape == (16,) and batch["completion_ids"].shape == batch["completion_mask"].shape
+
+
+def test_scores_are_three(grpo):
+    batch = _generated(grpo)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    length = batch["completion_ids"].size(1)
+    scores = grpo._get_per_token_logps_and_entropies(grpo.model, ids, mask, length, compute_entropy=True)
+    assert isinstance(scores, tuple) and len(scores) == 3
+    assert scores[0].shape == scores[1].shape == batch["completion_ids"].shape and scores[2] is None
+    source = _source(GRPOTrainer._compute_loss)
+    assert source.count("self._get_per_token_logps_and_entropies(") == 1  # what a replay stands in for
+    assert "per_token_logps, entropies, aux_loss =" in source
+
+
+def test_keys_that_the_loss_reads():
+    source = _source(GRPOTrainer._compute_loss)
+    for name in ("old_per_token_logps", "importance_sampling_ratio", "ref_per_token_logps", "advantages", "tool_mask"):
+        assert f'"{name}"' in source, name
+
+
+# The fused head
+
+
+def test_fields_of_the_fused_output():
+    assert {"log_probs", "entropy", "label_mask", "is_top1", "aux_loss"} <= set(
+        FusedCausalLMOutput.__dataclass_fields__
+    )
+
+
+def test_fused_head_is_set_on_the_instance_and_divides_by_the_temperature():
+    model = small_model()
+    assert "forward" not in vars(model)
+    add_fused_lm_head(model, temperature=0.5, outputs=("log_probs", "entropy", "is_top1"))
+    assert "forward" in vars(model)
+    ids = torch.arange(3, 11).reshape(2, 4)
+    outputs = model(input_ids=ids, labels=ids, fused_lm_head=True)
+    with torch.no_grad():
+        log_p = (small_model()(ids).logits[:, :-1] / 0.5).log_softmax(-1)
+    want = log_p.gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2)
+    assert torch.allclose(outputs.log_probs, want, atol=1e-5)
+    assert outputs.label_mask.all() and outputs.is_top1.shape == want.shape
+    assert model(input_ids=ids, labels=ids).logits.shape == (2, 4, model.config.vocab_size)
+
+
+def test_autocast_wrapper_is_set_on_the_instance(tmp_path):
+    trainer = small_trainer(tmp_path, GRPOTrainer, args=small_config(tmp_path, GRPOConfig, bf16=True))
+    trainer.accelerator.prepare_model(trainer.model)
+    assert "_original_forward" in vars(trainer.model)
+
+
+# The order of things in transformers
+
+
+def test_sampler_draws_each_epoch_from_one_generator():
+    def sampler():
+        return RepeatSampler(list(range(6)), mini_repeat_count=1, seed=3)
+
+    straight = sampler()
+    first, second = list(straight), list(straight)
+    assert first != second and straight.shuffle and straight.num_samples == 6
+    skipping = sampler()
+    torch.randperm(skipping.num_samples, generator=skipping.generator)
+    assert list(skipping) == second
+
+
+def test_parts_are_written_before_upload_and_rotation():
+    _in_order(
+        Trainer._save_checkpoint,
+        "self.save_model(",
+        "self._save_optimizer_and_scheduler(",
+        "self._save_rng_state(",
+        "self.state.save_to_json(",
+        "self._push_from_checkpoint(",
+        "rotate_checkpoints(",
+    )
+    assert f"{PREFIX_CHECKPOINT_DIR}-" == "checkpoint-" and "_get_output_dir(" in _source(Trainer._save_checkpoint)
+
+
+def test_parts_step_before_the_student_is_clipped():
+    _in_order(
+        Trainer._run_epoch,
+        "self.current_gradient_accumulation_steps =",
+        "_set_sync_gradients(do_sync_step)",
+        "self.training_step(",
+        "self._clip_grad_norm(",
+        "self.optimizer.step()",
+        ".on_optimizer_step(",
+        "self.lr_scheduler.step()",
+        "model.zero_grad()",
+        "self.state.global_step += 1",
+        ".on_step_end(",
+        "self._maybe_log_save_evaluate(",
+    )
+
+
+def test_micro_batch_is_counted_after_its_passes():
+    _in_order(GRPOTrainer.training_step, "super().training_step(", "self._step += 1")
+    _in_order(Trainer.training_step, "compute_loss_context_manager()", "self.compute_loss(", "accelerator.backward(")
+    # Evaluation calls `compute_loss` as well, and the template tells it by the model's mode.
+    _in_order(GRPOTrainer.prediction_step, "self.compute_loss(model, inputs)")
+
+
+def test_best_model_and_resume_go_through_the_methods_that_we_extend():
+    assert "self._load_best_model()" in _source(Trainer._finalize_training)
+    assert "self._load_optimizer_and_scheduler(" in _source(Trainer._prepare_for_training)
+    assert "self._prepare_for_training(" in _source(Trainer._inner_training_loop)
+
+
+def test_generation_batch_is_split_as_pairing_expects():
+    _in_order(
+        GRPOTrainer._prepare_inputs,
+        "self._generate_and_score_completions(",
+        "shuffle_sequence_dict(",
+        "split_tensor_dict(",
+        "self._buffered_inputs[self._step % self.args.steps_per_generation]",
+    )
+
+
+# The model card
+
+
+def test_model_card(tmp_path):
+    trainer = small_trainer(tmp_path)
+    trainer.create_model_card(model_name="mine")
+    card = next(Path(trainer.args.output_dir).glob("README.md")).read_text()
+    assert "This model was trained with BRIDGE" in card
+    for text in (BridgeTrainer._paper["title"], BridgeTrainer._paper["id"], "chen2026bridge", "- bridge", "- trl"):
+        assert text in card, text
