@@ -49,7 +49,7 @@ def hostile(rng: random.Random) -> str:
     return "".join(rng.choices(PIECES, k=rng.randint(1, 14)))
 
 
-def run(count: int, seed: int, batch: int, limit: float) -> dict[str, float]:
+def run(count: int, seed: int, batch: int, limit: float, progress: bool = False) -> dict[str, float]:
     """Fuzz and return what was measured; raises `AssertionError` at the first fault."""
     rng = random.Random(seed)
     reward = MathReward(fallback="text", limit=limit, batch_limit=60.0)
@@ -71,6 +71,8 @@ def run(count: int, seed: int, batch: int, limit: float) -> dict[str, float]:
         totals["timeouts"] += metrics["math_reward/timeouts"]
         totals["slowest_batch"] = max(totals["slowest_batch"], seconds)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if progress and totals["strings"] % (10 * batch) == 0:
+            print(f"{totals['strings']:.0f} strings, {totals['paid']:.0f} paid, {memory:.0f} MB", flush=True)
         # The caches fill up at first: growth counts from the second tenth on.
         if start_memory is None and totals["strings"] >= count / 10:
             start_memory = memory
@@ -87,7 +89,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=2.0)
     arguments = parser.parse_args()
     start = time.perf_counter()
-    totals = run(arguments.count, arguments.seed, arguments.batch, arguments.limit)
+    totals = run(arguments.count, arguments.seed, arguments.batch, arguments.limit, progress=True)
     print(
         f"{time.perf_counter() - start:.0f} s: " + ", ".join(f"{name} {value:.1f}" for name, value in totals.items())
     )

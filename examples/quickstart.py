@@ -3,7 +3,7 @@ GRPO and BRIDGE on sums of two digits: a tiny model made in memory, about a minu
 
     python examples/quickstart.py
 
-GRPO alone has to stumble on right answers; `BridgeTrainer` is given demonstrations beside the same rollouts.
+From random weights GRPO has to stumble on right answers; `BridgeTrainer` is given demonstrations beside as many rollouts.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def accuracy(model, tokenizer, rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=120)
     steps = parser.parse_args().steps
 
     pairs = addition_pairs(max_number=9, seed=0)
@@ -35,8 +35,8 @@ def main():
 
     options = dict(
         max_steps=steps,
-        learning_rate=1e-3,
-        per_device_train_batch_size=64,  # 8 prompts with 8 rollouts each
+        learning_rate=2e-3,
+        per_device_train_batch_size=32,  # 4 prompts with 8 rollouts each
         num_generations=8,
         max_completion_length=3,
         use_cpu=True,
@@ -59,7 +59,12 @@ def main():
     bridge = BridgeTrainer(
         model=tiny_model(tokenizer),
         reward_funcs=closeness_reward,
-        args=BridgeConfig(output_dir="outputs/quickstart-bridge", **options),
+        args=BridgeConfig(
+            output_dir="outputs/quickstart-bridge",
+            coordinator_learning_rate=2e-3,  # the default, 10 times `learning_rate`, is for fine-tuning, not for a random model
+            sft_per_device_train_batch_size=16,
+            **options,
+        ),
         train_dataset=train,
         sft_dataset=train,  # the one argument that GRPOTrainer does not have; here the rows' own `completion` column
         processing_class=tokenizer,

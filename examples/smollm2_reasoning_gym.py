@@ -30,7 +30,7 @@ def load(name):
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
 
 
-def accuracy(model, tokenizer, rows, batch_size=50, max_new_tokens=48):
+def accuracy(model, tokenizer, rows, batch_size=50, max_new_tokens=40):
     """Share of the rows whose greedy answer is right, and the first completion."""
     right, first = 0.0, ""
     for start in range(0, len(rows), batch_size):
@@ -77,10 +77,11 @@ def main():
         args=BridgeConfig(
             output_dir=args.output_dir,
             max_steps=args.steps,
-            learning_rate=1e-5,
-            per_device_train_batch_size=16,
+            learning_rate=2e-5,
+            per_device_train_batch_size=8,
             num_generations=4,
-            max_completion_length=48,
+            sft_per_device_train_batch_size=4,
+            max_completion_length=40,
             bf16=False,
             activation_checkpointing=False,
             logging_steps=1,

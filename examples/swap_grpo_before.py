@@ -1,4 +1,4 @@
-"""A plain TRL GRPO script. `swap_grpo.py` is the same with `BridgeTrainer`: compare the two files."""
+"""A plain TRL GRPO script. `swap_grpo.py` is the same script with `BridgeTrainer`: `diff` shows what changes."""
 
 import sys
 
@@ -8,12 +8,9 @@ from trl import GRPOConfig, GRPOTrainer, TrlParser
 from trl_bridge.rewards import closeness_reward
 
 
-def main():
-    parser = TrlParser(GRPOConfig)
-    (args,) = parser.parse_args_and_config(sys.argv[3:])
-    model, data = sys.argv[1:3]
-    train_dataset = load_dataset("json", data_files=data, split="train")
-
+def main(model, train_file, options):
+    (args,) = TrlParser(GRPOConfig).parse_args_and_config(options)
+    train_dataset = load_dataset("json", data_files=train_file, split="train")
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=closeness_reward,
@@ -25,4 +22,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    # python swap_grpo_before.py MODEL TRAIN.jsonl --output_dir out --max_steps 100 ...
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -53,7 +53,7 @@ LOSSES = {
         {"importance_sampling_level": "sequence", "loss_type": "grpo"},
     ),
     "adaptive entropy": (
-        {"use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_coef_delta": 0.5, "entropy_target": 9.0},
+        {"use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_coef_delta": 0.1, "entropy_target": 9.0},
         {},
     ),
     "bf16": ({"bf16": True}, {}),

@@ -7,7 +7,14 @@ import pickle
 import pytest
 import reasoning_gym
 
-from trl_bridge.rewards import boxed_format_reward, choice_reward, knights_knaves_reward, math_reward, noisy, reasoning_gym_reward
+from trl_bridge.rewards import (
+    boxed_format_reward,
+    choice_reward,
+    knights_knaves_reward,
+    math_reward,
+    noisy,
+    reasoning_gym_reward,
+)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +148,10 @@ def test_noise_state_continues():
 
 
 def test_noise_passes_none_and_refuses_other_values():
-    assert noisy(lambda prompts, completions: [None, 1], 1.0)(prompts=["a", "b"], completions=["c", "d"]) == [None, 0.0]
+    assert noisy(lambda prompts, completions: [None, 1], 1.0)(prompts=["a", "b"], completions=["c", "d"]) == [
+        None,
+        0.0,
+    ]
     with pytest.raises(ValueError, match="binary"):
         noisy(lambda prompts, completions: [0.5], 0.1)(prompts=["a"], completions=["b"])
     for p in (-0.1, 1.1):

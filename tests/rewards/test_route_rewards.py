@@ -146,19 +146,28 @@ def brute_force(network: Network) -> Fraction | None:
     return min(costs, default=None)
 
 
+def attributes(rng):
+    return {"Time": rng.randint(0, 9), "Price": rng.randint(0, 5) / 100, "Comfort Level": rng.randint(0, 100) / 100}
+
+
 def test_dijkstra_equals_brute_force_on_random_graphs():
     rng = random.Random(0)
     found = 0
     for _ in range(500):
         names = [f"S{i}" for i in range(rng.randint(3, 5))]
-        values = lambda: {"Time": rng.randint(0, 9), "Price": rng.randint(0, 5) / 100, "Comfort Level": rng.randint(0, 100) / 100}  # noqa: E731, B023
         edges = [
-            edge(a, b, rng.sample("rgb", rng.randint(1, 2)), **values())
+            edge(a, b, rng.sample("rgb", rng.randint(1, 2)), **attributes(rng))
             for a, b in itertools.combinations(names, 2)
             if rng.random() < 0.7
         ]
-        vertices = [{"Vertex": name, "Transfer Time": rng.randint(0, 9), **values()} for name in names]
-        tables = {"start": names[0], "goal": names[-1], "edges": edges, "vertices": vertices, "flavour": rng.choice(["metro", "travel"])}
+        vertices = [{"Vertex": name, "Transfer Time": rng.randint(0, 9), **attributes(rng)} for name in names]
+        tables = {
+            "start": names[0],
+            "goal": names[-1],
+            "edges": edges,
+            "vertices": vertices,
+            "flavour": rng.choice(["metro", "travel"]),
+        }
         network = Network.read(tables, {"time": 0.5, "price": 0.3, "comfort": 0.2})
         expected = brute_force(network)
         assert network.best_cost() == expected

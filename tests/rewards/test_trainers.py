@@ -115,7 +115,15 @@ def test_noise_is_the_same_on_any_number_of_ranks(tmp_path):
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     outputs = []
     for size in ("1", "2"):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", size, str(script)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            size,
+            str(script),
+        ]
         environment = os.environ | {"PYTHONPATH": root}
         result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
         assert result.returncode == 0, result.stderr[-2000:]

@@ -188,6 +188,7 @@ class MathReward:
             stopped = sum(outcome in ("timeout", "deadline", "killed") for outcome in outcomes)
             total = max(1, len(completions))
             log_metric("math_reward/timeouts", float(stopped))
+            log_metric("math_reward/errors", float(sum(str(outcome).startswith("error") for outcome in outcomes)))
             log_metric("math_reward/symbolic_fraction", symbolic / total)
             log_metric("math_reward/no_answer_fraction", sum(answer is None for answer in answers) / total)
         return rewards
@@ -237,8 +238,8 @@ def math_reward(
         log_extra (`callable`, *optional*):
             Given by the trainer; gets the columns `solution` and `answer`.
         log_metric (`callable`, *optional*):
-            Given by the trainer; gets `math_reward/timeouts` (answers killed, a count), `math_reward/symbolic_fraction`
-            and `math_reward/no_answer_fraction`.
+            Given by the trainer; gets `math_reward/timeouts` (answers killed, a count), `math_reward/errors` (answers that
+            SymPy failed on, a count), `math_reward/symbolic_fraction` and `math_reward/no_answer_fraction`.
         **kwargs:
             Other columns of the dataset, ignored.
 

@@ -1,12 +1,12 @@
 """Rewards that are wrong with a known probability, to study how a method bears noise."""
 
+import functools
 import hashlib
+import inspect
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
-
-from trl.trainer.utils import get_callable_name, is_async_callable
 
 from .completions import Completion, message_text
 
@@ -28,7 +28,7 @@ class NoisyReward:
         self.p = p
         self.seed = seed
         self.calls: Counter[str] = Counter()
-        self.__name__ = f"noisy_{get_callable_name(reward)}"
+        self.__name__ = f"noisy_{_name(reward)}"
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
         rewards = self.reward(prompts=prompts, completions=completions, **kwargs)
@@ -80,6 +80,16 @@ class AsyncNoisyReward(NoisyReward):
         return self._flip(prompts, completions, rewards, kwargs.get("log_metric"))
 
 
+def _unwrapped(reward: Reward) -> Reward:
+    while isinstance(reward, functools.partial):
+        reward = reward.func
+    return reward
+
+
+def _name(reward: Reward) -> str:
+    return getattr(_unwrapped(reward), "__name__", type(_unwrapped(reward)).__name__)
+
+
 def _key(prompt: Any, completion: Completion) -> str:
     content = json.dumps([prompt, message_text(completion)], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
@@ -127,4 +137,6 @@ def noisy(reward: Reward, p: float, seed: int = 0) -> NoisyReward:
     """
     if not 0 <= p <= 1:
         raise ValueError(f"`p` is {p}: it must be a probability, from 0 to 1.")
-    return (AsyncNoisyReward if is_async_callable(reward) else NoisyReward)(reward, p, seed)
+    inner = _unwrapped(reward)
+    is_async = inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(type(inner).__call__)
+    return (AsyncNoisyReward if is_async else NoisyReward)(reward, p, seed)

@@ -108,9 +108,8 @@ class Host:
         except (BrokenProcessPool, CancelledError):
             raise
         except Exception as error:
-            # SymPy raises whatever it likes on hostile input. The answer is not right, and the reason is on stderr.
-            sys.stderr.write(f"trl_bridge.rewards: an answer could not be judged ({type(error).__name__})\n")
-            return "error"
+            # SymPy raises whatever it likes on hostile input: such an answer is not right, and a metric counts it.
+            return f"error: {type(error).__name__}"
 
 
 def watch_parent(parent: int) -> None:

@@ -76,7 +76,7 @@ def to_region(node: Node, to_sympy: ToSympy) -> sympy.Set:
         return sympy.FiniteSet(*(_end(item, to_sympy) for item in node.items))
     if node.kind == "expression":
         value = to_sympy(node.text)
-        return value if isinstance(value, sympy.Set) else sympy.FiniteSet(value)
+        return value if isinstance(value, sympy.Set) else sympy.FiniteSet(_end(node, to_sympy))
     parts = [to_region(item, to_sympy) for item in node.items]
     if node.kind == "union":
         return sympy.Union(*parts)

@@ -15,7 +15,7 @@ from typing import Any
 
 Job = tuple[str, ...]
 Outcome = bool | str
-"""A verdict, or why there is none: `"timeout"`, `"deadline"`, `"killed"` (memory, or the worker died) or `"error"`."""
+"""A verdict, or why there is none: `"timeout"`, `"deadline"`, `"killed"` (memory, or the worker died) or `"error: ..."`."""
 
 # What the parent waits beyond a batch's deadline before it kills the helper itself.
 _GRACE = 1.0

@@ -24,6 +24,8 @@ from .errors import UsageError
 
 __all__ = ["LAUNCH_KEYS", "CommandLine", "MethodParser", "build_parser", "import_by_path", "parse_command_line"]
 
+# Keys of older recipes whose new name does not look like the old one.
+_RENAMED = {"torch_dtype": "dtype", "warmup_ratio": "warmup_steps", "dataset_prompt_column": "prompt_column"}
 # Read by the launcher beside accelerate's own options.
 LAUNCH_KEYS = ("accelerate_config",)
 
@@ -258,7 +260,9 @@ def _check_rest(rest: list[str], known: set[str], launchable: dict[str, argparse
 
 
 def _nearest(key: str, candidates: set[str], prefix: str = "") -> str:
-    found = difflib.get_close_matches(key.lstrip("-").replace("-", "_"), sorted(candidates), n=1, cutoff=0.5)
+    wanted = key.lstrip("-").replace("-", "_")
+    renamed = [_RENAMED[wanted]] if _RENAMED.get(wanted) in candidates else []
+    found = renamed or difflib.get_close_matches(wanted, sorted(candidates), n=1, cutoff=0.5)
     return f" (did you mean `{prefix}{found[0]}`?)" if found else ""
 
 

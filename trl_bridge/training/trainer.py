@@ -136,7 +136,8 @@ class DemonstrationTrainer(ResumableTrainer):
                 "The load-balancing loss of Mixture-of-Experts models is not supported. Set `router_aux_loss_coef=0`."
             )
         self.backend = Backend(self.accelerator)
-        head_owner = self._plain_model.get_base_model() if is_peft_model(self._plain_model) else self._plain_model
+        plain: Any = self._plain_model
+        head_owner = plain.get_base_model() if is_peft_model(plain) else plain
         add_demonstration_head(head_owner, args.cast_lm_head_to_fp32)
         if own_reference:
             self.beta = args.beta

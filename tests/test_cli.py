@@ -1,0 +1,321 @@
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from trl_bridge import cli
+from trl_bridge.methods import FAMILIES, METHODS
+from trl_bridge.scripts import train
+from trl_bridge.scripts.errors import UsageError, user_errors
+from trl_bridge.scripts.launch import _with_config_file
+from trl_bridge.scripts.parsing import import_by_path, parse_command_line
+
+
+BRIDGE = METHODS["bridge"]
+SMALL = """
+model_name_or_path: builtin:tiny
+dataset_name: builtin:addition
+reward_funcs: [closeness_reward]
+per_device_train_batch_size: 4
+num_generations: 4
+max_completion_length: 4
+max_steps: 2
+use_cpu: true
+bf16: false
+activation_checkpointing: false
+report_to: none
+save_steps: 1
+lora_r: 2
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Writes a recipe for two steps of BRIDGE, with lines added."""
+
+    def write(*lines):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(SMALL + f"output_dir: {tmp_path / 'out'}\n" + "\n".join(lines) + "\n")
+        return str(path)
+
+    return write
+
+
+def command(*arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300)
+
+
+def refusal(capsys, *arguments):
+    """The one line that a refused command line prints; what comes with exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(arguments))
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    ours = [line for line in lines if line.startswith("trl-bridge")]
+    assert len(ours) == 1 and not any("Traceback" in line for line in lines)
+    return ours[0]
+
+
+# Quick help
+
+
+def test_help_lists_every_verb_without_torch():
+    code = "import sys; from trl_bridge.cli import main; main(['--help'])"
+    shown = command("-c", f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {code}")
+    assert shown.returncode == 0
+    assert shown.stdout.strip().endswith("False")
+    for verb in (*METHODS, *cli.TOOLS):
+        assert f"\n    {verb} " in shown.stdout
+
+
+def test_help_and_import_take_under_a_second_beyond_python():
+    def seconds(*arguments):
+        # Processor time: what the rest of the machine does must not fail a test.
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command(*arguments)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    start = seconds("-c", "pass")
+    assert seconds("-m", "trl_bridge", "--help") - start < 1.0
+    assert seconds("-c", "import trl_bridge") - start < 1.0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_help_of_every_method_exits_0(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([name, "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--model_name_or_path" in shown and "--config" in shown
+
+
+@pytest.mark.parametrize("arguments", [["demo"], ["env"], ["recipes"], ["recipes", "cp"], []])
+def test_help_of_tools_exits_0(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*arguments, "--help"])
+    assert stopped.value.code == 0
+    assert "usage: trl-bridge" in capsys.readouterr().out
+
+
+def test_every_method_names_what_exists():
+    for method in METHODS.values():
+        assert method.family in FAMILIES
+        assert import_by_path(method.trainer) and import_by_path(method.config)
+        assert import_by_path(f"{method.module}.run") is train.run
+
+
+# Refusals: one line, exit code 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["bridg"], "'bridg'"),
+        (["bridge", "--config", "smoke/brige"], "did you mean `smoke/bridge`?"),
+        (["bridge", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["bridge", "--config"], "needs a file"),
+        (["bridge", "--config=smoke/bridge", "--config", "smoke/grpo"], "twice"),
+        (["bridge", "--config=smoke/bridge", "--learning_rat", "0.9"], "did you mean `--learning_rate`?"),
+        (["bridge", "--config=smoke/bridge", "--learning-rat=0.9"], "did you mean `--learning_rate`?"),
+        (["bridge", "--config=smoke/bridge", "--num_proc", "2"], "did you mean `--num_processes`?"),
+        (["bridge", "--config=smoke/bridge", "--num_processes"], "needs a value"),
+        (["bridge", "--config=smoke/bridge", "stray"], "unexpected argument `stray`"),
+        (["bridge", "--config=smoke/bridge", "--max_steps", "many"], "invalid int value: 'many'"),
+        (["bridge", "--config=smoke/bridge", "--bridge_lambda", "3"], "`bridge_lambda` must lie in [0, 1]"),
+        (["bridge", "--config=smoke/bridge", "--accelerate_config", "zero9"], "zero9"),
+        (["grpo", "--config=smoke/bridge"], "unknown key `bridge_lambda`"),
+        (["recipes"], "ACTION"),
+        (["recipes", "cp", "smoke/bridg", "x"], "did you mean `smoke/bridge`?"),
+        (["demo", "--steps", "0"], "`--steps`"),
+        (["env", "--x"], "--x"),
+    ],
+)
+def test_refused_before_anything_starts(capsys, arguments, said):
+    assert said in refusal(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("learning_rat: 1.0", "unknown key `learning_rat` in"),
+        ("learning_rat: 1.0", "did you mean `learning_rate`?"),
+        ("torch_dtype: float32", "did you mean `dtype`?"),
+        ("num_iterations: 1.5", "`num_iterations: 1.5` in the config file is not a valid int"),
+        ("num_iterations: many", "`num_iterations: many`"),
+        ("shuffle_dataset: perhaps", "`shuffle_dataset: perhaps`"),
+        ("preset: papper", "choose from paper, selective"),
+        ("num_train_epochs: [", "is not valid YAML"),
+        ("env: 3", "`env` in"),
+    ],
+)
+def test_a_recipe_is_checked_key_by_key(capsys, recipe, line, said):
+    assert said in refusal(capsys, "bridge", "--config", recipe(line))
+
+
+def test_a_recipe_that_is_no_mapping_is_refused(capsys, tmp_path):
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    assert "must contain a YAML mapping" in refusal(capsys, "bridge", "--config", str(tmp_path / "list.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["dataset_name: data/missing.jsonl"], "no such dataset file: data/missing.jsonl"),
+        (["dataset_config: sise=5"], "builtin:addition has no parameter 'sise'"),
+        (["dataset_train_split: trian"], "it has: train, test"),
+        (["solution_column: gold"], "no column 'gold'; it has: prompt, completion, solution"),
+        (["reward_funcs: [closeness_rewrad]"], "did you mean `closeness_reward`?"),
+        (["reward_funcs: [no_such_module.reward]"], "no_such_module.reward cannot be imported"),
+        (["reward_funcs: []"], "`reward_funcs` is not set"),
+        (["model_name_or_path: builtin:huge"], "builtin:tiny and builtin:smollm2-135m"),
+        (["model_name_or_path: /no/such/model"], "there is no directory /no/such/model"),
+        (["dtype: bfloat16"], "remove `dtype: bfloat16`"),
+        (["lora_dropout: 0.1"], "lora_dropout"),
+        (["resume_from_checkpoint: true"], "holds no checkpoint"),
+        (["resume_from_checkpoint: out/checkpoint-7"], "there is no directory out/checkpoint-7"),
+    ],
+)
+def test_refused_while_the_trainer_is_built(capsys, recipe, lines, said):
+    with pytest.raises(SystemExit) as stopped:
+        train.run("bridge", ["--config", recipe(*lines)])
+    assert stopped.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-bridge bridge: error")]
+    assert said in line
+
+
+def test_a_fault_of_other_code_keeps_its_traceback(capsys):
+    with pytest.raises(ValueError, match="not ours"), user_errors("x", only_ours=True):
+        exec("raise ValueError('not ours')", {"__name__": "elsewhere"})
+    with pytest.raises(SystemExit), user_errors("x", only_ours=True):
+        exec("raise ValueError('ours\\nin two lines')", {"__name__": "trl_bridge.somewhere"})
+    assert capsys.readouterr().err == "x: error: ours in two lines\n"
+
+
+def test_debug_variable_lets_tracebacks_through(monkeypatch):
+    monkeypatch.setenv("TRL_BRIDGE_DEBUG", "1")
+    with pytest.raises(UsageError), user_errors("x"):
+        raise UsageError("wrong")
+
+
+# What a command line means
+
+
+def test_the_shell_wins_over_the_file_in_both_spellings(recipe):
+    path = recipe("learning_rate: 5e-7")
+    for spelling in (["--config", path], [f"--config={path}"]):
+        assert parse_command_line(BRIDGE, spelling, launched=False).training.learning_rate == 5e-7
+        line = parse_command_line(BRIDGE, [*spelling, "--learning-rate", "0.25"], launched=False)
+        assert line.training.learning_rate == 0.25
+        assert line.forwarded == ["--config", path, "--learning-rate", "0.25"]
+
+
+def test_accelerate_options_are_taken_from_file_and_shell(recipe):
+    path = recipe("num_processes: 2", "accelerate_config: multi_gpu", "debug: true", "same_network: false")
+    shell = ["--num_machines", "1", "--max_steps", "1", "--main_process_port=29501", "--cpu"]
+    line = parse_command_line(BRIDGE, ["--config", path, *shell], launched=False)
+    from_file = ["--num_processes", "2", "--accelerate_config", "multi_gpu"]
+    assert line.launch == from_file + ["--num_machines", "1", "--main_process_port=29501", "--cpu"]
+    assert line.forwarded == ["--config", path, "--max_steps", "1"]
+    assert line.training.debug == "true" or line.training.debug
+
+
+def test_accelerate_config_by_name_and_by_file(tmp_path):
+    by_name = _with_config_file(["--num_processes", "2", "--accelerate_config", "zero2"])
+    assert by_name[0] == "--config_file" and by_name[1].endswith("zero2.yaml") and os.path.isfile(by_name[1])
+    assert by_name[2:] == ["--num_processes", "2"]
+    (tmp_path / "mine.yaml").write_text("num_processes: 1\n")
+    assert _with_config_file([f"--accelerate_config={tmp_path / 'mine.yaml'}"])[1] == str(tmp_path / "mine.yaml")
+
+
+def test_the_launched_script_takes_launcher_keys_of_the_file_but_not_of_the_shell(recipe):
+    path = recipe("num_processes: 2", "accelerate_config: zero2")
+    assert parse_command_line(BRIDGE, ["--config", path], launched=True).launch == []
+    with pytest.raises(UsageError, match="goes before `-m`"):
+        parse_command_line(BRIDGE, ["--config", path, "--num_processes", "2"], launched=True)
+
+
+def test_env_of_the_recipe_is_exported(recipe, monkeypatch):
+    monkeypatch.delenv("BRIDGE_TEST_VARIABLE", raising=False)
+    parse_command_line(BRIDGE, ["--config", recipe("env: {BRIDGE_TEST_VARIABLE: 3}")], launched=False)
+    assert os.environ.pop("BRIDGE_TEST_VARIABLE") == "3"
+
+
+def test_lora_keys_describe_the_coordinator(recipe):
+    (default,) = [parse_command_line(BRIDGE, ["--model_name_or_path", "m", "--use_cpu", "--no_bf16"], True)]
+    assert (default.model.lora_r, default.model.lora_alpha, default.model.lora_dropout) == (16, 16, 0.0)
+    assert default.model.lora_target_modules == "all-linear"
+    for extra in ("use_peft: false", "use_peft: true"):
+        line = parse_command_line(BRIDGE, ["--config", recipe(extra, "lora_alpha: 6")], launched=True)
+        trainer = train.build_trainer(BRIDGE, line)
+        assert trainer.coordinator.shape()
+        assert {v.shape[0] for k, v in trainer.coordinator_state_dict().items() if "lora_A" in k} == {2}
+
+
+def test_one_value_serves_for_a_list(recipe):
+    line = parse_command_line(BRIDGE, ["--config", recipe("reward_funcs: answer_reward")], launched=True)
+    assert line.script.reward_funcs == ["answer_reward"]
+
+
+# Training
+
+
+def test_runs_saves_and_resumes_from_the_recipe(recipe, tmp_path):
+    import json
+
+    train.run("bridge", ["--config", recipe()])
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    train.run("bridge", ["--config", recipe("resume_from_checkpoint: true"), "--max_steps", "3"])
+    state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry][-1:] == [] or state["global_step"] == 3
+    # The shell's spelling is a string.
+    train.run("bridge", ["--config", recipe(), "--resume_from_checkpoint", "true", "--max_steps", "4"])
+    assert (tmp_path / "out" / "checkpoint-4" / "bridge").is_dir()
+
+
+def test_system_prompt_and_local_files(tmp_path, recipe):
+    import json
+
+    rows = [{"question": f"{i}+1=", "gold": str(i + 1), "worked": f"{i + 1}"} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    lines = [
+        f"dataset_name: {tmp_path / 'rows.jsonl'}",
+        "prompt_column: question",
+        "solution_column: gold",
+        "expert_column: worked",
+        "system_prompt: add",
+    ]
+    line = parse_command_line(BRIDGE, ["--config", recipe(*lines)], launched=True)
+    trainer = train.build_trainer(BRIDGE, line)
+    assert trainer.train_dataset[3]["prompt"] == [
+        {"role": "system", "content": "add"},
+        {"role": "user", "content": "3+1="},
+    ]
+    assert trainer.train_dataset[3]["solution"] == "4"
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.slow
+def test_unknown_key_under_accelerate_launch(recipe):
+    launch = "from accelerate.commands.accelerate_cli import main; main()"
+    script = ["launch", "--cpu", "--num_processes", "1", "-m", "trl_bridge.scripts.bridge"]
+    shown = command("-c", launch, *script, "--config", recipe("learning_rat: 1"))
+    assert shown.returncode != 0
+    assert "trl-bridge bridge: error: unknown key `learning_rat`" in shown.stderr
+    assert "did you mean `learning_rate`?" in shown.stderr
+
+
+@pytest.mark.slow
+def test_a_childs_error_reaches_the_shell_as_exit_code_2(recipe):
+    shown = command("-m", "trl_bridge", "bridge", "--config", recipe("solution_column: gold"))
+    assert shown.returncode == 2
+    assert "no column 'gold'" in shown.stderr and "Traceback" not in shown.stderr
+
+
+def test_env_prints_versions(capsys):
+    assert cli.main(["env"]) == 0
+    shown = capsys.readouterr().out
+    assert "TRL version" in shown and "trl-bridge version" in shown

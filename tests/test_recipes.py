@@ -1,0 +1,120 @@
+import shutil
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from trl_bridge import cli, recipes
+from trl_bridge.methods import METHODS
+from trl_bridge.scripts.parsing import parse_command_line
+
+
+# Defaults of TRL that have changed between releases: a recipe states them, so that it keeps meaning what it meant.
+STATED = {
+    "beta",
+    "bf16",
+    "epsilon",
+    "learning_rate",
+    "loss_type",
+    "lr_scheduler_type",
+    "max_completion_length",
+    "num_generations",
+    "num_iterations",
+    "scale_rewards",
+    "temperature",
+}
+NAMES = recipes.list_recipes()
+
+
+def method_of(name):
+    return METHODS[name.split("/")[-1]]
+
+
+def test_the_shipped_recipes():
+    assert {"smoke/bridge", "smoke/grpo", "smoke/sft", "smollm2-135m/bridge", "smollm2-135m/grpo"} <= set(NAMES)
+    assert all(not name.startswith("accelerate_configs") for name in NAMES)
+    assert {f"smoke/{name}" for name in METHODS} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_parses_with_nothing_left_over(name):
+    line = parse_command_line(method_of(name), ["--config", name], launched=False)
+    assert line.launch == []
+    assert line.forwarded == ["--config", str(recipes.find_recipe(name))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_has_a_header_and_states_what_changes(name):
+    import yaml
+
+    path = recipes.find_recipe(name)
+    header = path.read_text().split("\n\n")[0]
+    for part in ("# Hardware:", "# Run:", "# Was run:"):
+        assert part in header
+    assert f"trl-bridge {method_of(name).name} --config {name}\n" in header + "\n"
+    stated = set(yaml.safe_load(path.read_text()))
+    if method_of(name).family != "sft":
+        assert stated >= STATED
+
+
+def test_a_file_goes_before_a_recipe_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = recipes.find_recipe("smoke/bridge")
+    assert shipped.is_absolute() and recipes.find_recipe("smoke/bridge.yaml") == shipped
+    (tmp_path / "smoke").mkdir()
+    (tmp_path / "smoke" / "bridge").write_text("max_steps: 1\n")
+    assert recipes.find_recipe("smoke/bridge").read_text() == "max_steps: 1\n"
+
+
+def test_found_in_the_wheels_layout(tmp_path, monkeypatch):
+    package = tmp_path / "site-packages" / "trl_bridge"
+    shutil.copytree(recipes.recipe_folder(), package / "recipe_files")
+    monkeypatch.setattr(recipes, "_PACKAGE", package)
+    assert recipes.recipe_folder() == package / "recipe_files"
+    assert recipes.list_recipes() == NAMES
+    assert recipes.find_recipe("smoke/bridge").is_relative_to(package)
+
+
+def test_dots_in_a_models_name_are_kept(tmp_path, monkeypatch):
+    (tmp_path / "recipe_files" / "qwen2.5-3b").mkdir(parents=True)
+    (tmp_path / "recipe_files" / "qwen2.5-3b" / "bridge.yaml").write_text("# one\n")
+    monkeypatch.setattr(recipes, "_PACKAGE", tmp_path)
+    assert recipes.list_recipes() == ["qwen2.5-3b/bridge"]
+    assert recipes.find_recipe("qwen2.5-3b/bridge").read_text() == "# one\n"
+    assert recipes.recipe_summary("qwen2.5-3b/bridge") == "one"
+
+
+def test_ls_and_cp(tmp_path, capsys):
+    assert cli.main(["recipes", "ls"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == NAMES
+    assert all(len(line.split(maxsplit=1)[1]) > 20 for line in listed)
+
+    target = tmp_path / "new" / "mine.yaml"
+    assert cli.main(["recipes", "cp", "smoke/bridge", str(target)]) == 0
+    assert target.read_text() == recipes.find_recipe("smoke/bridge").read_text()
+    target.write_text("edited\n")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["recipes", "cp", "smoke/bridge", str(target)])
+    assert stopped.value.code == 2 and "--force" in capsys.readouterr().err
+    assert target.read_text() == "edited\n"
+    assert cli.main(["recipes", "cp", "smoke/bridge", str(target), "--force"]) == 0
+    assert target.read_text() != "edited\n"
+    assert cli.main(["recipes", "cp", "smoke/bridge", str(tmp_path)]) == 0
+    assert (tmp_path / "bridge.yaml").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("smoke/")])
+def test_every_smoke_recipe_trains_through_the_command(name, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "trl_bridge", method_of(name).name, "--config", name, "--output_dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Training completed" in done.stdout
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() > 0
+    assert (tmp_path / "checkpoint-4").is_dir()
