@@ -213,13 +213,12 @@ def test_the_shell_wins_over_the_file_in_both_spellings(recipe):
 
 
 def test_accelerate_options_are_taken_from_file_and_shell(recipe):
-    path = recipe("num_processes: 2", "accelerate_config: multi_gpu", "debug: true", "same_network: false")
+    path = recipe("num_processes: 2", "accelerate_config: multi_gpu", "same_network: false", "tpu: true")
     shell = ["--num_machines", "1", "--max_steps", "1", "--main_process_port=29501", "--cpu"]
     line = parse_command_line(BRIDGE, ["--config", path, *shell], launched=False)
-    from_file = ["--num_processes", "2", "--accelerate_config", "multi_gpu"]
+    from_file = ["--num_processes", "2", "--accelerate_config", "multi_gpu", "--tpu"]
     assert line.launch == from_file + ["--num_machines", "1", "--main_process_port=29501", "--cpu"]
     assert line.forwarded == ["--config", path, "--max_steps", "1"]
-    assert line.training.debug == "true" or line.training.debug
 
 
 def test_accelerate_config_by_name_and_by_file(tmp_path):
@@ -244,13 +243,12 @@ def test_env_of_the_recipe_is_exported(recipe, monkeypatch):
 
 
 def test_lora_keys_describe_the_coordinator(recipe):
-    (default,) = [parse_command_line(BRIDGE, ["--model_name_or_path", "m", "--use_cpu", "--no_bf16"], True)]
+    default = parse_command_line(BRIDGE, ["--model_name_or_path", "m", "--use_cpu", "--bf16", "false"], launched=True)
     assert (default.model.lora_r, default.model.lora_alpha, default.model.lora_dropout) == (16, 16, 0.0)
     assert default.model.lora_target_modules == "all-linear"
     for extra in ("use_peft: false", "use_peft: true"):
         line = parse_command_line(BRIDGE, ["--config", recipe(extra, "lora_alpha: 6")], launched=True)
         trainer = train.build_trainer(BRIDGE, line)
-        assert trainer.coordinator.shape()
         assert {v.shape[0] for k, v in trainer.coordinator_state_dict().items() if "lora_A" in k} == {2}
 
 
@@ -269,7 +267,7 @@ def test_runs_saves_and_resumes_from_the_recipe(recipe, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
     train.run("bridge", ["--config", recipe("resume_from_checkpoint: true"), "--max_steps", "3"])
     state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
-    assert [entry["step"] for entry in state["log_history"] if "loss" in entry][-1:] == [] or state["global_step"] == 3
+    assert state["global_step"] == 3
     # The shell's spelling is a string.
     train.run("bridge", ["--config", recipe(), "--resume_from_checkpoint", "true", "--max_steps", "4"])
     assert (tmp_path / "out" / "checkpoint-4" / "bridge").is_dir()

@@ -64,7 +64,7 @@ def trl_accelerate_config(name: str) -> Path | None:
     Returns:
         `Path`, *optional*: the file, `None` if TRL has none of that name.
     """
-    path = Path(str(importlib.resources.files("trl.accelerate_configs"))) / f"{name}.yaml"
+    path = Path(str(importlib.resources.files("trl.accelerate_configs").joinpath(f"{name}.yaml")))
     return path if path.is_file() else None
 
 

@@ -151,7 +151,7 @@ ADAPTERS = {
     "use_bdlora": {"use_bdlora": BdLoraConfig(nblocks=2, match_strict=False)},
     "arrow_config": {"arrow_config": ArrowConfig()},
     "kasa_config": {"kasa_config": KasaConfig()},
-    **{f"init_lora_weights={init}": {"init_lora_weights": init} for init in ("eva", "corda", "loftq", "lora_ga")},
+    **{f"init_lora_weights={init}": {"init_lora_weights": init} for init in ("eva", "corda", "lora_ga")},
 }
 
 

@@ -171,3 +171,17 @@ def test_check_golds_lists_the_bad_rows():
     assert [(item.row, item.reason) for item in bad] == [(1, "does not parse"), (3, "missing"), (4, "missing")]
     with pytest.raises(KeyError, match="answer"):
         check_golds(rows, column="answer")
+
+
+def test_a_pool_that_hangs_is_replaced():
+    """Stopped workers stand for a lock that died with its owner: no job can end, and no worker is dead."""
+    pool = WorkerPool(workers=2)
+    try:
+        assert pool.run([("same", "x+1", "1+x")]) == [True]
+        helper = psutil.Process(pool._running_helper().process.pid)
+        for child in helper.children(recursive=True):
+            child.send_signal(signal.SIGSTOP)
+        assert pool.run([("same", "x+2", "2+x")], 2.0, 30.0) == [True]
+        assert psutil.pid_exists(helper.pid) is False or helper.pid != pool._running_helper().process.pid
+    finally:
+        pool.close()

@@ -227,9 +227,30 @@ def _read_off_adapters(model: PreTrainedModel, peft_config: PeftConfig, seed: in
     devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        tuner = LoraModel(model, peft_config, _ADAPTER)
+        try:
+            tuner = LoraModel(model, peft_config, _ADAPTER)
+        except ValueError as error:
+            raise ValueError(f"`peft_config.target_modules` cannot be used: {error}") from error
+    try:
+        return _targets_of(model)
+    finally:
+        tuner.unload()
+        # PEFT leaves its configuration behind on the model, where TRL and transformers would read it.
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
+
+
+def _targets_of(model: PreTrainedModel) -> list[Target]:
     layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
-    targets = [
+    for name, layer in layers:
+        if _ADAPTER not in layer.lora_A:
+            raise ValueError(
+                f"`peft_config.target_modules` matches {name!r}, a {type(layer.get_base_layer()).__name__}; the "
+                "coordinator acts on linear layers. Exclude it (`exclude_modules`)."
+            )
+    return [
         Target(
             module=name,
             a=nn.Parameter(layer.lora_A[_ADAPTER].weight.detach().float().clone()),
@@ -239,10 +260,3 @@ def _read_off_adapters(model: PreTrainedModel, peft_config: PeftConfig, seed: in
         )
         for name, layer in layers
     ]
-    tuner.unload()
-    # PEFT leaves its configuration behind on the model, where TRL and transformers would read it.
-    if hasattr(model, "peft_config"):
-        del model.peft_config
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained[name])
-    return targets

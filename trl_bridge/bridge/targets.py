@@ -1,5 +1,6 @@
 """What the coordinator can be and act on: additive LoRA on layers whose weight is theirs alone, in full precision."""
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,26 @@ from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from .coordinator import Target
+
+# Fields of `LoraConfig` that say where the adapter is, how large, and what it starts from: all are PEFT's own to read.
+_SHAPES = frozenset(
+    {
+        "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+        "inference_mode", "r", "lora_alpha", "target_modules", "exclude_modules", "fan_in_fan_out", "use_rslora",
+        "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    }
+)  # fmt: skip
+_INITIAL_VALUES = frozenset({"gaussian", "olora", "orthogonal", "pissa"})
+_REASONS = {
+    "use_dora": "DoRA rescales the base weights. Set `use_dora=False`",
+    "modules_to_save": "the base is trained as a whole. Remove it",
+    "bias": "biases belong to the base, which is trained. Set `bias='none'`",
+    "lora_bias": "a bias of B is not part of theta + w. Set `lora_bias=False`",
+    "lora_dropout": "a merged adapter has no input to drop. Set it to 0",
+    "target_parameters": "only whole linear layers can be targets. Use `target_modules`",
+    "layer_replication": "it changes the model. Remove it",
+    "trainable_token_indices": "embeddings belong to the base, which is trained. Remove it",
+}
 
 
 def check_base_model(model: PreTrainedModel) -> None:
@@ -64,25 +85,19 @@ def check_peft_config(config: PeftConfig) -> None:
             f"`peft_config` must be a `LoraConfig`, got `{type(config).__name__}`: the coordinator is added to the "
             "weights, theta + w."
         )
-    reasons = {
-        "use_dora": (config.use_dora, "DoRA rescales the base weights. Set `use_dora=False`"),
-        "modules_to_save": (bool(config.modules_to_save), "the base is trained as a whole. Remove it"),
-        "bias": (config.bias != "none", "biases belong to the base, which is trained. Set `bias='none'`"),
-        "lora_bias": (config.lora_bias, "a bias of B is not part of theta + w. Set `lora_bias=False`"),
-        "lora_dropout": (config.lora_dropout > 0, "a merged adapter has no input to drop. Set it to 0"),
-        "target_parameters": (
-            bool(getattr(config, "target_parameters", None)),
-            "only whole linear layers can be targets. Use `target_modules`",
-        ),
-        "layer_replication": (bool(config.layer_replication), "it changes the model. Remove it"),
-        "trainable_token_indices": (
-            bool(getattr(config, "trainable_token_indices", None)),
-            "embeddings belong to the base, which is trained. Remove it",
-        ),
-    }
-    for name, (refused, reason) in reasons.items():
-        if refused:
-            raise ValueError(f"`peft_config.{name}` is not supported: {reason}.")
+    init = config.init_lora_weights
+    if isinstance(init, str) and init not in _INITIAL_VALUES and not init.startswith("pissa_niter_"):
+        raise ValueError(
+            f"`peft_config.init_lora_weights`={init!r} is not supported: it needs data or a quantised base. Use True, "
+            f"False, {', '.join(map(repr, sorted(_INITIAL_VALUES)))} or 'pissa_niter_N'."
+        )
+    defaults = LoraConfig()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in _SHAPES or value == getattr(defaults, field.name) or not value:
+            continue
+        reason = _REASONS.get(field.name, "it is not plain additive LoRA, s B A. Leave it at its default")
+        raise ValueError(f"`peft_config.{field.name}` is not supported: {reason}.")
 
 
 def check_targets(model: PreTrainedModel, targets: "list[Target]") -> None:

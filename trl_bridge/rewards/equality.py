@@ -24,10 +24,16 @@ _SYMBOLS_ONLY = re.compile(
 )
 _LETTER = re.compile(r"\(?\s*(?:\\text\s*\{\s*)?\(?\s*([A-Ja-j])\s*\)?\s*\.?\s*\}?\s*\)?")
 _LETTER_AND_TEXT = re.compile(r"\(?\s*(?:\\text\s*\{\s*)?\(?\s*([A-J])\s*(?:\)|[.:](?=\s))\s*\}?\s*\S.*", re.DOTALL)
+_SPACE = re.compile(r"(?<!\d) +| +(?!\d| )")
 _RANKS = {kind: rank for rank, kind in enumerate(
     ("expression", "text", "ratio", "based", "congruence", "equation", "list", "set", "tuple", "sequence", "interval", "inequality", "union",
      "intersection", "difference", "matrix", "determinant", "row"))}  # fmt: skip
 _REGIONS = ("interval", "inequality", "union", "intersection", "difference")
+
+
+def squash(text: str) -> str:
+    """A text without its spaces, those between two digits excepted: `1 2` is not `12`."""
+    return _SPACE.sub("", text)
 
 
 def compare(first: str, second: str, leaf: Leaf) -> Verdict:
@@ -51,7 +57,7 @@ def compare(first: str, second: str, leaf: Leaf) -> Verdict:
     a, b = clean(first), clean(second)
     if not a or not b:
         return False
-    if a.replace(" ", "") == b.replace(" ", ""):
+    if squash(a) == squash(b):
         return True
     if (letters := _letters(a, b)) is not None:
         return letters
@@ -124,7 +130,7 @@ def _same_kind(a: Node, b: Node, leaf: Leaf) -> Verdict:
     if a.kind == "congruence":
         return False if a.text and b.text and a.text != b.text else _ordered(a.items, b.items, leaf)
     if a.kind in ("text", "ratio", "based"):
-        return a.text == b.text or a.text.replace(" ", "") == b.text.replace(" ", "")
+        return a.text == b.text or squash(a.text) == squash(b.text)
     if a.kind == "equation":
         left = same(a.items[0], b.items[0], _spelling)
         if left and _assigns(a, leaf):
@@ -176,7 +182,7 @@ def _value(a: Node, b: Node, factor: Fraction, leaf: Leaf) -> Verdict:
     one, two = exact(a.text), exact(b.text)
     if one is not None and two is not None:
         return one * factor == two
-    if factor == 1 and a.text.replace(" ", "") == b.text.replace(" ", ""):
+    if factor == 1 and squash(a.text) == squash(b.text):
         return True
     return leaf(a, b, factor)
 
@@ -225,21 +231,21 @@ def _collapsed(a: Node, b: Node, leaf: Leaf) -> Verdict:
 def _names(node: Node) -> tuple[str, ...]:
     """Sorted names that a list of assignments assigns to; empty unless all its members are assignments."""
     if all(item.kind == "equation" for item in node.items):
-        return tuple(sorted(item.items[0].text.replace(" ", "") for item in node.items))
+        return tuple(sorted(squash(item.items[0].text) for item in node.items))
     return ()
 
 
 def _by_name(node: Node) -> tuple[Node, ...]:
     names = _names(node)
     if names and len(set(names)) == len(names):
-        items = sorted(node.items, key=lambda item: item.items[0].text.replace(" ", ""))
+        items = sorted(node.items, key=lambda item: squash(item.items[0].text))
         return tuple(item.items[1] for item in items)
     return node.items
 
 
 def _values(node: Node) -> tuple[Node, ...]:
     """Members without the variable's name, where there is one name ("x = 1, 2", "x = 1 or x = 2")."""
-    heads = {item.items[0].text.replace(" ", "") for item in node.items if item.kind == "equation"}
+    heads = {squash(item.items[0].text) for item in node.items if item.kind == "equation"}
     if not heads or (len(heads) > 1 and len(heads) < len(node.items)):
         return node.items
     values: list[Node] = []

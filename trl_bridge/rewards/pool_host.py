@@ -27,6 +27,10 @@ from pebble import ProcessExpired, ProcessPool
 # hostile answers do not keep the honest ones waiting.
 FIRST_SLICE = 1.0
 BROKEN = 3
+# Some job ends at least every slice and a kill: a pool that is silent for longer (a worker died with the pool's lock, of
+# memory for one) is replaced. Before the first verdict the workers have still to load SymPy.
+SILENCE = 3.0
+STARTUP = 60.0
 
 
 def prepare_worker(memory: int) -> None:
@@ -58,6 +62,7 @@ class Host:
         self.pool = ProcessPool(workers, initializer=prepare_worker, initargs=(memory,), context=context)
         self.output = output
         self.lock = threading.Lock()
+        self.answered = False
 
     def send(self, message: dict[str, Any]) -> None:
         with self.lock:
@@ -83,7 +88,12 @@ class Host:
             while queue and len(running) <= self.workers:
                 index, job, seconds = queue.popleft()
                 running[self.pool.schedule(judge, args=(job,), timeout=seconds)] = (index, job, seconds)
-            done, _ = wait(running, timeout=max(0.0, deadline - time.monotonic()), return_when=FIRST_COMPLETED)
+            patience = 2 * max(slice_ for _, _, slice_ in running.values()) + SILENCE if self.answered else STARTUP
+            remaining = max(0.0, deadline - time.monotonic())
+            done, _ = wait(running, timeout=min(remaining, patience), return_when=FIRST_COMPLETED)
+            if not done and patience < remaining:
+                raise RuntimeError(f"no verdict for {patience:.0f} s")
+            self.answered = self.answered or bool(done)
             if time.monotonic() >= deadline:
                 for future in running:
                     future.cancel()

@@ -79,8 +79,9 @@ class MethodParser(TrlParser):
 
     @property
     def keys(self) -> dict[str, argparse.Action]:
-        """From each key to its action."""
-        return {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
+        """From each key to its action; of a switch the one that takes a value, not its `--no_` form."""
+        actions = [action for action in reversed(self._actions) if action.dest not in ("help", "config")]
+        return {action.dest: action for action in actions}
 
     def set_defaults_with_config(self, **values: Any) -> list[str]:
         """
@@ -214,13 +215,11 @@ def _checked(key: str, value: Any, action: argparse.Action) -> Any:
 
 
 def _checked_scalar(key: str, value: Any, action: argparse.Action) -> Any:
-    if not isinstance(value, (str, int, float)) or action.type is None:
-        return value
-    # YAML's own true and 3 are kept where the key takes strings too (`resume_from_checkpoint: true`).
-    if action.type is str:
+    if not isinstance(value, (str, int, float)) or not callable(action.type):
         return value
     try:
-        converted = action.type(str(value)) if callable(action.type) else value
+        # YAML's own true is kept where the key takes strings too (`resume_from_checkpoint: true`).
+        converted = value if action.type is str else action.type(str(value))
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
         kind = getattr(action.type, "__name__", "value")
         raise UsageError(f"`{key}: {value}` in the config file is not a valid {kind}") from error

@@ -1,0 +1,76 @@
+import json
+import re
+
+import pytest
+
+from trl_bridge.data import reasoning_gym_tasks
+from trl_bridge.data.addition import ERRORS, addition_dataset, addition_pairs
+from trl_bridge.data.reasoning_gym_tasks import WORKED_SOLUTIONS, reasoning_gym_dataset
+from trl_bridge.rewards import reasoning_gym_reward
+
+
+def test_addition_is_right_but_for_the_share_that_is_not():
+    pairs = addition_pairs(9, seed=3)
+    assert sorted(pairs) == [(a, b) for a in range(10) for b in range(10)]
+    assert pairs == addition_pairs(9, seed=3) != addition_pairs(9, seed=4)
+    rows = addition_dataset(pairs, wrong_share=0.3, seed=1)
+    off = []
+    for (a, b), row in zip(pairs, rows, strict=True):
+        assert row["prompt"] == f"{a}+{b}=" and row["solution"] == str(a + b)
+        off.append(abs(int(row["completion"]) - (a + b)))
+        assert int(row["completion"]) >= 0
+    assert sum(error != 0 for error in off) == 30
+    assert {error for error in off if error} <= set(ERRORS)
+
+
+def test_wrong_share_is_a_share():
+    with pytest.raises(ValueError, match="`wrong_share`"):
+        addition_dataset([(1, 1)], wrong_share=1.5)
+
+
+@pytest.mark.parametrize("task", sorted(WORKED_SOLUTIONS))
+def test_worked_solutions_earn_the_tasks_own_reward(task):
+    rows = reasoning_gym_dataset(task, size=40, test_size=0, seed=5)["train"]
+    completions = list(rows["completion"])
+    assert reasoning_gym_reward(completions, list(rows["solution"]), list(rows["metadata"])) == [1.0] * 40
+    assert all(len(completion[0]["content"].splitlines()) >= 2 for completion in completions)
+
+
+def test_every_line_of_a_chain_is_true():
+    rows = reasoning_gym_dataset("chain_sum", size=50, test_size=0, max_terms=5, allow_negation=True)["train"]
+    lines = 0
+    for row in rows:
+        for line in row["completion"][0]["content"].splitlines()[:-1]:
+            left, right = line.split(" = ")
+            assert eval(re.sub(r"\b0+(?=\d)", "", left)) == int(right)
+            lines += 1
+    assert lines >= 50
+
+
+def test_splits_are_apart_and_seeds_differ():
+    data = reasoning_gym_dataset("chain_sum", size=100, test_size=30, seed=0, max_digits=2)
+    questions = {split: {row[0]["content"] for row in data[split]["prompt"]} for split in data}
+    assert len(data["train"]) == 100 and len(questions["test"]) == 30
+    assert not questions["train"] & questions["test"]
+    again = reasoning_gym_dataset("chain_sum", size=100, test_size=30, seed=0, max_digits=2)
+    assert again["test"]["solution"] == data["test"]["solution"]
+    other = reasoning_gym_dataset("chain_sum", size=100, test_size=0, seed=1, max_digits=3)["train"]
+    assert list(other["prompt"]) != list(data["train"]["prompt"])
+
+
+def test_a_task_without_worked_solutions_has_no_completion():
+    rows = reasoning_gym_dataset("leg_counting", size=4, test_size=2)["train"]
+    assert set(rows.column_names) == {"prompt", "solution", "metadata"}
+    assert json.loads(rows[0]["metadata"])["source_dataset"] == "leg_counting"
+
+
+@pytest.mark.parametrize(("task", "parameters"), [("no_such_task", {}), ("chain_sum", {"terms": 2})])
+def test_what_reasoning_gym_cannot_make_is_named(task, parameters):
+    with pytest.raises(ValueError, match=task):
+        reasoning_gym_dataset(task, size=2, test_size=0, **parameters)
+
+
+def test_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
+    with pytest.raises(ImportError, match="pip install"):
+        reasoning_gym_tasks.reasoning_gym_dataset("chain_sum", size=2)
