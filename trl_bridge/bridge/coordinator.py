@@ -7,7 +7,6 @@ respect to theta is the one with respect to M, and those of A and B are its proj
 """
 
 import copy
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,54 +17,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .targets import check_peft_config, check_targets
+from .targets import Target, check_peft_config, check_targets
 
 
 _ADAPTER = "default"  # PEFT's own name for an adapter that has none
 Projection = list[tuple[torch.Tensor, torch.Tensor]]
-
-
-@dataclasses.dataclass
-class Target:
-    """
-    One layer that the coordinator acts on.
-
-    Attributes:
-        module (`str`):
-            Name of the layer in the plain model.
-        a (`nn.Parameter`):
-            Shape (r, in_features), float32.
-        b (`nn.Parameter`):
-            Shape (out_features, r), float32.
-        scaling (`float`):
-            s = alpha / r (or as PEFT has it for rslora).
-        transposed (`bool`):
-            Whether the layer stores its weight as (in_features, out_features), as GPT-2's `Conv1D` does.
-    """
-
-    module: str
-    a: nn.Parameter
-    b: nn.Parameter
-    scaling: float
-    transposed: bool
-
-    @property
-    def weight_name(self) -> str:
-        """Name of the layer's weight in the plain model."""
-        return f"{self.module}.weight"
-
-    def oriented(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of the weight's shape as (out_features, in_features), or back."""
-        return tensor.T if self.transposed else tensor
-
-    def product(self) -> torch.Tensor:
-        """s B A in the weight's own orientation."""
-        return self.oriented(self.scaling * (self.b.detach() @ self.a.detach()))
-
-    def project(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(s B^T G, s G A^T) for a gradient in the weight's orientation."""
-        g = self.oriented(gradient).to(self.a.dtype)
-        return self.scaling * (self.b.detach().T @ g), self.scaling * (g @ self.a.detach().T)
 
 
 class Coordinator:

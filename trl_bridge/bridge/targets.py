@@ -1,16 +1,12 @@
-"""What the coordinator can be and act on: additive LoRA on layers whose weight is theirs alone, in full precision."""
+"""One layer of the coordinator, and what it can be and act on: additive LoRA on layers whose weight is theirs alone, in full precision."""
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-
-if TYPE_CHECKING:
-    from .coordinator import Target
 
 # Fields of `LoraConfig` that say where the adapter is, how large, and what it starts from: all are PEFT's own to read.
 _SHAPES = frozenset(
@@ -31,6 +27,49 @@ _REASONS = {
     "layer_replication": "it changes the model. Remove it",
     "trainable_token_indices": "embeddings belong to the base, which is trained. Remove it",
 }
+
+
+@dataclasses.dataclass
+class Target:
+    """
+    One layer that the coordinator acts on.
+
+    Attributes:
+        module (`str`):
+            Name of the layer in the plain model.
+        a (`nn.Parameter`):
+            Shape (r, in_features), float32.
+        b (`nn.Parameter`):
+            Shape (out_features, r), float32.
+        scaling (`float`):
+            s = alpha / r (or as PEFT has it for rslora).
+        transposed (`bool`):
+            Whether the layer stores its weight as (in_features, out_features), as GPT-2's `Conv1D` does.
+    """
+
+    module: str
+    a: nn.Parameter
+    b: nn.Parameter
+    scaling: float
+    transposed: bool
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the layer's weight in the plain model."""
+        return f"{self.module}.weight"
+
+    def oriented(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the weight's shape as (out_features, in_features), or back."""
+        return tensor.T if self.transposed else tensor
+
+    def product(self) -> torch.Tensor:
+        """s B A in the weight's own orientation."""
+        return self.oriented(self.scaling * (self.b.detach() @ self.a.detach()))
+
+    def project(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(s B^T G, s G A^T) for a gradient in the weight's orientation."""
+        g = self.oriented(gradient).to(self.a.dtype)
+        return self.scaling * (self.b.detach().T @ g), self.scaling * (g @ self.a.detach().T)
 
 
 def check_base_model(model: PreTrainedModel) -> None:
@@ -100,7 +139,7 @@ def check_peft_config(config: PeftConfig) -> None:
         raise ValueError(f"`peft_config.{field.name}` is not supported: {reason}.")
 
 
-def check_targets(model: PreTrainedModel, targets: "list[Target]") -> None:
+def check_targets(model: PreTrainedModel, targets: list[Target]) -> None:
     """
     Refuse target layers that the merged form would compute differently from an adapter.
 
