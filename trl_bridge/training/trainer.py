@@ -260,9 +260,7 @@ class DemonstrationTrainer(ResumableTrainer):
         log_probs, mask, hits = self._score(model, share)
         tempered = self._tempered_sequence_log_probs(model, share, log_probs, mask)
         weights = self.weighting.token_weights(log_probs.detach(), mask, self.demonstrations.rows(share), tempered)
-        loss, sums = demonstration_loss(
-            log_probs, mask, weights, max(window.num_tokens, 1), self.backend.world_size
-        )
+        loss, sums = demonstration_loss(log_probs, mask, weights, max(window.num_tokens, 1), self.backend.world_size)
         sums["hits"] = (hits * mask).sum()
         for name, value in sums.items():
             window.sums[name] = window.sums.get(name, 0) + value
