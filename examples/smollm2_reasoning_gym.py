@@ -52,7 +52,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--model", help="hub name or directory; the model of the wheel where it is not given")
     parser.add_argument("--evaluate", metavar="MODEL", help="only score this model ('wheel' for the untrained one)")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--test_size", type=int, default=200)
     parser.add_argument("--output_dir", default="outputs/smollm2-example")
     args = parser.parse_args()

@@ -23,9 +23,9 @@ from typing import Any, BinaryIO
 from pebble import ProcessExpired, ProcessPool
 
 
-# Every job gets this long at first; what needs more goes to the end of the queue with the full limit, so that a few
-# hostile answers do not keep the honest ones waiting.
-FIRST_SLICE = 1.0
+# Every job gets the first of these at first; what needs more goes to the end of the queue with the next, at last with the
+# full limit, so that hostile answers do not keep the honest ones waiting.
+SLICES = (0.4, 1.5)
 BROKEN = 3
 # Some job ends at least every slice and a kill: a pool that is silent for longer (a worker died with the pool's lock, of
 # memory for one) is replaced. Before the first verdict the workers have still to load SymPy.
@@ -57,7 +57,7 @@ class Host:
 
     def __init__(self, workers: int, memory: int, output: BinaryIO):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["trl_bridge.rewards.symbolic"])
+        context.set_forkserver_preload(["trl_bridge.rewards.warm"])
         self.workers = workers
         self.pool = ProcessPool(workers, initializer=prepare_worker, initargs=(memory,), context=context)
         self.output = output
@@ -81,7 +81,7 @@ class Host:
     def _run(self, batch: dict[str, Any]) -> None:
         deadline = time.monotonic() + batch["seconds"]
         limit = batch["limit"]
-        queue = deque((index, job, min(FIRST_SLICE, limit)) for index, job in enumerate(batch["jobs"]))
+        queue = deque((index, job, min(SLICES[0], limit)) for index, job in enumerate(batch["jobs"]))
         running: dict[Future, tuple[int, list[str], float]] = {}
         while queue or running:
             # No more than the workers can take: a job that waits in the pool cannot be withdrawn from it.
@@ -102,7 +102,8 @@ class Host:
                 index, job, seconds = running.pop(future)
                 outcome = self._outcome(future)
                 if outcome == "timeout" and seconds < limit:
-                    queue.append((index, job, limit))
+                    longer = [slice_ for slice_ in SLICES if seconds < slice_ < limit]
+                    queue.append((index, job, longer[0] if longer else limit))
                 else:
                     self.send({"batch": batch["batch"], "index": index, "outcome": outcome})
         self.send({"batch": batch["batch"], "done": True})
