@@ -9,7 +9,7 @@ Prints greedy accuracy on unseen questions before and after.
     python examples/smollm2_reasoning_gym.py --model HuggingFaceTB/SmolLM2-135M-Instruct     # with access to the hub
     python examples/smollm2_reasoning_gym.py --evaluate outputs/smollm2-bridge               # score a model, train nothing
 
-About half an hour on 2 CPU cores, 6 GB of memory. `recipes/smollm2-135m/bridge.yaml` is the same run as a YAML.
+About a quarter of an hour on 2 CPU cores, 6 GB of memory. `recipes/smollm2-135m/bridge.yaml` is the same run as a YAML.
 """
 
 import argparse
