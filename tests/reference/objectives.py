@@ -22,7 +22,10 @@ def policy_loss(log_p, entropy, old_log_p, batch, o, window):
     `window`: number of micro-batches, and generation batch's steps.
     """
     mask = batch["completion_mask"].double()
-    advantages = batch["advantages"].double().unsqueeze(1)
+    if "tool_mask" in batch:
+        mask = mask * batch["tool_mask"].double()
+    advantages = batch["advantages"].double()
+    advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
     log_ratio = log_p - old_log_p
     if o["level"] == "sequence":
         log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1).clamp(min=1)).unsqueeze(1)

@@ -34,6 +34,8 @@ def render_demonstrations(
     max_length: int | None = None,
     overlong: str = "drop",
     num_proc: int | None = None,
+    source: str = "sft_dataset",
+    source_rows: Sequence[int] | None = None,
 ) -> Dataset:
     """
     Turn demonstrations into tokens and labels.
@@ -62,6 +64,10 @@ def render_demonstrations(
             What to do with a longer one: `"drop"`, `"truncate"` (cut the completion's end) or `"error"`.
         num_proc (`int`, *optional*):
             Number of processes.
+        source (`str`, *optional*, defaults to `"sft_dataset"`):
+            How errors name the user's dataset.
+        source_rows (`Sequence[int]`, *optional*):
+            Row of the user's dataset that each row of `dataset` comes from. `None` where they are the same.
 
     Returns:
         [`~datasets.Dataset`]: columns `input_ids` (`list[int]`), `labels` (`list[int]`, -100 where not trained), `row`
@@ -81,7 +87,9 @@ def render_demonstrations(
             f"`sft_max_length` must be at least 2 (a prompt's token and a trained one), got {max_length}."
         )
     eos_token_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    renderer = _Renderer(processing_class, chat_template, chat_template_kwargs or {}, eos_token_ids)
+    renderer = _Renderer(
+        processing_class, chat_template, chat_template_kwargs or {}, eos_token_ids, source, source_rows
+    )
     rendered = dataset.with_format(None).map(
         renderer,
         with_indices=True,
@@ -103,9 +111,12 @@ class _Renderer:
     chat_template: str | None
     chat_template_kwargs: dict[str, Any]
     eos_token_ids: list[int]
+    source: str
+    source_rows: Sequence[int] | None
 
     def __call__(self, example: dict[str, Any], index: int) -> dict[str, Any]:
-        row = f"`sft_dataset` row {index}"
+        index = index if self.source_rows is None else self.source_rows[index]
+        row = f"`{self.source}` row {index}"
         prompt, completion = split_demonstration(example, row)
         if isinstance(prompt, list) and isinstance(completion, list):
             kwargs = self._template_kwargs(example)
@@ -135,7 +146,7 @@ class _Renderer:
     ) -> tuple[list[int], list[int]]:
         if self.chat_template is None and getattr(self.processing_class, "chat_template", None) is None:
             raise ValueError(
-                "`sft_dataset` is conversational, but the tokenizer has no chat template. Set "
+                f"{row} is conversational, but the tokenizer has no chat template. Set "
                 "`processing_class.chat_template`, or use strings for `prompt` and `completion`."
             )
         if not any(value for message in completion for key, value in message.items() if key != "role"):

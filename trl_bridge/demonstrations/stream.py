@@ -10,7 +10,8 @@ import torch
 from datasets import Dataset
 
 
-def _generator(*entropy: int) -> torch.Generator:
+def generator(*entropy: int) -> torch.Generator:
+    """A generator of its own for each tuple of numbers (not negative), the same on every rank and machine."""
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) >> 1)  # torch takes 63 bits without a sign
 
@@ -41,7 +42,7 @@ class DemonstrationStream:
     def _start(self, epoch: int, position: int = 0) -> None:
         self._epoch = epoch
         self._position = position
-        self._order = torch.randperm(self.size, generator=_generator(self.seed, epoch)).tolist()
+        self._order = torch.randperm(self.size, generator=generator(self.seed, epoch)).tolist()
 
     def draw(self, count: int) -> list[int]:
         """
@@ -168,8 +169,8 @@ class PromptIndex:
         candidates = self._indices[key]
         if len(candidates) == 1:
             return candidates[0]
-        generator = _generator(self.seed, generation, group)
-        return candidates[int(torch.randint(len(candidates), (), generator=generator))]
+        own = generator(self.seed, generation, group)
+        return candidates[int(torch.randint(len(candidates), (), generator=own))]
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those of the keys that have no demonstration, each once, in order."""

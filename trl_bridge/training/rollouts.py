@@ -1,8 +1,11 @@
 """What the parent's loss knows of the rollouts: their scores, rewards, and the loss over scores already computed."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from trl import GRPOTrainer
 
 
 if TYPE_CHECKING:
@@ -12,21 +15,21 @@ if TYPE_CHECKING:
 Scores = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
-class RolloutObserver:
+class RolloutRecord:
     """
     Keeps what passes through the parent's methods, so that nothing is computed twice.
 
     Args:
-        trainer ([`DemonstrationTrainer`]):
-            Trainer whose overrides feed the observer.
+        trainer ([`~trl.GRPOTrainer`]):
+            Trainer whose overrides feed the record.
 
     Attributes:
         replayed (`Scores`, *optional*):
             While set, the parent's loss takes these scores in place of a forward.
     """
 
-    def __init__(self, trainer: "DemonstrationTrainer"):
-        self.trainer = trainer
+    def __init__(self, trainer: GRPOTrainer):
+        self.trainer: Any = trainer
         self.replayed: Scores | None = None
         self._scores: Scores | None = None
         self._rewards_per_func: torch.Tensor | None = None
@@ -47,6 +50,15 @@ class RolloutObserver:
             None if aux_loss is None else aux_loss.detach(),
         )
 
+    @contextlib.contextmanager
+    def replay(self, scores: Scores) -> Iterator[None]:
+        """While inside, the parent's loss takes these scores in place of a forward; their graph is kept."""
+        self.replayed = scores
+        try:
+            yield
+        finally:
+            self.replayed = None
+
     def keep(self, rewards_per_func: torch.Tensor) -> None:
         """Keep the rewards of a generation batch, (rows over all ranks, reward functions)."""
         self._rewards_per_func = rewards_per_func
@@ -63,6 +75,19 @@ class RolloutObserver:
             raise RuntimeError("No rewards have been computed yet.")
         total = (rewards * self.trainer.reward_weights.to(rewards.device)).nansum(dim=1)
         return total.masked_fill(torch.isnan(rewards).all(dim=1), torch.nan)
+
+
+class RolloutObserver(RolloutRecord):
+    """
+    Tells the judge of `sft_weighting` what the rollouts are worth, and how likely the policy finds them.
+
+    Args:
+        trainer ([`DemonstrationTrainer`]):
+            Trainer whose overrides feed the observer.
+    """
+
+    def __init__(self, trainer: "DemonstrationTrainer"):
+        super().__init__(trainer)
 
     def rewards(self, output: dict[str, Any]) -> dict[str, torch.Tensor]:
         """

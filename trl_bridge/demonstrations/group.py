@@ -1,0 +1,198 @@
+"""Expert traces of RL rows: the `expert` column as tokens, and which trace a group of rollouts gets."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from .render import render_demonstrations
+from .rows import prompt_key
+from .stream import PromptIndex, fingerprint, generator
+
+
+__all__ = ["Experts"]
+
+logger = get_logger(__name__)
+
+# Told apart from the generators of the stream and of the choice among several traces, which take the same numbers.
+_USE = 1
+
+
+class Experts:
+    """
+    Expert traces of an RL dataset's prompts, as completion tokens with exactly one EOS.
+
+    Which trace a group gets depends on nothing but the seed, the number of the generation batch and the number of the
+    group in it, so that every rank and a resumed run find the same.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            RL rows with `prompt` and `expert`: a string, a list of messages, or a list of either. Empty or `None`
+            where a prompt has none. A string beside a conversational prompt is the assistant's message.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer that generation uses.
+        chat_template (`str`, *optional*):
+            Chat template that generation uses, if it is not the tokenizer's own.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Its keyword arguments.
+        eos_token_id (`Sequence[int]`):
+            Tokens that end a completion; the first is added where a trace has none.
+        max_length (`int`):
+            Longest trace, in tokens of the completion.
+        overlong (`str`):
+            What to do with a longer one: `"skip"` (its prompt has no expert), `"truncate"` or `"error"`.
+        seed (`int`):
+            Seed of all choices.
+
+    Raises:
+        `TypeError`: if `dataset` is not a [`~datasets.Dataset`].
+        `ValueError`: if there is no `expert` column, or no usable trace in it; if a trace cannot be rendered (see
+            [`demonstrations.render.render_demonstrations`]), or is too long and may not be shortened.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        eos_token_id: Sequence[int],
+        max_length: int,
+        overlong: str,
+        seed: int,
+    ):
+        if not isinstance(dataset, Dataset):
+            raise TypeError(
+                "`train_dataset` must be a `datasets.Dataset` where its `expert` column is used, got "
+                f"`{type(dataset).__name__}`: the traces are rendered and checked before training."
+            )
+        traces, rows = expert_rows(dataset)
+        rendered = render_demonstrations(
+            traces,
+            processing_class,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            eos_token_id=eos_token_id,
+            source="train_dataset",
+            source_rows=rows,
+        )
+        self.seed = seed
+        self.max_length = max_length
+        self.fingerprint = fingerprint(rendered)
+        self._rendered = _limit_length(rendered, max_length, overlong)
+        self._index = PromptIndex(self._rendered["prompt_key"][:], seed)
+
+    def draw(self, prompt: Any, generation: int, group: int, probability: float = 1.0) -> list[int] | None:
+        """
+        The trace of a group of rollouts.
+
+        Args:
+            prompt (`str` or `list[dict]`):
+                Prompt of the group.
+            generation (`int`):
+                Number of the generation batch.
+            group (`int`):
+                Number of the group in it, over all ranks.
+            probability (`float`, *optional*, defaults to `1.0`):
+                Probability that the group gets a trace.
+
+        Returns:
+            `list[int]`, *optional*: the completion's tokens, EOS last (a truncated trace has none). `None` where the
+            prompt has no trace, or this group gets none.
+        """
+        key = prompt_key(prompt)
+        if self._index.missing([key]):
+            return None
+        if probability < 1.0 and self.uniform(generation, group, _USE) >= probability:
+            return None
+        row = self._rendered[self._index.draw(key, generation, group)]
+        return [label for label in row["labels"] if label != -100][: self.max_length]
+
+    def uniform(self, generation: int, group: int, purpose: int) -> float:
+        """
+        A number in [0, 1) of a group's own, the same on every rank and after a resume.
+
+        Args:
+            generation (`int`):
+                Number of the generation batch.
+            group (`int`):
+                Number of the group in it, over all ranks.
+            purpose (`int`):
+                Tells different numbers of one group apart; from 2 (1 is used here).
+        """
+        return float(torch.rand((), generator=generator(self.seed, generation, group, purpose)))
+
+
+def expert_rows(dataset: Dataset) -> tuple[Dataset, list[int]]:
+    """
+    One row of `prompt` and `completion` for each trace of an RL dataset.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            RL rows with `prompt` and `expert`.
+
+    Returns:
+        `tuple[Dataset, list[int]]`: the rows, and which row of `dataset` each comes from.
+
+    Raises:
+        `ValueError`: if a column is missing, or no row has a trace.
+    """
+    if "expert" not in dataset.column_names:
+        raise ValueError(
+            f"`train_dataset` has no `expert` column (its columns: {sorted(dataset.column_names)}). Add one with a "
+            "worked solution for each prompt: a string, a list of messages, or a list of either."
+        )
+    prompts, completions, rows = [], [], []
+    for row, (prompt, expert) in enumerate(zip(dataset["prompt"], dataset["expert"], strict=True)):
+        for trace in _traces(expert):
+            if isinstance(prompt, list) and isinstance(trace, str):
+                trace = [{"role": "assistant", "content": trace}]
+            if isinstance(prompt, str) and not isinstance(trace, str):
+                raise ValueError(
+                    f"`train_dataset` row {row}: `prompt` is a string, so `expert` must be one too, not messages."
+                )
+            prompts.append(prompt)
+            completions.append(trace)
+            rows.append(row)
+    if not rows:
+        raise ValueError("No row of `train_dataset` has an `expert`: the column is empty.")
+    return Dataset.from_dict({"prompt": prompts, "completion": completions}), rows
+
+
+def _traces(expert: Any) -> list[Any]:
+    """The traces in one cell of the column."""
+    if not expert:
+        return []
+    if isinstance(expert, str) or (isinstance(expert[0], dict)):
+        return [expert]
+    return [trace for trace in expert if trace]
+
+
+def _limit_length(rendered: Dataset, max_length: int, overlong: str) -> Dataset:
+    lengths = [sum(label != -100 for label in labels) for labels in rendered["labels"]]
+    too_long = [index for index, length in enumerate(lengths) if length > max_length]
+    if not too_long:
+        return rendered
+    count = f"{len(too_long)} of {len(lengths)} traces in the `expert` column of `train_dataset`"
+    first = f"the first is in row {rendered[too_long[0]]['row']} with {lengths[too_long[0]]} tokens"
+    if overlong == "error":
+        raise ValueError(
+            f"{count} are longer than {max_length} tokens ({first}). Raise `expert_max_length` or "
+            "`max_completion_length`, or set `expert_overlong` to 'skip' or 'truncate'."
+        )
+    PartialState()  # accelerate's logger, which speaks on one rank only, needs it
+    if overlong == "truncate":
+        logger.warning(f"{count} are longer than {max_length} tokens and are cut, so they do not end ({first}).")
+        return rendered
+    if len(too_long) == len(lengths):
+        raise ValueError(
+            f"Every trace in the `expert` column of `train_dataset` is longer than {max_length} tokens ({first}). "
+            "Raise `expert_max_length` or `max_completion_length`."
+        )
+    logger.warning(f"{count} are longer than {max_length} tokens: their prompts train without expert ({first}).")
+    return rendered.select([index for index, length in enumerate(lengths) if length <= max_length])
