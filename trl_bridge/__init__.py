@@ -17,17 +17,79 @@ __version__ = "0.1.0"
 _SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
 
 _LAZY = {
+    "AlternatingConfig": "trl_bridge.baselines.alternating",
+    "AlternatingTrainer": "trl_bridge.baselines.alternating",
     "BridgeConfig": "trl_bridge.bridge.config",
     "BridgeTrainer": "trl_bridge.bridge.trainer",
+    "CHORDConfig": "trl_bridge.baselines.chord",
+    "CHORDTrainer": "trl_bridge.baselines.chord",
+    "DemonstrationConfig": "trl_bridge.training.config",
+    "DemonstrationTrainer": "trl_bridge.training.trainer",
+    "ExpertConfig": "trl_bridge.baselines.expert_config",
+    "ExpertTrainer": "trl_bridge.baselines.expert_trainer",
+    "HPTConfig": "trl_bridge.baselines.hpt",
+    "HPTTrainer": "trl_bridge.baselines.hpt",
+    "LUFFYConfig": "trl_bridge.baselines.luffy",
+    "LUFFYTrainer": "trl_bridge.baselines.luffy",
+    "NaiveMixConfig": "trl_bridge.baselines.naive_mix",
+    "NaiveMixTrainer": "trl_bridge.baselines.naive_mix",
+    "PrefixRFTConfig": "trl_bridge.baselines.prefix_rft",
+    "PrefixRFTTrainer": "trl_bridge.baselines.prefix_rft",
+    "ReLIFTConfig": "trl_bridge.baselines.relift",
+    "ReLIFTTrainer": "trl_bridge.baselines.relift",
+    "SRFTConfig": "trl_bridge.baselines.srft",
+    "SRFTTrainer": "trl_bridge.baselines.srft",
+    "UFTConfig": "trl_bridge.baselines.uft",
+    "UFTTrainer": "trl_bridge.baselines.uft",
     "rewards": "trl_bridge.rewards",
 }
 
-__all__ = ["BridgeConfig", "BridgeTrainer", "__version__", "rewards"]
+__all__ = [
+    "AlternatingConfig",
+    "AlternatingTrainer",
+    "BridgeConfig",
+    "BridgeTrainer",
+    "CHORDConfig",
+    "CHORDTrainer",
+    "DemonstrationConfig",
+    "DemonstrationTrainer",
+    "ExpertConfig",
+    "ExpertTrainer",
+    "HPTConfig",
+    "HPTTrainer",
+    "LUFFYConfig",
+    "LUFFYTrainer",
+    "NaiveMixConfig",
+    "NaiveMixTrainer",
+    "PrefixRFTConfig",
+    "PrefixRFTTrainer",
+    "ReLIFTConfig",
+    "ReLIFTTrainer",
+    "SRFTConfig",
+    "SRFTTrainer",
+    "UFTConfig",
+    "UFTTrainer",
+    "__version__",
+    "rewards",
+]
 
 if TYPE_CHECKING:
     from . import rewards
+    from .baselines.alternating import AlternatingConfig, AlternatingTrainer
+    from .baselines.chord import CHORDConfig, CHORDTrainer
+    from .baselines.expert_config import ExpertConfig
+    from .baselines.expert_trainer import ExpertTrainer
+    from .baselines.hpt import HPTConfig, HPTTrainer
+    from .baselines.luffy import LUFFYConfig, LUFFYTrainer
+    from .baselines.naive_mix import NaiveMixConfig, NaiveMixTrainer
+    from .baselines.prefix_rft import PrefixRFTConfig, PrefixRFTTrainer
+    from .baselines.relift import ReLIFTConfig, ReLIFTTrainer
+    from .baselines.srft import SRFTConfig, SRFTTrainer
+    from .baselines.uft import UFTConfig, UFTTrainer
     from .bridge.config import BridgeConfig
     from .bridge.trainer import BridgeTrainer
+    from .training.config import DemonstrationConfig
+    from .training.trainer import DemonstrationTrainer
 
 
 def _check_trl() -> None:

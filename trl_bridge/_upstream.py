@@ -16,13 +16,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
+from trl import GRPOTrainer, is_conversational
+from trl.chat_template_utils import parse_response
 from trl.trainer.utils import add_fused_lm_head
 
 
 __all__ = [
     "PREFIX_CHECKPOINT_DIR",
     "add_demonstration_head",
+    "decode_completions",
     "isolated_bookkeeping",
     "optimizer_for",
     "plain_copy",
@@ -131,6 +133,35 @@ def isolated_bookkeeping(trainer: GRPOTrainer, entropy_control: tuple[float, flo
     finally:
         for name, value in kept.items():
             setattr(trainer, name, value)
+
+
+def decode_completions(
+    trainer: GRPOTrainer, prompts: list[Any], prompt_ids: list[list[int]], completion_ids: list[list[int]]
+) -> list[Any]:
+    """
+    Completions in the form that reward functions see those of rollouts in (`GRPOTrainer._generate`, without tools).
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]):
+            Gives the tokenizer.
+        prompts (`list[str]` or `list[list[dict]]`):
+            Prompts; at least one.
+        prompt_ids (`list[list[int]]`):
+            Their tokens.
+        completion_ids (`list[list[int]]`):
+            Tokens of the completions.
+
+    Returns:
+        `list[str]` or `list[list[dict]]`: strings after standard prompts, messages after conversational ones.
+    """
+    tokenizer = trainer._tokenizer
+    if not is_conversational({"prompt": prompts[0]}):
+        return tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    if any(getattr(tokenizer, name, None) is not None for name in ("response_template", "response_schema")):
+        pairs = zip(prompt_ids, completion_ids, strict=True)
+        return [[parse_response(tokenizer, ids, prefix=prefix, tools=[])] for prefix, ids in pairs]
+    contents = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    return [[{"role": "assistant", "content": content}] for content in contents]
 
 
 @contextlib.contextmanager

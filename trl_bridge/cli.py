@@ -7,6 +7,7 @@ Nothing heavy is imported before a verb is known.
 
 import argparse
 import importlib
+import importlib.metadata
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -20,8 +21,14 @@ from .scripts.errors import UsageError, user_errors
 __all__ = ["TOOLS", "main"]
 
 TOOLS: dict[str, tuple[str, str]] = {
+    "data": ("trl_bridge.scripts.data:main", "list, show, check and prepare datasets"),
     "demo": ("trl_bridge.demo.run:main", "compare GRPO, cold start and BRIDGE on a small task, in minutes on a CPU"),
     "env": ("trl_bridge.cli:env", "print versions, for bug reports"),
+    "eval": (
+        "trl_bridge.scripts.evaluate:main",
+        "accuracy and pass@k of a model on the usual benchmarks or your rows",
+    ),
+    "merge": ("trl_bridge.scripts.merge:main", "merge a LoRA adapter into its model"),
     "recipes": ("trl_bridge.cli:recipes", "list the shipped recipes (`ls`) or copy one (`cp NAME FILE`)"),
 }
 """From each tool's verb to its function, `module:function` taking the verb's own arguments, and one line of help."""
@@ -118,7 +125,7 @@ def recipes(argv: list[str]) -> int:
 
 def env(argv: list[str]) -> int:
     """
-    `trl-bridge env`: what `trl env` prints, and our version.
+    `trl-bridge env`: what `trl env` prints, our version, and those of the packages that the rewards compare with.
 
     Args:
         argv (`list[str]`):
@@ -133,4 +140,7 @@ def env(argv: list[str]) -> int:
 
     print_trl_env()
     print(f"- trl-bridge version: {__version__}")
+    for package in ("math-verify", "latex2sympy2_extended", "reasoning-gym"):
+        found = any(importlib.metadata.distributions(name=package))
+        print(f"- {package} version: {importlib.metadata.version(package) if found else 'not installed'}")
     return 0

@@ -4,6 +4,8 @@ import copy
 
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
+from trl import GRPOTrainer
 
 from tests.harness import PAIRS, clone, digits_reward, movement_error, small_config, small_model
 from tests.reference import objectives
@@ -140,18 +142,106 @@ def replay_group(trainer, loss, **changes):
     `loss(Pass)` is the method's loss of one micro-batch, as it enters the window's sum. Returns the errors after each
     update, relative to the movement since the start.
     """
-    o = options(trainer.args, **changes)
-    model = trainer.initial_model.double().eval()
-    theta = {n: t.double().clone() for n, t in trainer.start.items()}
+    return replay_recorded(trainer, trainer.initial_model, loss, options(trainer.args, **changes))
+
+
+def replay_recorded(run, model, loss, o):
+    """As `replay_group`, of a run's `windows` (of all ranks), `states` and `start`."""
+    model = model.double().eval()
+    theta = {n: t.double().clone() for n, t in run.start.items()}
     optimizer = Optimizer(o["optim"], len(theta))
+    world = o.get("world_size", 1)
     errors = []
-    for step, (micro_batches, state) in enumerate(zip(trainer.windows, trainer.states, strict=True)):
-        window = (len(micro_batches) // o.get("world_size", 1), o["steps_per_generation"])
+    for step, (micro_batches, state) in enumerate(zip(run.windows, run.states, strict=True)):
+        window = (len(micro_batches) // world, o["steps_per_generation"])
         leaves = {n: t.detach().requires_grad_() for n, t in theta.items()}
-        total = sum(loss(Pass(model, leaves, batch, o, window)) for batch in micro_batches) / o.get("world_size", 1)
+        total = sum(loss(Pass(model, leaves, batch, o, window)) for batch in micro_batches) / world
         gradients, _ = clip(list(torch.autograd.grad(total, list(leaves.values()))), o["max_grad_norm"])
         rate = o["lr"] * o["schedule"](step)
         for name, direction in zip(theta, optimizer.directions(gradients), strict=True):
             theta[name] = theta[name] - rate * direction
-        errors.append(movement_error(state, theta, trainer.start))
+        errors.append(movement_error(state, theta, run.start))
     return errors
+
+
+def sample_these(monkeypatch, texts, tokenizer=None):
+    """The policy samples these texts in turn, row by row of a generation batch, EOS last."""
+    tokenizer = tokenizer or tiny_tokenizer()
+
+    def generate(trainer, prompt_ids, *args, **kwargs):
+        rows = [texts[row % len(texts)] for row in range(len(prompt_ids))]
+        return [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in rows], None
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", generate)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def assert_resumes(folder, build, stop):
+    """`build(folder, callbacks=...)` makes a trainer that saves each update; stopped and resumed, it ends the same."""
+    straight = build(folder / "straight")
+    straight.train()
+    build(folder / "halves", callbacks=[StopAt(stop)]).train()
+    resumed = build(folder / "halves")
+    resumed.train(resume_from_checkpoint=str(folder / "halves" / f"checkpoint-{stop}"))
+    for name, want in straight.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], want), name
+    timed = ("runtime", "per_second", "step_time")
+    logs = [
+        [
+            {k: v for k, v in entry.items() if not any(word in k for word in timed)}
+            for entry in trainer.state.log_history
+            if "loss" in entry and entry["step"] > stop
+        ]
+        for trainer in (resumed, straight)
+    ]
+    assert logs[0] and logs[0] == logs[1]
+
+
+def batches(trainer):
+    return [batch for window in trainer.windows for batch in window]
+
+
+def expert_batch_rows(batch):
+    return batch["expert_mask"].any(1)
+
+
+def answer_reward(completions, answer, **kwargs):
+    return [float(text == wanted) for text, wanted in zip(completions, answer, strict=True)]
+
+
+def answers(numbers=range(4), expert=str):
+    columns = {"prompt": [f"{n}+0=" for n in numbers], "answer": list(map(str, numbers))}
+    return Dataset.from_dict({**columns, "expert": list(map(expert, numbers))})
+
+
+class Engine:
+    """Stands in for vLLM: samples from the trainer's model, and reports slightly different log-probabilities."""
+
+    def __init__(self, model, **kwargs):
+        self.model = model
+
+    def sync_weights(self):
+        pass
+
+    def generate(self, prompts, images, num_generations, profiler):
+        assert num_generations == 4
+        completions, log_probs = [], []
+        for row, prompt in enumerate(prompts):
+            ids = torch.tensor([prompt])
+            with torch.no_grad():
+                out = self.model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=True, top_k=0
+                )[0]
+                log_p = self.model(out.unsqueeze(0)).logits[0, :-1].log_softmax(-1)
+            tokens = out[len(prompt) :]
+            chosen = log_p[len(prompt) - 1 :].gather(1, tokens.unsqueeze(1)).squeeze(1)
+            completions.append(tokens.tolist())
+            log_probs.append([[value - 0.4 + 0.1 * (row % 8)] for value in chosen.tolist()])
+        return prompts, completions, log_probs, None

@@ -20,14 +20,16 @@ from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_h
 
 import trl_bridge
 from tests.harness import small_config, small_model, small_trainer
-from trl_bridge import BridgeTrainer
+from trl_bridge import AlternatingTrainer, BridgeTrainer, CHORDTrainer, NaiveMixTrainer
 from trl_bridge._upstream import isolated_bookkeeping, policy_objective
 from trl_bridge.bridge.trainer import BridgeTrainer as _Bridge
 from trl_bridge.training.resume import ResumableTrainer
+from trl_bridge.training.student import StudentTrainer
 from trl_bridge.training.trainer import DemonstrationTrainer
 
 
-OURS = (ResumableTrainer, DemonstrationTrainer, _Bridge)
+STREAM = (NaiveMixTrainer, AlternatingTrainer, CHORDTrainer)
+OURS = (ResumableTrainer, StudentTrainer, DemonstrationTrainer, _Bridge, *STREAM)
 
 # Parameters and defaults of what is overridden or called, without annotations.
 SIGNATURES = {
@@ -74,7 +76,7 @@ OWN_NAMES = {
     "_begin_window",
     "_build_coordinator",
     "_build_parts",
-    "_check_arguments",
+    "_check_datasets",
     "_check_verdict_columns",
     "_draw_shares",
     "_finish_window",
@@ -85,6 +87,7 @@ OWN_NAMES = {
     "_rate_factor",
     "_rate_group",
     "_rng_state",
+    "_run_passes",
     "_score",
     "_set_initial_mean",
     "_set_rng_state",
@@ -95,13 +98,17 @@ OWN_NAMES = {
     "after_step",
     "between_passes",
     "config_class",
+    "config_or_default",
     "coordinator_state_dict",
     "demonstration_pass",
     "demonstration_weight",
+    "demonstrations_due",
     "end_of_window",
     "inside_update",
     "load_best_shared_state",
     "load_shared_state",
+    "policy_due",
+    "policy_loss",
     "policy_pass",
     "policy_weight",
     "resolve_weighting",
@@ -110,6 +117,7 @@ OWN_NAMES = {
     "shadow_state_dict",
     "shared_state",
     "theta_state_dict",
+    "token_weights",
 }
 
 # Attributes of an instance that the parents' instances do not have.
@@ -204,9 +212,10 @@ def _subclasses(cls):
 
 
 def test_all_trainers_are_looked_at():
-    assert {cls for cls in _subclasses(GRPOTrainer) if cls.__module__.split(".")[1] in ("training", "bridge")} == set(
-        OURS
-    )
+    found = _subclasses(GRPOTrainer)
+    rooms = {cls for cls in found if cls.__module__.split(".")[1] in ("training", "bridge")}
+    streams = {cls for cls in found if issubclass(cls, DemonstrationTrainer)}
+    assert rooms | streams == set(OURS)
 
 
 def _defined(cls):

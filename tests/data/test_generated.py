@@ -6,7 +6,7 @@ import pytest
 from trl_bridge.data import reasoning_gym_tasks
 from trl_bridge.data.addition import ERRORS, addition_dataset, addition_pairs
 from trl_bridge.data.reasoning_gym_tasks import WORKED_SOLUTIONS, reasoning_gym_dataset
-from trl_bridge.rewards import reasoning_gym_reward
+from trl_bridge.rewards import knights_knaves_reward, reasoning_gym_reward
 
 
 def test_addition_is_right_but_for_the_share_that_is_not():
@@ -45,6 +45,19 @@ def test_every_line_of_a_chain_is_true():
             assert eval(re.sub(r"\b0+(?=\d)", "", left)) == int(right)
             lines += 1
     assert lines >= 50
+
+
+def test_knights_and_knaves_are_sorted_out_case_by_case():
+    rows = reasoning_gym_dataset("knights_knaves", size=30, test_size=0, n_people=3, depth_constraint=3)["train"]
+    completions = list(rows["completion"])
+    assert knights_knaves_reward(completions, list(rows["solution"])) == [1.0] * 30
+    for row in rows:
+        *refuted, found, _ = row["completion"][0]["content"].splitlines()
+        # Cases come in one order, and the first that fits is the answer.
+        assert len(refuted) < 8 and all(line.endswith("which cannot be.") for line in refuted)
+        assert (
+            found == f"Suppose {row['solution'].removesuffix('.').replace(', and ', ', ')}. Then every statement fits."
+        )
 
 
 def test_splits_are_apart_and_seeds_differ():

@@ -186,3 +186,13 @@ def test_a_deterministic_verifier_gives_all_or_nothing():
     eps = weights.flip_rate(n, v)
     weight = weights.verdict_weight(n, v, eps, weights.verdict_prior(n, v, eps))
     assert weight.tolist() == pytest.approx([1.0, 0.0, 1.0], abs=1e-6)
+
+
+def test_trapo_replaces_one_over_p_in_the_gradient():
+    p = torch.tensor([[0.001, 0.05, 0.1, 0.5, 1.0]], dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True, True, True, True, False]])
+    weight = weights.trapo(p.log(), mask)
+    close(weight[0], [0.01, 0.5, 1.0, 1.0, 0.0])
+    (found,) = torch.autograd.grad((-weight * p.log()).sum(), p)
+    close(found[0], [-10.0, -10.0, -10.0, -2.0, 0.0])
+    close(weights.trapo(p.log(), mask, bound=0.5)[0], [0.002, 0.1, 0.2, 1.0, 0.0])

@@ -21,6 +21,8 @@ from trl_bridge.rewards.completions import message_text, visible_text
         (r"\boxed{1} or \boxed{2}", "1, 2"),
         (r"$x=\boxed{1}$ or $x=\boxed{2}$", "1, 2"),
         (r"\boxed{1}, \boxed{2}, and \boxed{3}", "1, 2, 3"),
+        (r"\[\boxed{(1, 2)} \quad \text{and} \quad \boxed{(3, 4)}\]", "(1, 2), (3, 4)"),
+        (r"\(u_1 = \boxed{1}\) and \(u_{2} = \boxed{2}\)", "1, 2"),
         (r"\boxed{}", ""),
         (r"\boxed{5", None),
         (r"\boxed{4} and then \boxed{5", None),
@@ -54,6 +56,7 @@ HEDGES = [
     r"\boxed{1, 2, 3, 4, 5, 6, 7, 8, 9}",
     r"\boxed{\pm 4}",
     r"\boxed{3} \text{ or } \boxed{4}",
+    r"\boxed{3} \quad \text{or} \quad \boxed{4}",
 ]
 
 

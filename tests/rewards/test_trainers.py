@@ -5,13 +5,18 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.harness import small_config, small_model
 from trl_bridge import BridgeTrainer
+from trl_bridge.methods import METHODS
 from trl_bridge.models import tiny_tokenizer
+from trl_bridge.recipes import find_recipe
 from trl_bridge.rewards import boxed_format_reward, math_reward, noisy
+from trl_bridge.scripts.parsing import parse_command_line
+from trl_bridge.scripts.train import build_trainer
 
 
 ROWS = Dataset.from_dict({"prompt": [f"{a}+1=" for a in range(8)], "solution": [str(a + 1) for a in range(8)]})
@@ -51,6 +56,24 @@ def test_bridge_trainer(tmp_path):
         processing_class=tiny_tokenizer(),
     )
     check(trainer)
+
+
+@pytest.mark.parametrize("name", ["grpo", "bridge"])
+def test_a_recipe_takes_rewards_by_dotted_path(tmp_path, name):
+    """The smoke recipe of each method with these rewards in place of its own, through the scripts of the command line."""
+    smoke = yaml.safe_load(find_recipe(f"smoke/{name}").read_text())
+    settings = smoke | {
+        "reward_funcs": ["trl_bridge.rewards.math_reward", "trl_bridge.rewards.boxed_format_reward"],
+        "output_dir": str(tmp_path / "out"), "max_steps": 1, "save_strategy": "no", "save_steps": 500,
+    }  # fmt: skip
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    method = METHODS[name]
+    trainer = build_trainer(method, parse_command_line(method, ["--config", str(recipe)], launched=True))
+    trainer.train()
+    row = next(entry for entry in trainer.state.log_history if "reward" in entry)
+    assert 0.0 <= row["rewards/math_reward/mean"] <= 1.0 and 0.0 <= row["rewards/boxed_format_reward/mean"] <= 1.0
+    assert row["math_reward/timeouts"] == 0.0
 
 
 @pytest.mark.slow

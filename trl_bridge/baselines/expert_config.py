@@ -1,6 +1,7 @@
 """Arguments that every trainer with experts in the rollout group shares."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from trl import GRPOConfig
 
@@ -10,6 +11,7 @@ from ..training.support import check_config
 
 EXPERT_OVERLONG = ("skip", "truncate", "error")
 LOSS_SCALES = ("trl", "paper")
+SFT_TOKEN_WEIGHTS = ("none", "trapo")
 PRESETS = ("paper", "code")
 
 
@@ -34,6 +36,10 @@ class ExpertConfig(GRPOConfig):
             Scale of the SFT term. `"trl"`: the mean over the window's trained expert tokens. `"paper"`: times the
             factor that reproduces the published scripts' balance of SFT and RL (see
             [`objectives.expert.published_sft_scale`]); needs `loss_type="dr_grpo"`.
+        sft_token_weight (`str`, *optional*, defaults to `"none"`):
+            Weight of each token in the SFT term, beside the method's own: `"none"`, or `"trapo"` for the detached
+            `p / max(p, 0.1)`, which holds back tokens that the policy finds unlikely (see
+            [`objectives.weights.trapo`]). Refused by methods without SFT term.
     """
 
     preset: str = field(
@@ -66,15 +72,24 @@ class ExpertConfig(GRPOConfig):
             "choices": list(LOSS_SCALES),
         },
     )
+    sft_token_weight: str = field(
+        default="none",
+        metadata={
+            "help": "Weight of each token in the SFT term: 'none', or 'trapo' (p / max(p, 0.1): less for tokens that "
+            "the policy finds unlikely).",
+            "choices": list(SFT_TOKEN_WEIGHTS),
+        },
+    )
 
     # Presets that a method knows.
-    presets = PRESETS
+    presets: ClassVar[tuple[str, ...]] = PRESETS
 
     def __post_init__(self) -> None:
         require_choice("preset", self.preset, self.presets)
         super().__post_init__()
         require_choice("expert_overlong", self.expert_overlong, EXPERT_OVERLONG)
         require_choice("loss_scale", self.loss_scale, LOSS_SCALES)
+        require_choice("sft_token_weight", self.sft_token_weight, SFT_TOKEN_WEIGHTS)
         if not 0.0 <= self.expert_probability <= 1.0:
             raise ValueError(f"`expert_probability` must lie in [0, 1], got {self.expert_probability}.")
         if self.expert_max_length is not None and self.expert_max_length < 2:
@@ -139,3 +154,17 @@ def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def require_room(args: ExpertConfig) -> None:
+    """
+    Refuse traces that leave a continuation no room, for methods whose rollouts continue a part of the trace.
+
+    Raises:
+        ValueError: they may be longer than a completion.
+    """
+    if args.longest_expert > int(args.max_completion_length or 0):
+        raise ValueError(
+            f"`expert_max_length` ({args.expert_max_length}) must not exceed `max_completion_length` "
+            f"({args.max_completion_length}), which holds a part of the trace and its continuation. Raise the latter."
+        )

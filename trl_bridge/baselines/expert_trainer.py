@@ -1,6 +1,7 @@
 """The template of the group baselines: GRPO whose rollout groups hold expert rows or expert prefixes."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from ..demonstrations.group import Experts
 from ..objectives.expert import reduce_tokens
 from ..objectives.sft import demonstration_loss
+from ..objectives.weights import trapo
 from ..training.metrics import record
 from ..training.rollouts import Scores
 from ..training.student import StudentTrainer
@@ -35,6 +37,8 @@ class ExpertPlan:
         heads (`list[int]`):
             For each row, how many tokens of the trace it begins with; the policy writes the rest. A whole trace has
             no rest.
+        inputs (`list[dict[str, Any]]`):
+            The dataset's rows.
     """
 
     generation: int
@@ -42,6 +46,7 @@ class ExpertPlan:
     members: list[int]
     experts: list[list[int] | None]
     heads: list[int]
+    inputs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def head(self, row: int) -> list[int]:
         """The tokens that a row begins with."""
@@ -78,6 +83,8 @@ class ExpertTrainer(StudentTrainer):
     config_class: type[ExpertConfig] = ExpertConfig
     # Whether rows of one group may be sampled from different prompts (vLLM is then asked for one completion of each).
     prompts_differ_in_group = False
+    # Whether the `expert_steps` column is read, if there is one.
+    reads_steps = False
 
     def __init__(
         self,
@@ -109,6 +116,8 @@ class ExpertTrainer(StudentTrainer):
                 f"{owner} needs a `train_dataset` that can be looked through beforehand, not an iterable one."
             )
         args = self.config_or_default(args, model)
+        if args.sft_token_weight != "none" and not self.has_sft_term():
+            raise ValueError(f"`sft_token_weight` has no effect in {owner}, which has no SFT term. Set it to 'none'.")
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -138,6 +147,7 @@ class ExpertTrainer(StudentTrainer):
                 max_length=args.longest_expert,
                 overlong=args.expert_overlong,
                 seed=args.seed,
+                steps=self.reads_steps,
             )
         self._plan: ExpertPlan | None = None
         self._sums: dict[str, torch.Tensor] = {}
@@ -247,7 +257,7 @@ class ExpertTrainer(StudentTrainer):
             self.experts.draw(example["prompt"], generation, group, self.args.expert_probability)
             for example, (group, _) in zip(inputs, places, strict=True)
         ]
-        plan = ExpertPlan(generation, [g for g, _ in places], [m for _, m in places], experts, [0] * len(inputs))
+        plan = ExpertPlan(generation, [g for g, _ in places], [m for _, m in places], experts, [], inputs)
         plan.heads = self.expert_heads(plan, inputs)
         return plan
 
@@ -314,6 +324,10 @@ class ExpertTrainer(StudentTrainer):
         """Whether expert tokens are in the RL loss, and counted in its normaliser (`loss_type="dapo"`)."""
         return type(self).expert_loss is not ExpertTrainer.expert_loss
 
+    def has_sft_term(self) -> bool:
+        """Whether the method has an SFT term on tokens of the rollout group."""
+        return type(self).sft_coefficient is not ExpertTrainer.sft_coefficient
+
     def _count_items(self, output: dict[str, Any]) -> None:
         trained = output["tool_mask"] | output["expert_mask"] if self.has_expert_loss() else output["tool_mask"]
         gather = self.accelerator.gather
@@ -326,7 +340,8 @@ class ExpertTrainer(StudentTrainer):
         heads: Any = torch.tensor(plan.heads, device=rewards.device)
         written = self.accelerator.gather(heads) > 0
         own, expert = rewards[~written].nanmean().item(), rewards[written].nanmean().item()
-        record(self, {"rollouts/reward": own, "expert/reward": expert})
+        values = {"rollouts/reward": own, "expert/reward": expert}
+        record(self, {name: value for name, value in values.items() if not math.isnan(value)})
 
     # The loss
 
@@ -341,7 +356,8 @@ class ExpertTrainer(StudentTrainer):
         if self.has_expert_loss():
             loss = loss + self._expert_term(policy_inputs, scores)
         coefficient = self.sft_coefficient()
-        if coefficient != 0.0:
+        # The count is over all ranks, so that all of them leave the term out, or none.
+        if coefficient != 0.0 and inputs["num_sft_items_in_batch"] > 0:
             loss = loss + coefficient * self.args.sft_scale * self._sft_term(model, inputs, scores)
         expert = inputs["expert_mask"].bool()
         self._add_up(
@@ -366,19 +382,33 @@ class ExpertTrainer(StudentTrainer):
         steps = self.current_gradient_accumulation_steps / self.args.steps_per_generation
         return items.clamp(min=1.0) / self.accelerator.num_processes * steps
 
-    def _expert_term(self, inputs: dict[str, Any], scores: Scores) -> torch.Tensor:
-        log_probs, entropies = scores[0], scores[1]
-        assert entropies is not None
-        per_token = self.expert_loss(log_probs, entropies.detach(), inputs)
-        assert per_token is not None
-        loss = reduce_tokens(
+    def reduce(self, per_token: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """
+        Sum of token losses, scaled as the parent scales its own and as it enters the window's sum.
+
+        Args:
+            per_token (`torch.Tensor` of shape `(B, T)`):
+                Loss of each token.
+            mask (`torch.Tensor` of shape `(B, T)`):
+                1 at tokens that count.
+            inputs (`dict[str, Any]`):
+                The micro-batch.
+        """
+        return reduce_tokens(
             per_token,
-            inputs["expert_mask"],
+            mask,
             self.loss_type,
             max_completion_length=int(self.max_completion_length or 0),
             accumulation_steps=self.current_gradient_accumulation_steps,
             num_items=self._window_share(inputs["num_items_in_batch"]),
         )
+
+    def _expert_term(self, inputs: dict[str, Any], scores: Scores) -> torch.Tensor:
+        log_probs, entropies = scores[0], scores[1]
+        assert entropies is not None
+        per_token = self.expert_loss(log_probs, entropies.detach(), inputs)
+        assert per_token is not None
+        loss = self.reduce(per_token, inputs["expert_mask"], inputs)
         self._add_up(**{"expert/loss": loss.detach()})
         return loss
 
@@ -387,6 +417,9 @@ class ExpertTrainer(StudentTrainer):
         assert scores[1] is not None
         mask = inputs["sft_mask"].bool()
         weights = self.sft_weights(log_probs.detach(), scores[1].detach(), inputs)
+        if self.args.sft_token_weight == "trapo":
+            own = trapo(log_probs, mask).to(log_probs.dtype)
+            weights = own if weights is None else own * weights
         # The mean over ranks of gradients is undone by the share being one rank's.
         loss, sums = demonstration_loss(log_probs, mask, weights, self._window_share(inputs["num_sft_items_in_batch"]))
         self._add_up(**{"sft_tokens": sums["tokens"], "sft_nll": sums["nll_sum"], "sft_weight": sums["weight_sum"]})

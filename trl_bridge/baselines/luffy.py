@@ -4,19 +4,12 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from ..objectives.expert import SHAPINGS, shaped_probability
-from .expert_config import ExpertConfig, require_choice
-from .expert_trainer import ExpertPlan, ExpertTrainer
-
-
-# On-policy ratios are not clipped in the released code: a range that no ratio leaves.
-UNCLIPPED = 1e6
+from .expert_trainer import ExpertPlan
+from .shaping import UNCLIPPED, ShapedConfig, ShapedTrainer
 
 
 @dataclass
-class LUFFYConfig(ExpertConfig):
+class LUFFYConfig(ShapedConfig):
     r"""
     Configuration of [`LUFFYTrainer`].
 
@@ -31,7 +24,8 @@ class LUFFYConfig(ExpertConfig):
         policy_shaping_exponent (`float`, *optional*, defaults to `0.5`):
             Exponent of `"pow"`.
         rl_plus_exponent (`float`, *optional*, defaults to `0.0`):
-            The expert's advantage is multiplied by the detached `(1 - p)^exponent` (RL-PLUS). 0 leaves it.
+            The expert's advantage is multiplied by the detached `(1 - p)^exponent` (RL-PLUS, whose released code has
+            0.5). 0 leaves it.
         loss_type (`str`, *optional*, defaults to `"dr_grpo"`):
             As in [`~trl.GRPOConfig`]; `"grpo"`, `"dr_grpo"` or `"dapo"`.
         scale_rewards (`str` or `bool`, *optional*):
@@ -42,17 +36,8 @@ class LUFFYConfig(ExpertConfig):
     """
 
     num_experts: int = field(default=1, metadata={"help": "Rows of each group that the expert takes."})
-    policy_shaping: str = field(
-        default="p_div_p",
-        metadata={"help": "Shaping of the expert's probability.", "choices": list(SHAPINGS)},
-    )
-    policy_shaping_gamma: float = field(default=0.1, metadata={"help": "Constant of the shaping 'p_div_p'."})
-    policy_shaping_exponent: float = field(default=0.5, metadata={"help": "Exponent of the shaping 'pow'."})
-    rl_plus_exponent: float = field(
-        default=0.0, metadata={"help": "The expert's advantage is multiplied by (1 - p)^exponent (RL-PLUS)."}
-    )
     loss_type: str = field(default="dr_grpo", metadata={"help": "GRPO's loss type: 'grpo', 'dr_grpo' or 'dapo'."})
-    scale_rewards: Any = field(
+    scale_rewards: str | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Scaling of advantages, as in GRPO. None: 'group' (preset 'paper') or 'none' ('code')."},
     )
@@ -68,21 +53,14 @@ class LUFFYConfig(ExpertConfig):
         if self.epsilon is None:
             self.epsilon = 0.2 if paper else UNCLIPPED
         super().__post_init__()
-        require_choice("policy_shaping", self.policy_shaping, SHAPINGS)
         if not 1 <= self.num_experts < int(self.num_generations or 1):
             raise ValueError(
                 f"`num_experts` must be at least 1 and below `num_generations` ({self.num_generations}), got "
                 f"{self.num_experts}."
             )
-        if self.policy_shaping_gamma <= 0:
-            raise ValueError(f"`policy_shaping_gamma` must be above 0, got {self.policy_shaping_gamma}.")
-        if self.policy_shaping_exponent <= 0:
-            raise ValueError(f"`policy_shaping_exponent` must be above 0, got {self.policy_shaping_exponent}.")
-        if self.rl_plus_exponent < 0:
-            raise ValueError(f"`rl_plus_exponent` must not be negative, got {self.rl_plus_exponent}.")
 
 
-class LUFFYTrainer(ExpertTrainer):
+class LUFFYTrainer(ShapedTrainer):
     """
     LUFFY: the expert trace is one rollout of its group, with a shaped and unclipped policy loss.
 
@@ -103,7 +81,8 @@ class LUFFYTrainer(ExpertTrainer):
     - no entropy bonus by default (the released script has 0.001; set `entropy_coef`, about 1e-4 in our scale);
     - traces that are too long are left out in place of cut (`expert_overlong`): a cut trace is scored wrong, and its
       negative advantage pushes a possibly right trace down;
-    - `preset="code"`: advantages are not divided by the standard deviation and own ratios are not clipped.
+    - `preset="code"`: advantages are not divided by the standard deviation and own ratios are not clipped;
+      `policy_shaping="rl_plus"` has `V = 1`, as RL-PLUS's released code.
 
     Args:
         model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
@@ -133,17 +112,3 @@ class LUFFYTrainer(ExpertTrainer):
             len(expert) if expert is not None and member >= first else 0
             for expert, member in zip(plan.experts, plan.members, strict=True)
         ]
-
-    def expert_loss(self, log_probs: torch.Tensor, entropies: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-        args = self.args
-        values = shaped_probability(
-            log_probs,
-            args.policy_shaping,
-            gamma=args.policy_shaping_gamma,
-            exponent=args.policy_shaping_exponent,
-            vocab_size=self._plain_model.config.get_text_config().vocab_size,
-        )
-        advantages = inputs["advantages"].unsqueeze(1)
-        if args.rl_plus_exponent:
-            advantages = advantages * (1 - log_probs.detach().exp()).clamp(min=0.0) ** args.rl_plus_exponent
-        return -values * advantages

@@ -20,7 +20,8 @@ def save_adapter(coordinator: Coordinator, output_dir: Path) -> None:
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in coordinator.state_dict().items()}
-    save_file(tensors, output_dir / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    # The mark by which `trl-bridge merge` knows it: merged into the saved policy, which holds it already, w would count twice.
+    save_file(tensors, output_dir / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt", "trl_bridge": "coordinator"})
     config = coordinator.peft_config
     config.inference_mode = True
     config.save_pretrained(str(output_dir))

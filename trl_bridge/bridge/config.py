@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from ..objectives.schedules import linear_ramp
 from ..training.config import DemonstrationConfig
 from ..training.support import check_side_optimizer
 
@@ -155,8 +156,7 @@ class BridgeConfig(DemonstrationConfig):
         """
         if self.bridge_lambda_start is None:
             return self.bridge_lambda
-        progress = min(1.0, step / self.bridge_lambda_warmup_steps)
-        return self.bridge_lambda_start + (self.bridge_lambda - self.bridge_lambda_start) * progress
+        return linear_ramp(step, self.bridge_lambda_start, self.bridge_lambda, self.bridge_lambda_warmup_steps)
 
     @property
     def coordinator_rate(self) -> float:

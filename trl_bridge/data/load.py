@@ -1,4 +1,4 @@
-"""Datasets by name: generated tasks, local files, directories and the hub, with columns mapped to TRL's names."""
+"""Datasets by name: sources, generated tasks, local files, directories and the hub, with columns mapped to TRL's names."""
 
 import inspect
 from pathlib import Path
@@ -8,7 +8,9 @@ import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 
 from .addition import addition_dataset, addition_pairs
+from .files import READERS, read_files
 from .reasoning_gym_tasks import reasoning_gym_dataset
+from .sources import load_source
 
 
 __all__ = ["load_named_dataset", "map_columns", "with_system_prompt"]
@@ -18,7 +20,7 @@ AnyDatasetDict: TypeAlias = DatasetDict | IterableDatasetDict
 
 _ADDITION = "builtin:addition"
 _REASONING_GYM = "reasoning-gym:"
-_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+_SOURCE = "source:"
 
 
 def load_named_dataset(name: str, config: str | None = None, streaming: bool = False) -> AnyDatasetDict:
@@ -31,11 +33,13 @@ def load_named_dataset(name: str, config: str | None = None, streaming: bool = F
                 - `"builtin:addition"`: sums of two numbers, see [`~trl_bridge.data.addition.addition_dataset`];
                 - `"reasoning-gym:TASK"`: a reasoning-gym task, see
                   [`~trl_bridge.data.reasoning_gym_tasks.reasoning_gym_dataset`];
+                - `"source:NAME"`: a public dataset in one schema, and `"source:NAME@PATH"`: a local copy of it, see
+                  [`~trl_bridge.data.sources.load_source`];
                 - a path (or a pattern of paths) ending in `.jsonl`, `.json`, `.parquet` or `.csv`;
                 - anything that [`~datasets.load_dataset`] takes, such as a name on the hub or a directory.
         config (`str`, *optional*):
-            For the generated tasks, their parameters as in `"size=500, max_terms=3"`. For all others the configuration
-            name that [`~datasets.load_dataset`] takes.
+            For the generated tasks and the sources, their parameters as in `"size=500, max_terms=3"`. For all others
+            the configuration name that [`~datasets.load_dataset`] takes.
         streaming (`bool`, *optional*, defaults to `False`):
             Passed to [`~datasets.load_dataset`].
 
@@ -44,19 +48,18 @@ def load_named_dataset(name: str, config: str | None = None, streaming: bool = F
 
     Raises:
         FileNotFoundError: a local file that does not exist.
-        ValueError: parameters that the generated task does not have.
+        ValueError: no such source, or parameters that the generated task or the source does not have.
         ImportError: reasoning-gym is not installed.
     """
     if name == _ADDITION:
         return _call(_addition, name, config)
     if name.startswith(_REASONING_GYM):
         return _call(reasoning_gym_dataset, name, config, task=name.removeprefix(_REASONING_GYM))
-    reader = _READERS.get(Path(name).suffix)
-    if reader is None:
-        return load_dataset(name, name=config, streaming=streaming)
-    if not any(character in name for character in "*?[") and "://" not in name and not Path(name).is_file():
-        raise FileNotFoundError(f"no such dataset file: {name}")
-    return load_dataset(reader, data_files=name, streaming=streaming)
+    if name.startswith(_SOURCE):
+        return _call(load_source, name, config, name=name.removeprefix(_SOURCE), streaming=streaming)
+    if Path(name).suffix in READERS:
+        return read_files(name, streaming)
+    return load_dataset(name, name=config, streaming=streaming)
 
 
 def map_columns(dataset: AnyDataset, columns: dict[str, str | None], what: str) -> AnyDataset:
@@ -135,16 +138,18 @@ def _addition(
     )
 
 
-def _call(maker: Any, name: str, config: str | None, **fixed: Any) -> DatasetDict:
+def _call(maker: Any, called: str, config: str | None, **fixed: Any) -> Any:
     parameters: dict[str, Any] = {}
     for part in (config or "").replace(",", " ").split():
         key, equals, value = part.partition("=")
         if not equals:
-            raise ValueError(f"the parameters of {name} are written as `key=value`, got {part!r}")
+            raise ValueError(f"the parameters of {called} are written as `key=value`, got {part!r}")
+        if key in fixed:
+            raise ValueError(f"{called} has no parameter {key!r}")
         parameters[key] = yaml.safe_load(value)
     takes = inspect.signature(maker).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         for key in parameters:
             if key not in takes:
-                raise ValueError(f"{name} has no parameter {key!r}; it has: {', '.join(takes)}")
+                raise ValueError(f"{called} has no parameter {key!r}; it has: {', '.join(takes)}")
     return maker(**fixed, **parameters)

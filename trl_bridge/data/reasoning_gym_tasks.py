@@ -5,6 +5,7 @@ A worked solution is written from what the generator itself knows about the row 
 ends with "The answer is ...".
 """
 
+import itertools
 import json
 import math
 import re
@@ -46,10 +47,39 @@ def _gsm_symbolic(row: dict[str, Any]) -> list[str]:
     return row["metadata"]["answer_cot"].split("\n####")[0].splitlines()
 
 
+def _knights_knaves(row: dict[str, Any]) -> list[str]:
+    names, terms = row["metadata"]["names"], row["metadata"]["knight_knave_terms"]
+    lines: list[str] = []
+    for roles in itertools.product((True, False), repeat=len(names)):
+        said = [
+            f"{name} is {terms['a_knight' if role else 'a_knave']}" for name, role in zip(names, roles, strict=True)
+        ]
+        case = f"Suppose {', '.join(said)}."
+        wrong = [i for i, statement in enumerate(row["metadata"]["statements"]) if _true(statement, roles) != roles[i]]
+        if not wrong:
+            return [*lines, f"{case} Then every statement fits."]
+        kind = "lie" if roles[wrong[0]] else "tell the truth"
+        lines.append(f"{case} Then {names[wrong[0]]} would {kind}, which cannot be.")
+    raise ValueError("a puzzle without a solution")
+
+
+def _true(statement: Any, roles: tuple[bool, ...]) -> bool:
+    operator, *parts = statement
+    if operator in ("telling-truth", "lying"):
+        return roles[parts[0]] == (operator == "telling-truth")
+    values = [_true(part, roles) for part in parts]
+    if operator == "not":
+        return not values[0]
+    if operator == "->":
+        return not values[0] or values[1]
+    return {"and": all(values), "or": any(values), "<=>": values[0] == values[-1]}[operator]
+
+
 WORKED_SOLUTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "chain_sum": _chain_sum,
     "gcd": _gcd,
     "gsm_symbolic": _gsm_symbolic,
+    "knights_knaves": _knights_knaves,
 }
 """Tasks that have demonstrations, with the function that gives the lines of the working."""
 
@@ -66,7 +96,7 @@ def worked_solution(row: dict[str, Any]) -> str:
         `str`: the working line by line, then "The answer is ...".
     """
     working = WORKED_SOLUTIONS[row["metadata"]["source_dataset"]](row)
-    return "\n".join([*working, f"The answer is {row['answer']}."])
+    return "\n".join([*working, f"The answer is {row['answer'].removesuffix('.')}."])
 
 
 def reasoning_gym_dataset(

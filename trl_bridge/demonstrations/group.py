@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from .render import render_demonstrations
 from .rows import prompt_key
+from .steps import read_steps, step_ends
 from .stream import PromptIndex, fingerprint, generator
 
 
@@ -47,11 +48,15 @@ class Experts:
             What to do with a longer one: `"skip"` (its prompt has no expert), `"truncate"` or `"error"`.
         seed (`int`):
             Seed of all choices.
+        steps (`bool`, *optional*, defaults to `False`):
+            Whether to read the column `expert_steps`, if there is one: the text of a trace cut up into strings (a list
+            of them, or a list of lists where a row has several traces).
 
     Raises:
         `TypeError`: if `dataset` is not a [`~datasets.Dataset`].
         `ValueError`: if there is no `expert` column, or no usable trace in it; if a trace cannot be rendered (see
-            [`demonstrations.render.render_demonstrations`]), or is too long and may not be shortened.
+            [`demonstrations.render.render_demonstrations`]), or is too long and may not be shortened; if steps do not
+            make up their trace.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class Experts:
         max_length: int,
         overlong: str,
         seed: int,
+        steps: bool = False,
     ):
         if not isinstance(dataset, Dataset):
             raise TypeError(
@@ -84,6 +90,10 @@ class Experts:
         self.seed = seed
         self.max_length = max_length
         self.fingerprint = fingerprint(rendered)
+        self.has_steps = steps and "expert_steps" in dataset.column_names
+        if self.has_steps:
+            ends = _step_ends(rendered, read_steps(dataset, traces, rows), processing_class)
+            rendered = rendered.add_column("step_ends", ends, feature=List(Value("int64")))
         self._rendered = _limit_length(rendered, max_length, overlong)
         self._index = PromptIndex(self._rendered["prompt_key"][:], seed)
 
@@ -111,7 +121,23 @@ class Experts:
         if probability < 1.0 and self.uniform(generation, group, _USE) >= probability:
             return None
         row = self._rendered[self._index.draw(key, generation, group)]
-        return [label for label in row["labels"] if label != -100][: self.max_length]
+        return _completion(row)[: self.max_length]
+
+    def step_ends(self, prompt: Any, generation: int, group: int) -> list[int]:
+        """
+        Where the steps of a group's trace end.
+
+        Args:
+            prompt, generation, group:
+                As in [`~Experts.draw`], which gave the group a trace.
+
+        Returns:
+            `list[int]`: for each step, how many tokens the trace has up to its end, the EOS not counted; beyond the
+            trace where it is truncated. Empty where it has no steps.
+        """
+        if not self.has_steps:
+            return []
+        return self._rendered[self._index.draw(prompt_key(prompt), generation, group)]["step_ends"]
 
     def uniform(self, generation: int, group: int, purpose: int) -> float:
         """
@@ -171,6 +197,20 @@ def _traces(expert: Any) -> list[Any]:
     if isinstance(expert, str) or (isinstance(expert[0], dict)):
         return [expert]
     return [trace for trace in expert if trace]
+
+
+def _completion(row: dict[str, Any]) -> list[int]:
+    return [label for label in row["labels"] if label != -100]
+
+
+def _step_ends(rendered: Dataset, steps: list[list[str]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    ends = []
+    for row, parts in zip(rendered, steps, strict=True):
+        try:
+            ends.append(step_ends(_completion(row)[:-1], parts, tokenizer) if parts else [])
+        except ValueError as error:
+            raise ValueError(f"`train_dataset` row {row['row']}: {error}") from error
+    return ends
 
 
 def _limit_length(rendered: Dataset, max_length: int, overlong: str) -> Dataset:

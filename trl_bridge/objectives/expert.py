@@ -46,7 +46,7 @@ def shaped_probability(
         exponent (`float`, *optional*, defaults to `0.5`):
             Exponent of `"pow"`.
         vocab_size (`int`, *optional*):
-            Size of the vocabulary, for `"rl_plus"`.
+            `V` of `"rl_plus"`: size of the vocabulary (the paper's uniform expert), or 1 (the released code's).
 
     Returns:
         `torch.Tensor` of shape `(B, T)`: the shaped values, with graph.

@@ -81,6 +81,31 @@ def phi(log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (log_probs.exp() * -torch.expm1(log_probs)).masked_fill(~mask, 0.0)
 
 
+def trapo(log_probs: torch.Tensor, mask: torch.Tensor, bound: float = 0.1) -> torch.Tensor:
+    """
+    `p / max(p, bound)` of each demonstrated token: 1 for tokens that the policy finds likely, less for the others.
+
+    The NLL's gradient is `-1/p` times `grad p`, which grows without bound for unlikely tokens. TRAPO puts
+    `-1/max(p, bound)` in its place; on the NLL itself that is the weight returned here. (`1/max(p, bound)` as a weight
+    of the NLL would do the opposite: raise unlikely tokens tenfold.)
+
+    Source: "Trust-Region Adaptive Policy Optimization" (TRAPO, arXiv 2512.17636), trust-region SFT.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(B, T)`):
+            Log-probability of each token, in nats.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            True at trained tokens.
+        bound (`float`, *optional*, defaults to `0.1`):
+            Probability from which on the weight is 1, above 0.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: the weights, in (0, 1], zero at other tokens.
+    """
+    p = _double(log_probs).exp()
+    return (p / p.clamp(min=bound)).masked_fill(~mask, 0.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class JudgeFit:
     """

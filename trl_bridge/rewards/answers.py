@@ -11,8 +11,9 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _TOKEN = re.compile(r"\s*([^\s{}$\\.,;]+)")
 # Boxes that follow one another with nothing but a separator between them are one answer in several parts: `\boxed{1}
 # or \boxed{2}` answers "1 or 2", and pays neither for 1 nor for 2.
+_GAP = r"(?:[\s$~]|\\[,;:!> ()\[\]]|\\q?quad)*"
 _JOINT = re.compile(
-    r"[\s$]*(?:[A-Za-z]\s*=)?(?:,|;|/|\\?\s*(?:\\text\s*\{)?\s*,?\s*(?:and|or)\b\s*\}?)[\s$]*(?:[A-Za-z]\s*=\s*)?\$?"
+    rf"{_GAP}(?:,|;|/|,?{_GAP}(?:\\text\s*\{{)?\s*,?\s*(?:and|or)\b\s*\}}?){_GAP}(?:[A-Za-z](?:_\{{?\w+\}}?)?\s*=)?{_GAP}"
 )
 _PHRASE = re.compile(
     r"(?:final|correct)?\s*\banswer\b\s*(?:\*\*|__)?\s*(?:\([^()\n]{0,40}\)\s*)?(?:is|are|:|=)\s*(?:\*\*|__)?\s*:?\s*\}?",

@@ -19,11 +19,13 @@ _NAME = re.compile(
     r"(?:\\(?:angle|triangle|text|mathbb|vec|overline|overrightarrow|hat|bar|lambda|theta|alpha|beta|mu|sigma|phi|omega|Delta)(?![a-zA-Z])\s*)?"
     r"(?:\{[^{}]*\}|[A-Za-z]{1,3})?'*(?:_(?:\{[^{}]*\}|\w))?(?:\([^()]*\))?(?:\^\{?\\?(?:-1|prime|circ)\}?(?:\([^()]*\))?)?"
 )
+_DESCRIBED = re.compile(r"\\(?:lim|sum|prod|int)(?![a-zA-Z])")
 _SYMBOLS_ONLY = re.compile(
     r"(?:[A-Za-z]{1,2}(?:_(?:\{\w+\}|\w))?|\\[a-z]+|[+\-*/ ]|\\cdot|\\text\{[^{}]*\}|\\frac|[{}|])+"
 )
 _LETTER = re.compile(r"\(?\s*(?:\\text\s*\{\s*)?\(?\s*([A-Ja-j])\s*\)?\s*\.?\s*\}?\s*\)?")
 _LETTER_AND_TEXT = re.compile(r"\(?\s*(?:\\text\s*\{\s*)?\(?\s*([A-J])\s*(?:\)|[.:](?=\s))\s*\}?\s*\S.*", re.DOTALL)
+_LETTER_AND_VALUE = re.compile(r"\(?\\text\s*\{\s*\(?[A-J]\)?[.:]?\s*\}\)?[.:]?\s*([\d.,/]+)")
 _SPACE = re.compile(r"(?<!\d) +| +(?!\d| )")
 _RANKS = {kind: rank for rank, kind in enumerate(
     ("expression", "text", "ratio", "based", "congruence", "equation", "list", "set", "tuple", "sequence", "interval", "inequality", "union",
@@ -72,6 +74,10 @@ def _letters(a: str, b: str) -> Verdict:
     single, other = (one, b) if one else (two, a)
     if single is not None and single[1].isupper() and (match := _LETTER_AND_TEXT.fullmatch(other)):
         return match[1] == single[1] or None
+    if single is None and (value := _LETTER_AND_VALUE.fullmatch(a) or _LETTER_AND_VALUE.fullmatch(b)):
+        # The value of a choice without its letter.
+        other = b if value.string == a else a
+        return True if not _LETTER_AND_VALUE.fullmatch(other) and exact(value[1]) == (exact(other) or "") else None
     several = _choices(a), _choices(b)
     separated = any(re.search(r"[,;]|\band\b", text) for text in (a, b))
     return several[0] == several[1] if separated and all(several) else None
@@ -139,19 +145,27 @@ def _same_kind(a: Node, b: Node, leaf: Leaf) -> Verdict:
             return False
         return leaf(a, b, Fraction(1))
     if a.kind == "set":
-        return _unordered(_values(a), _values(b), leaf)
+        return _unordered(tuple(dict.fromkeys(_values(a))), tuple(dict.fromkeys(_values(b))), leaf)
     if a.kind == "list":
-        named = (_names(a), _names(b))
-        if all(named) and named[0] != named[1]:
-            return False
-        if all(named) and len(set(named[0])) == len(named[0]):
-            return _ordered(_by_name(a), _by_name(b), leaf)
-        return _unordered(_values(a), _values(b), leaf)
+        return _same_list(a, b, leaf)
     if a.kind == "interval":
         return _ordered(a.items, b.items, leaf) if a.text == b.text else False
     if a.kind in ("tuple", "sequence", "row", "matrix"):
         return _ordered(a.items, b.items, leaf)
     return leaf(a, b, Fraction(1))
+
+
+def _same_list(a: Node, b: Node, leaf: Leaf) -> Verdict:
+    named = (_names(a), _names(b))
+    if all(named) and named[0] != named[1] and not _indexed(*named):
+        return False
+    if all(named) and named[0] == named[1] and len(set(named[0])) == len(named[0]):
+        return _ordered(_by_name(a), _by_name(b), leaf)
+    members, others = _values(a), _values(b)
+    if all(item.kind == "tuple" for item in (*members, *others)):
+        # Solutions, of which it does not matter how often they are listed. Numbers may be roots with multiplicities.
+        members, others = tuple(dict.fromkeys(members)), tuple(dict.fromkeys(others))
+    return _unordered(members, others, leaf)
 
 
 def _same_expression(a: Node, b: Node, leaf: Leaf) -> Verdict:
@@ -235,6 +249,12 @@ def _names(node: Node) -> tuple[str, ...]:
     return ()
 
 
+def _indexed(first: tuple[str, ...], second: tuple[str, ...]) -> bool:
+    """Whether the names differ by an index only, and one side has none: "x_1 = 2, x_2 = 3" and "x = 2 or x = 3"."""
+    bare = {re.sub(r"_(?:\{\d+\}|\d)$", "", name) for name in (*first, *second)}
+    return len(bare) == 1 and any(set(names) == bare for names in (first, second))
+
+
 def _by_name(node: Node) -> tuple[Node, ...]:
     names = _names(node)
     if names and len(set(names)) == len(names):
@@ -261,6 +281,8 @@ def is_name(text: str) -> bool:
     text = text.strip()
     if not text or exact(text) is not None:
         return False
+    if _DESCRIBED.match(text):
+        return True
     if text.startswith("(") and re.fullmatch(r"\(\s*[a-zA-Z](?:_\w)?(?:\s*,\s*[a-zA-Z](?:_\w)?)*\s*\)", text):
         return True
     return bool(_NAME.fullmatch(text) or _SYMBOLS_ONLY.fullmatch(text)) or text.replace(" ", "").isalpha()
@@ -270,7 +292,7 @@ def _assigns(node: Node, leaf: Leaf) -> Verdict:
     left, right = node.items
     if left.kind == "tuple":
         return all(item.kind == "expression" and is_name(item.text) for item in left.items)
-    if left.kind == "text" or is_name(left.text):
+    if left.kind == "text" or is_name(left.text) or (":" in left.text and all(map(is_name, left.text.split(":")))):
         return True
     # `3 \times 4 = 12` is 12; `9 = 1` and `2x = 12` are not.
     if re.search(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])", re.sub(r"\\[a-zA-Z]+", "", left.text)):

@@ -69,6 +69,10 @@ def to_region(node: Node, to_sympy: ToSympy) -> sympy.Set:
         brackets = node.text or "()"
         if (high - low).is_negative:
             raise RegionError("the ends of the interval are in the wrong order")
+        if (high - low).is_zero and brackets != "[]":
+            raise RegionError("the interval is empty")
+        if (low.is_infinite and brackets[0] == "[") or (high.is_infinite and brackets[1] == "]"):
+            raise RegionError("the interval is closed at infinity")
         return sympy.Interval(low, high, brackets[0] == "(", brackets[1] == ")")
     if node.kind == "list" and all(item.kind in ("inequality", "interval", "tuple", "union") for item in node.items):
         return _listed([to_region(item, to_sympy) for item in node.items], node)

@@ -37,19 +37,23 @@ _RELATION = re.compile(r"\\(?:le|ge|ne|approx|equiv|simeq|sim|cong|in)(?![a-zA-Z
 _RELATION_NAMES = {"<=": r"\le", ">=": r"\ge", ":=": "=", "!=": r"\ne", r"\<": "<", r"\>": ">", r"\simeq": r"\approx",
                    r"\cong": r"\approx", r"\sim": r"\approx"}  # fmt: skip
 _SEPARATOR = re.compile(r"[,;]|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])")
+_SEMICOLON = re.compile(";")
 _SET_OPERATION = re.compile(r"\\(?:cup|cap|setminus)(?![a-zA-Z])|(?<=[)\]}])\s*[Uu∪]\s*(?=[(\[\\])")
 _BUILDER = re.compile(r"\\\{\s*([a-zA-Z])\s*(?:\\in\s*(?:\\mathbb\{[A-Z]\})?\s*)?(?:\||:)\s*(.*)\\\}", re.DOTALL)
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?(?:small)?matrix|array)\}(?:\s*\{[clr|\s]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _BASED = re.compile(
     r"\(?\s*([0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?)\s*\)?\s*_\s*(?:\{\s*(?:\\text\s*\{)?\s*([0-9a-z]+)\s*\}?\s*\}|(\d+))"
 )
-_MODULO = re.compile(r"([^,;]*?)\s*(?:\\pmod\s*\{([^{}]+)\}|\(\s*\\?(?:mod|bmod|text\s*\{\s*mod\s*\})\s*([^()]+)\))")
+_MODULO = re.compile(
+    r"([^,;]*?)\s*(?:\\pmod\s*(?:\{([^{}]+)\}|(\d+))|\(\s*\\?(?:mod|bmod|text\s*\{\s*mod\s*\})\s*([^()]+)\))"
+)
 _BASE_WORDS = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9",
                "ten": "10", "twelve": "12", "sixteen": "16"}  # fmt: skip
 _TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
 _WORD = re.compile(r"(?<![\\a-zA-Z])[A-Za-z]{3,}")
 _MATH = re.compile(r"[\\^_=<>+*/|\d]")
-_SIGNED = re.compile(r"\\(pm|mp)(?![a-zA-Z])|\+\s*/?\s*-(?=\s*[\d\\(])")
+_SIGNED = re.compile(r"\\(pm|mp)(?![a-zA-Z])|\+(?:\s*/\s*)?-(?=\s*[\d\\(])")
+_CLOCK = re.compile(r"0?(\d\d?)(:\d\d)(?::00|(:\d\d))?([ap]m)?")
 _COLON = re.compile(r"\s*\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+\s*(?:\\?[ap]\.?m\.?)?\s*", re.IGNORECASE)
 _EMPTY = {"no solution", "no solutions", "none", "empty set", "the empty set", "no real solution", "no real solutions"}
 _UNDEFINED = {"dne", "does not exist", "undefined", "not defined", "do not exist"}
@@ -108,6 +112,8 @@ def parse(text: str) -> Node:
     if match := _BUILDER.fullmatch(text):
         return parse(match[2].strip())
     parts, separators = split_top(text, _SEPARATOR)
+    if {",", ";"} <= set(separators) and (node := _grouped(text)) is not None:
+        return node
     if separators:
         return _list([part for part in (part.strip() for part in parts) if part], separators)
     return _single(text)
@@ -124,8 +130,10 @@ def _worded(text: str) -> Node | None:
         return Node("set")
     if words in _UNDEFINED:
         return Node("text", "undefined")
+    if words == "no":
+        return Node("text", words)
     if _COLON.fullmatch(words):
-        return Node("ratio", re.sub(r"[\s.]", "", words))
+        return Node("ratio", _CLOCK.sub(_clock, re.sub(r"[\s.]", "", words)))
     if re.fullmatch(r"\\text\s*\{[^{}]*\}", text):
         inner = text[text.index("{") + 1 : -1].strip()
         if exact(inner) is not None:
@@ -144,6 +152,12 @@ def _worded(text: str) -> Node | None:
     if not _MATH.search(bare) and (_WORD.search(bare) or r"\text" in text) and "(" not in bare[1:]:
         return Node("text", _plain(bare))
     return None
+
+
+def _clock(match: re.Match[str]) -> str:
+    """A time in one spelling, after noon in 24 hours; no seconds where they are zero."""
+    hour = int(match[1]) + (12 if match[4] == "pm" and int(match[1]) < 12 else 0)
+    return f"{hour}{match[2]}{match[3] or ''}{'am' if match[4] == 'am' else ''}"
 
 
 def _plain(text: str) -> str:
@@ -173,6 +187,16 @@ def _list(parts: list[str], separators: list[str]) -> Node:
     return Node("list", "or" if set(separators) == {"or"} else "", tuple(nodes))
 
 
+def _grouped(text: str) -> Node | None:
+    """ "p = 5, q = 2; p = 7, q = 2" as the pairs (5, 2) and (7, 2)."""
+    groups = [parse(group) for group in split_top(text, _SEMICOLON)[0] if group.strip()]
+    if not all(g.kind == "list" and all(item.kind == "equation" for item in g.items) for g in groups):
+        return None
+    if len({tuple(item.items[0].text for item in g.items) for g in groups}) > 1:
+        return None
+    return Node("list", "", tuple(Node("tuple", "", tuple(item.items[1] for item in g.items)) for g in groups))
+
+
 def _spread(node: Node) -> tuple[Node, ...]:
     """The members of a plus-minus; a node of any other kind alone."""
     return node.items if node.kind == "list" else (node,)
@@ -180,14 +204,16 @@ def _spread(node: Node) -> tuple[Node, ...]:
 
 def _single(text: str) -> Node:
     """Shape of an answer without separators at its top level."""
-    if _SIGNED.search(text):
+    if text == r"\ldots":
+        return Node("text", text)
+    if _SIGNED.search(text) and not _braced(text):
         plus = _SIGNED.sub(lambda m: "-" if m.group(1) == "mp" else "+", text)
         minus = _SIGNED.sub(lambda m: "+" if m.group(1) == "mp" else "-", text)
         return Node("list", "", (parse(_tidy(plus)), parse(_tidy(minus))))
     if match := _MODULO.fullmatch(text):
         residue = match[1].split(r"\equiv", 1)[-1]
         return Node("congruence", match[1].split(r"\equiv", 1)[0].strip() if r"\equiv" in match[1] else "",
-                    (_leaf(residue), _leaf(match[2] or match[3])))  # fmt: skip
+                    (_leaf(residue), _leaf(match[2] or match[3] or match[4])))  # fmt: skip
     parts, operators = split_top(text, _RELATION)
     if operators:
         return _relation([part.strip() for part in parts], [_RELATION_NAMES.get(o, o) for o in operators], text)
@@ -251,7 +277,8 @@ def _bracketed(text: str) -> Node | None:
         if text.startswith(opening) and text.endswith(ending):
             body = text[len(opening) : -len(ending)]
             if opening not in body and ending not in body:
-                return Node(kind, "", _items(body))
+                items = _items(body)
+                return Node(kind, "", tuple(m for i in items for m in _spread(i)) if kind == "set" else items)
     if not text or text[0] not in "([" or text[-1] not in ")]" or closing(text, 0) != len(text) - 1:
         return None
     items = _items(text[1:-1])
@@ -270,11 +297,18 @@ def _items(body: str) -> tuple[Node, ...]:
     return tuple(parse(part) for part in parts if part.strip())
 
 
+def _braced(text: str) -> bool:
+    r"""Whether the whole is one `\{...\}`."""
+    return text.startswith(r"\{") and closing(text, 1) == len(text) - 1
+
+
 def _leaf(text: str) -> Node:
     text = split_scale(text.strip())
     value, unit = split_unit(text)
     value = value.strip()
-    percent = re.fullmatch(r"(.*?)\s*(?:\\?%|\\text\s*\{\s*\\?(?:%|percent)\s*\}|\bpercent)", value, re.DOTALL)
+    percent = re.fullmatch(
+        r"(.*?)\s*(?:\\?%|\\text\s*\{\s*\\?(?:%|percent(?:age)?|pct)\s*\}|\b(?:percent(?:age)?|pct))", value, re.DOTALL
+    )
     if percent and percent[1].strip():
         return Node("expression", percent[1].strip(), (), f"% {unit}".strip())
     if unit:

@@ -9,7 +9,10 @@ from functools import lru_cache
 MAX_LENGTH = 2000
 MAX_DEPTH = 40
 
-_SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
+# Most answers of most batches: nothing is to be done about them.
+_CLEAN_NUMBER = re.compile(r"-?[0-9]{1,99}|-?\\frac\{-?[0-9]{1,99}\}\{[0-9]{1,99}\}")
+_SCRIPTS = re.compile("([⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+|[⁺⁻]?ⁿ)|([₀₁₂₃₄₅₆₇₈₉]+)")
+_PLAIN_SCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉⁺⁻ⁿ", "01234567890123456789+-n")
 _SYMBOLS = {
     "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "°": r"^\circ ", "±": r"\pm ",
@@ -17,7 +20,7 @@ _SYMBOLS = {
     "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ",
     "’": "'", "‘": "'", "“": '"', "”": '"', "′": "'", "⟨": r"\langle ", "⟩": r"\rangle ", "…": r"\ldots ",
 }  # fmt: skip
-_TRANSLATE = str.maketrans(_SYMBOLS | {c: f"^{{{i}}}" for i, c in enumerate(_SUPERSCRIPTS)})
+_TRANSLATE = str.maketrans(_SYMBOLS)
 _CURRENCY = re.compile(r"\\\$|[$£€¥₹]|\\pounds(?![a-zA-Z])|\\euro(?![a-zA-Z])")
 
 _WORD_COMMANDS = re.compile(
@@ -26,8 +29,14 @@ _WORD_COMMANDS = re.compile(
 _FUNCTIONS = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp gcd lcm det max min".split()
 )
+_FUNCTION_WORD = re.compile(
+    r"(?<![\\a-zA-Z])(?:a(?:rc)?(sin|cos|tan)|(sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp))(?=\s*[(^{]|\s+[a-z](?![a-z]))"
+)
+# LaTeX that went through one JSON encoding too many: `\\\\frac{1}{2}`. In an environment `\\\\` ends a row.
+_ESCAPED = re.compile(r"\\\\(?=[a-zA-Z]{2}|[{}%$])")
 _BOX = re.compile(r"\\(?:boxed|fbox)(?=\s*\{)")
 _CHOOSE = re.compile(r"\{?\s*([0-9a-zA-Z+\-]+)\s*\\choose\s*([0-9a-zA-Z+\-]+)\s*\}?")
+_COMBINATIONS = re.compile(r"(?<![A-Za-z\\])C_\{?(\d+)\}?\s*\^\s*\{?(\d+)\}?")
 _ANY_INTEGER = re.compile(
     r"\s*[,;]?\s*\(?\s*(?:\\text\s*\{[^{}]*\}\s*)?([a-zA-Z])\s*\\in\s*(?:\\mathbb\s*\{?\s*Z\s*\}?|Z)\s*\)?$"
 )
@@ -54,13 +63,14 @@ _DROP = re.compile(
 )
 _LEFT_DOT = re.compile(r"\\(?:left|right)\s*\.")
 _SPACES = re.compile(
-    r"(?<!\\)\\(?:[,;:> \n\t]|(?:quad|qquad|enspace|thinspace|hfill|space)(?![a-zA-Z]))|~|\\hspace\{[^{}]*\}|[\s\x00-\x1f\x7f]+"
+    r"(?<!\\)\\(?:[,;:> \n\t]|q?quad|(?:enspace|thinspace|hfill|space)(?![a-zA-Z]))|~|\\hspace\{[^{}]*\}|[\s\x00-\x1f\x7f]+"
 )
 _DELIMITERS = re.compile(r"(?<!\\)\\[()\[\]](?![a-zA-Z])")
 _DEGREE = re.compile(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\s*\\degrees?(?![a-zA-Z])")
 _FRAC = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _FRAC_BARE = re.compile(r"\\frac\s*(?:\{([^{}]*)\}|([0-9a-zA-Z]))\s*(?:\{([^{}]*)\}|([0-9a-zA-Z]))")
-_SQRT_BARE = re.compile(r"\\sqrt\s*([0-9a-zA-Z])(?![a-zA-Z{])")
+_FRAC_ARGUMENT = re.compile(r"\s*(\\(?:pi|theta|alpha|beta|infty)(?![a-zA-Z])|[0-9a-zA-Z])")
+_SQRT_BARE = re.compile(r"\\sqrt\s*(\[[^\[\]]*\])?\s*(\d|[a-zA-Z](?![a-zA-Z{]))")
 _SQRT_WORD = re.compile(r"(?<![\\a-zA-Z])sqrt\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+))")
 _PI_WORD = re.compile(r"(?<![\\a-zA-Z])pi(?![a-zA-Z])")
 _INFINITY = re.compile(r"(?<![\\a-zA-Z])(?:infinity|infty|inf|oo)(?![a-zA-Z])")
@@ -86,6 +96,19 @@ _SYNONYM = re.compile(r"\\(" + "|".join(sorted(_SYNONYMS, key=len, reverse=True)
 _COMMAND_SYNONYMS = {"{", "}", "le", "ge", "ne"}
 
 
+def _ascii(text: str) -> str:
+    """Mathematical symbols, raised and lowered digits included, as LaTeX."""
+    text = _SCRIPTS.sub(lambda m: f"{'^' if m.group(1) else '_'}{{{m.group().translate(_PLAIN_SCRIPTS)}}}", text)
+    text = unicodedata.normalize("NFKC", text.translate(_TRANSLATE)).translate(_TRANSLATE)
+    return re.sub(r"√\s*(?:\(([^()]*)\)|(\w+))", lambda m: rf"\sqrt{{{m.group(1) or m.group(2)}}}", text)
+
+
+def _unescape(text: str) -> str:
+    if r"\\begin{" in text:
+        return text.replace("\\\\", "\\")
+    return text if r"\begin{" in text else _ESCAPED.sub(r"\\", text)
+
+
 def depth_of(text: str) -> int:
     """Largest nesting depth of brackets and braces, in linear time."""
     depth = deepest = 0
@@ -101,7 +124,8 @@ def depth_of(text: str) -> int:
 def _word(match: re.Match[str]) -> str:
     content = match.group(1)
     name = content.strip()
-    if name in _FUNCTIONS:
+    after_value = match.string[: match.start()].rstrip(" ~\\,;!")[-1:] in tuple("0123456789})")
+    if name in _FUNCTIONS and not (name in ("min", "sec") and after_value):
         return f"\\{name} "
     if len(name) == 1 and name.isalpha() and not match.group(0).startswith((r"\text", r"\mbox")):
         return f" {name}" if content[:1].isspace() else name
@@ -119,6 +143,27 @@ def _fraction(match: re.Match[str]) -> str:
     top = match.group(1) if match.group(1) is not None else match.group(2)
     bottom = match.group(3) if match.group(3) is not None else match.group(4)
     return rf"\frac{{{top}}}{{{bottom}}}"
+
+
+def _brace_fractions(text: str) -> str:
+    r"""Braces around the arguments that `_FRAC_BARE` cannot see, those beside nested ones: `\frac{\sqrt{3}}2`, `\frac\pi2`."""
+    position = 0
+    while (position := text.find(r"\frac", position)) >= 0:
+        position += len(r"\frac")
+        end = position
+        for _ in range(2):
+            start = end + len(text[end:]) - len(text[end:].lstrip())
+            if text.startswith("{", start):
+                end = closing(text, start) + 1
+                if end == 0:
+                    return text
+            elif argument := _FRAC_ARGUMENT.match(text, end):
+                braced = f"{{{argument.group(1)}}}"
+                text = text[:end] + braced + text[argument.end() :]
+                end += len(braced)
+            else:
+                break
+    return text
 
 
 def _ungroup(text: str) -> str:
@@ -156,12 +201,12 @@ def clean(raw: str) -> str | None:
         `str` or `None`:
             The spelling; `None` for what no honest answer is (longer than 2,000 characters, nested deeper than 40).
     """
+    if _CLEAN_NUMBER.fullmatch(raw):
+        return raw
     if len(raw) > 2 * MAX_LENGTH:
         return None
     text = raw.encode("utf-8", "replace").decode()
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text.translate(_TRANSLATE)).translate(_TRANSLATE)
-        text = re.sub(r"√\s*(?:\(([^()]*)\)|(\w+))", lambda m: rf"\sqrt{{{m.group(1) or m.group(2)}}}", text)
+    text = _unescape(text if text.isascii() else _ascii(text))
     if depth_of(text) > MAX_DEPTH:
         return None
     text = text.strip().strip("`").strip()
@@ -182,13 +227,15 @@ def clean(raw: str) -> str | None:
         text = _TRIG_DEGREE.sub(r"\\frac{\1\\pi}{180}", text)
     text = _MONEY_WORD.sub("", _APPROXIMATELY.sub("", _DEGREE.sub("", text).strip()))
     text = _FRAC.sub(r"\\frac", text)
-    text = _FRAC_BARE.sub(_fraction, text)
+    text = _brace_fractions(_FRAC_BARE.sub(_fraction, text))
     text = _SQRT_WORD.sub(lambda m: rf"\sqrt{{{next(g for g in m.groups() if g is not None)}}}", text)
-    text = _SQRT_BARE.sub(r"\\sqrt{\1}", text)
+    text = _SQRT_BARE.sub(lambda m: rf"\sqrt{m.group(1) or ''}{{{m.group(2)}}}", text)
+    text = _FUNCTION_WORD.sub(lambda m: rf"\arc{m.group(1)} " if m.group(1) else rf"\{m.group(2)} ", text)
     text = _INFINITY.sub(r"\\infty ", _PI_WORD.sub(r"\\pi ", text))
     text = re.sub(r"\\log\s*_\s*(?:\{\s*e\s*\}|e(?![a-z]))", r"\\ln ", text)
     text = _POWER.sub(lambda m: "^" if m.group(1) is None else f"^{{{m.group(1)}}}", text)
     text = re.sub(r"^(?:negative|minus)\s+(?=[\d.])", "-", _CHOOSE.sub(r"\\binom{\1}{\2}", text))
+    text = _COMBINATIONS.sub(r"\\binom{\1}{\2}", text.replace("...", r"\ldots "))
     # "2k pi, k an integer": which letter runs over the integers goes without saying.
     free = _ANY_INTEGER.search(text)
     text = _strip(text[: free.start()] if free and free[1] in text[: free.start()] else text)

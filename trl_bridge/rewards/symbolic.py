@@ -29,6 +29,9 @@ _DIGITS, _AGREE = 60, sympy.Float(10) ** -45
 _POINTS = [sympy.Rational(p, q) for p, q in
            ((7, 3), (-5, 7), (11, 13), (-17, 5), (19, 23), (29, 9), (-3, 31), (37, 6), (-41, 11), (43, 47), (53, 8), (-59, 61))]  # fmt: skip
 _ROUNDS = 6
+# Digits of precision below which SymPy says that a number is zero as far as it can tell.
+_INSIGNIFICANT = 8
+_LARGE = sympy.Integer(10) ** 30
 _CONFIG = ConversionConfig(lowercase_symbols=False)
 _IMAGINARY = {
     sympy.Symbol("i", real=True),
@@ -38,6 +41,7 @@ _IMAGINARY = {
 }
 
 
+_FUNCTION = re.compile(r"([A-Za-z])\s*\(\s*([A-Za-z])\s*\)")
 _PROSE = re.compile(r"\\text\s*\{[^{}]*[A-Za-z]{2}|(?<![\\A-Za-z])[A-Za-z]{3,}")
 
 
@@ -106,7 +110,7 @@ def _leaf(a: Node, b: Node, factor: Fraction) -> bool:
 
 def _matrix(node: Node) -> sympy.Basic:
     if node.kind == "expression":
-        return to_sympy(node.text)
+        return to_sympy(node.text).doit()
     if node.kind not in ("matrix", "determinant"):
         raise ParseError(node.kind)
     matrix = sympy.Matrix([[to_sympy(cell.text) for cell in row.items] for row in node.items])
@@ -137,14 +141,37 @@ def same_value(a: sympy.Basic, b: sympy.Basic) -> bool:
     if not symbols:
         verdict = _close(a, b)
         return bool(verdict) if verdict is not None else _simplified(a, b)
+    return _same_at_points(a, b, symbols)
+
+
+def _same_at_points(a: sympy.Expr, b: sympy.Expr, symbols: list[sympy.Symbol]) -> bool:
+    """
+    Whether two expressions agree at 6 points of both signs. Where neither speaks of complex numbers, only at those where
+    both are real throughout: the root of ab is the product of the roots of a and b wherever all three exist.
+    """
+    real = not (a.has(sympy.I) or b.has(sympy.I))
     seen = 0
-    for turn in range(_ROUNDS):
+    for turn in range(2 * _ROUNDS):
         point = {s: _POINTS[(turn * 5 + i) % len(_POINTS)] for i, s in enumerate(symbols)}
+        if turn >= _ROUNDS:
+            # Too few points were of use: both may be real for positive symbols only.
+            point = {s: abs(p) for s, p in point.items()}
+        if real and not (_is_real_throughout(a, point) and _is_real_throughout(b, point)):
+            continue
         verdict = _close(a.xreplace(point), b.xreplace(point))
         if verdict is False:
             return False
         seen += verdict is True
-    return seen >= 3 or _simplified(a, b)
+        if turn >= _ROUNDS - 1 and seen >= 3:
+            return True
+    return _simplified(a, b)
+
+
+def _is_real_throughout(expression: sympy.Expr, point: dict[sympy.Symbol, sympy.Rational]) -> bool:
+    """Whether no root and no logarithm in an expression is taken of a negative number at a point."""
+    inner = [p.base for p in expression.atoms(sympy.Pow) if not p.exp.is_integer and p.base.free_symbols]
+    inner += [f.args[0] for f in expression.atoms(sympy.log) if f.args[0].free_symbols]
+    return not any(part.xreplace(point).is_negative for part in inner)
 
 
 def _real_roots(a: sympy.Basic, b: sympy.Basic) -> tuple[sympy.Basic, sympy.Basic]:
@@ -174,10 +201,35 @@ def _close(a: sympy.Expr, b: sympy.Expr) -> bool | None:
         x, y = a.evalf(_DIGITS), b.evalf(_DIGITS)
     except (ArithmeticError, ValueError, TypeError, NotImplementedError, AttributeError, mpmath.libmp.NoConvergence):
         return None
+    if a.is_Rational and b.is_Rational:
+        return bool(a == b)
     if not (_is_finite_number(x) and _is_finite_number(y)):
         return None
+    x, y = _without_noise(x), _without_noise(y)
     size = max(abs(x), abs(y))
-    return bool(size == 0 or abs(x - y) <= _AGREE * size or size < sympy.Float(10) ** -400)
+    if size != 0 and abs(x - y) > _AGREE * size:
+        return False
+    return not (_has_extremes(a) or _has_extremes(b)) or _is_zero(a - b)
+
+
+def _has_extremes(expression: sympy.Expr) -> bool:
+    """Whether a number may be so large or small beside the others that it is lost in 60 digits: 2^2022 - sqrt(2)."""
+    return any(max(abs(r.p), r.q) > _LARGE for r in expression.atoms(sympy.Rational)) or any(
+        p.exp.is_number and abs(p.exp) > 100 for p in expression.atoms(sympy.Pow)
+    )
+
+
+def _is_zero(difference: sympy.Expr) -> bool:
+    """Whether a difference vanishes to 5,000 digits."""
+    return bool(_without_noise(difference.evalf(5, maxn=5000)) == 0)
+
+
+def _without_noise(value: sympy.Expr) -> sympy.Expr:
+    """Zero for what has no significant digit, so that an exact zero equals 0 and 1/2004! is not 1/2006!."""
+    real, imaginary = (
+        sympy.S.Zero if part.is_Float and part._prec < _INSIGNIFICANT else part for part in value.as_real_imag()
+    )
+    return real + sympy.I * imaginary
 
 
 def _is_finite_number(value: sympy.Basic) -> bool:
@@ -192,8 +244,28 @@ def _same_equation(a: Node, b: Node) -> bool:
     """Equations up to a nonzero constant factor (`2x = 4y` is `x - 2y = 0`)."""
     if any(side.kind != "expression" for node in (a, b) for side in node.items):
         return False
+    if (renamed := _same_function(a, b)) is not None:
+        return renamed
     first, second = (_difference(node) for node in (a, b))
     return _ratio(first, second) is not None
+
+
+def _same_function(a: Node, b: Node) -> bool | None:
+    """Whether `f(n) = ...` is `f(x) = ...` with another name of the variable; `None` where they are not of that form."""
+    names = [node.items[0].text.strip() for node in (a, b)]
+    heads = [_FUNCTION.fullmatch(name) for name in names]
+    if "y" in names and (call := heads[0] or heads[1]) and call[2] != "y":
+        # The graph y = ... of a function f(x) = ...
+        left, right = (to_sympy(node.items[1].text) for node in (a, b))
+        return call[2] in {symbol.name for symbol in left.free_symbols} and same_value(left, right)
+    if heads[0] is None or heads[1] is None or heads[0][1] != heads[1][1] or heads[0][2] == heads[1][2]:
+        return None
+    left, right = (to_sympy(node.items[1].text) for node in (a, b))
+    new = next((s for s in left.free_symbols if s.name == heads[0][2]), None)
+    old = next((s for s in right.free_symbols if s.name == heads[1][2]), None)
+    if new is None or old is None or new in right.free_symbols:
+        return None
+    return same_value(left, right.xreplace({old: new}))
 
 
 def _difference(node: Node) -> sympy.Expr:

@@ -33,12 +33,19 @@ _TEXT_UNIT = re.compile(r"^(.*?)\s*\\text\s*\{([^{}]*)\}\s*(?:\^\s*\{?\s*(-?\d)\
 _FRACTION_UNIT = re.compile(
     r"^(.*[\d})\]])\s*\\frac\{\s*\\text\{([^{}]*)\}\s*\}\{\s*\\text\{([^{}]*)\}\s*\}$", re.DOTALL
 )
+_NAME, _POWER = r"(?:\\text\{[^{}]*\}|[A-Za-z]{1,3}(?![A-Za-z]))", r"(?:\s*\^\s*\{?\s*-?\d\s*\}?)?"
+_COMPOUND_UNIT = re.compile(
+    rf"^(.*?[\d}})\]])\s*(\\text\{{[^{{}}]*\}}{_POWER}(?:\s*(?:/|\\cdot)\s*{_NAME}{_POWER})+)$", re.DOTALL
+)
 _PLAIN_UNIT = re.compile(r"^(.*[\d})\]a-z%])\s+([A-Za-z][A-Za-z./' ]*?)\s*(?:\^\s*\{?\s*([23])\s*\}?)?$", re.DOTALL)
-_GLUED_UNIT = re.compile(r"^([+-]?[\d.,]+)(mm|cm|dm|km|kg|mg|ml|ft|mph|mi|min|hrs?|lbs?)(?:\^\s*\{?\s*([23])\s*\}?)?$")
+_GLUED_UNIT = re.compile(
+    r"^([+-]?[\d.,]+)(mm|cm|dm|km|kg|mg|ml|ft|mph|mi|min|hrs?|lbs?|[ap]m)(?:\^\s*\{?\s*([23])\s*\}?)?$"
+)
+_GLUED_WORD = re.compile(r"^([+-]?\d[\d.,]*)([A-Za-z]{4,})$")
 # Words that change a value, or join two: what they stand in is never a unit.
 _NOT_UNITS = re.compile(
     r"\b(?:or|and|not|no|if|when|where|for|more|less|least|most|than|million|billion|trillion|thousand|hundred|dozen|"
-    r"even|odd|except|to|per cent|percent|mod|base|is|are|with|infinitely|half)\b"
+    r"even|odd|except|to|per cent|percent|percentage|pct|mod|base|is|are|with|infinitely|half)\b"
 )
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "hundred": 100, "dozen": 12}
 _SCALED = re.compile(
@@ -68,8 +75,13 @@ def split_unit(text: str) -> tuple[str, str]:
     glued = _GLUED_UNIT.match(text)
     if glued:
         return glued[1], _unit_name(glued[2], glued[3])
+    if (word := _GLUED_WORD.match(text)) and (name := _unit_name(word[2], None)) in _FACTORS:
+        return word[1], name
     if match := _FRACTION_UNIT.match(text):
         return match[1].strip(), _unit_name(f"{match[2].strip()}/{match[3].strip()}", None)
+    if (match := _COMPOUND_UNIT.match(text)) and "/" in match[2]:
+        # `9.8 \text{ m} / \text{s}^{2}`
+        return match[1].strip(), _unit_name(re.sub(r"\\text|\\cdot|[{}\s]", "", match[2]), None)
     match = _TEXT_UNIT.match(text)
     if (
         match

@@ -20,18 +20,35 @@ __all__ = [
 @dataclass
 class DatasetArguments(ScriptArguments):
     """
-    Arguments that every method has: TRL's, where `dataset_name` also names generated tasks and local files (see
-    [`~trl_bridge.data.load.load_named_dataset`]), and the mapping of columns.
+    Arguments that every method has: TRL's, where `dataset_name` also names sources, generated tasks and local files
+    (see [`~trl_bridge.data.load.load_named_dataset`]), the mapping of columns, and what is done to the prompts.
 
     Parameters:
         prompt_column (`str`, *optional*):
             Column that holds the prompts. `None` means `prompt`.
+        prompt_template (`str`, *optional*):
+            What is put around every question: a name (`boxed`, `qwen-boxed`, `abel`, `knights-knaves`) or a text with
+            `{prompt}`; see [`~trl_bridge.data.templates.find_template`].
+        max_prompt_length (`int`, *optional*):
+            Longest prompt, in tokens, template and system prompt included. Rows above it are dropped, and their number
+            is logged.
         system_prompt (`str`, *optional*):
             System message in front of every conversation. Prompts that are strings become conversations.
     """
 
     prompt_column: str | None = field(
         default=None, metadata={"help": "Column that holds the prompts. None means 'prompt'."}
+    )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is put around every question: boxed, qwen-boxed, abel, knights-knaves, or a text with {prompt} "
+            "(with 'plain:' in front it is the whole prompt, without a chat template)."
+        },
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest prompt in tokens. Rows above it are dropped, and their number is logged."},
     )
     system_prompt: str | None = field(
         default=None,
@@ -138,11 +155,16 @@ class GroupArguments(RewardArguments):
 
     Parameters:
         expert_column (`str`, *optional*):
-            Column that holds the demonstration of each prompt. `None` means `expert`.
+            Column that holds the demonstration of each prompt. `None` means `expert`, or `completion` where there is no
+            `expert`.
     """
 
     expert_column: str | None = field(
-        default=None, metadata={"help": "Column that holds the demonstration of each prompt. None means 'expert'."}
+        default=None,
+        metadata={
+            "help": "Column that holds the demonstration of each prompt. None means 'expert', or 'completion' where "
+            "there is no 'expert'."
+        },
     )
 
 

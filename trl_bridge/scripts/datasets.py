@@ -2,17 +2,24 @@
 
 from typing import Any
 
-from trl import DatasetMixtureConfig, get_dataset
+from trl import DatasetMixtureConfig, ModelConfig, get_dataset
 
+from ..data.lengths import within_prompt_length
 from ..data.load import AnyDataset, AnyDatasetDict, load_named_dataset, map_columns, with_system_prompt
+from ..data.templates import find_template, with_prompt_template
 from .arguments import DatasetArguments, GroupArguments, RewardArguments, StreamArguments, SupervisedArguments
 
 
-__all__ = ["load_splits"]
+__all__ = ["load_splits", "load_tokenizer"]
 
 
 def load_splits(
-    family: str, script: DatasetArguments, mixture: DatasetMixtureConfig, evaluate: bool
+    family: str,
+    script: DatasetArguments,
+    mixture: DatasetMixtureConfig,
+    evaluate: bool,
+    model: ModelConfig | None = None,
+    training: Any = None,
 ) -> dict[str, AnyDataset | None]:
     """
     Load, map and prompt the datasets of a method.
@@ -26,14 +33,20 @@ def load_splits(
             TRL's mixture; goes before `dataset_name`.
         evaluate (`bool`):
             Whether an evaluation split is needed.
+        model ([`~trl.ModelConfig`], *optional*):
+            Model arguments, whose tokenizer `max_prompt_length` counts with.
+        training ([`~transformers.TrainingArguments`], *optional*):
+            The method's config, for `trust_remote_code` and `chat_template_kwargs`.
 
     Returns:
         `dict[str, Dataset | None]`: `train_dataset`, `eval_dataset` and, for methods with a demonstration stream,
         `sft_dataset`.
 
     Raises:
-        ValueError, OSError, ImportError: a dataset, split or column is missing.
+        ValueError, OSError, ImportError: a dataset, split or column is missing, the prompt template does not fit, or
+        every prompt is too long.
     """
+    _check_prompts(script)
     loaded = _load(script, mixture)
     train = _split(loaded, script.dataset_train_split, "dataset_train_split")
     test = _split(loaded, script.dataset_test_split, "dataset_test_split") if evaluate else None
@@ -41,9 +54,61 @@ def load_splits(
         "train_dataset": _prepared(train, script, "dataset_name"),
         "eval_dataset": None if test is None else _prepared(test, script, "dataset_name"),
     }
+    if script.max_prompt_length is not None:
+        if model is None:
+            raise ValueError("`max_prompt_length` needs the model's tokenizer, and no model is given")
+        tokenizer = load_tokenizer(model, bool(getattr(training, "trust_remote_code", False)))
+        kwargs = getattr(training, "chat_template_kwargs", None)
+        for split, dataset in splits.items():
+            if dataset is not None:
+                splits[split] = within_prompt_length(
+                    dataset, tokenizer, script.max_prompt_length, f"dataset_name ({split})", kwargs
+                )
     if isinstance(script, StreamArguments):
         splits["sft_dataset"] = _demonstrations(train, script)
     return splits
+
+
+def load_tokenizer(model: ModelConfig, trust_remote_code: bool = False) -> Any:
+    """
+    Tokenizer of the model that the arguments name.
+
+    Args:
+        model ([`~trl.ModelConfig`]):
+            Model arguments.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            As in transformers.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerBase`]: the tokenizer.
+
+    Raises:
+        ValueError, OSError, ImportError: there is no such model.
+    """
+    name = model.model_name_or_path
+    if name is None:
+        raise ValueError("`model_name_or_path` is not set")
+    if name == "builtin:tiny":
+        from ..models import tiny_tokenizer
+
+        return tiny_tokenizer(chat_template=True)
+    if name == "builtin:smollm2-135m":
+        from ..models import load_smollm2
+
+        return load_smollm2()[1]
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name, revision=model.model_revision, trust_remote_code=trust_remote_code)
+
+
+def _check_prompts(script: DatasetArguments) -> None:
+    if script.max_prompt_length is not None and script.max_prompt_length < 1:
+        raise ValueError(f"`max_prompt_length` must be at least 1, got {script.max_prompt_length}")
+    if script.prompt_template is not None and find_template(script.prompt_template).plain and script.system_prompt:
+        raise ValueError(
+            f"`system_prompt` needs conversations, and `prompt_template: {script.prompt_template}` makes plain text: write "
+            "the system prompt into the template"
+        )
 
 
 def _load(script: DatasetArguments, mixture: DatasetMixtureConfig) -> AnyDatasetDict:
@@ -67,8 +132,15 @@ def _prepared(dataset: AnyDataset, script: DatasetArguments, what: str) -> AnyDa
     if isinstance(script, SupervisedArguments):
         columns["completion"] = script.expert_column
     if isinstance(script, GroupArguments):
-        columns["expert"] = script.expert_column
-    dataset = map_columns(dataset, columns, what)
+        present = dataset.column_names or []
+        instead = "completion" if "completion" in present and "expert" not in present else None
+        columns["expert"] = script.expert_column or instead
+    return _prompted(map_columns(dataset, columns, what), script)
+
+
+def _prompted(dataset: AnyDataset, script: DatasetArguments) -> AnyDataset:
+    if script.prompt_template is not None:
+        dataset = with_prompt_template(dataset, script.prompt_template)
     return dataset if script.system_prompt is None else with_system_prompt(dataset, script.system_prompt)
 
 
@@ -94,5 +166,4 @@ def _demonstrations(train: AnyDataset, script: StreamArguments) -> AnyDataset:
     for target, source in (("prompt", script.prompt_column), ("solution", script.solution_column)):
         if source in (dataset.column_names or []):
             columns[target] = source
-    dataset = map_columns(dataset, columns, what)
-    return dataset if script.system_prompt is None else with_system_prompt(dataset, script.system_prompt)
+    return _prompted(map_columns(dataset, columns, what), script)

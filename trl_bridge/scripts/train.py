@@ -80,7 +80,8 @@ def build_trainer(method: Method, line: CommandLine) -> Any:
     from .datasets import load_splits
     from .rewards import load_reward_functions
 
-    splits = load_splits(method.family, line.script, line.datasets, line.training.eval_strategy != "no")
+    evaluate = line.training.eval_strategy != "no"
+    splits = load_splits(method.family, line.script, line.datasets, evaluate, line.model, line.training)
     arguments: dict[str, Any] = {"args": line.training, **splits}
     if isinstance(line.script, RewardArguments):
         arguments["reward_funcs"] = load_reward_functions(line.script)
@@ -135,7 +136,9 @@ def _resume_from(training: Any) -> str | bool | None:
     if value in (None, False) or str(value).lower() in ("false", "none"):
         return None
     if value is True or str(value).lower() == "true":
-        if not any(Path(training.output_dir).glob("checkpoint-*")):
+        # A method whose checkpoints lie elsewhere says so itself.
+        found = getattr(training, "can_resume", lambda: any(Path(training.output_dir).glob("checkpoint-*")))
+        if not found():
             raise UsageError(f"`resume_from_checkpoint` is set, but {training.output_dir} holds no checkpoint")
         return True
     if not Path(value).is_dir():

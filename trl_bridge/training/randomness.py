@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 
 @contextlib.contextmanager
@@ -16,3 +17,10 @@ def forked_python_rng() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def forked_torch_rng(device: torch.device) -> Iterator[None]:
+    """Put torch's global random state back afterwards, on the CPU and on a device."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield

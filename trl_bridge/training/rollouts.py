@@ -63,6 +63,15 @@ class RolloutRecord:
         """Keep the rewards of a generation batch, (rows over all ranks, reward functions)."""
         self._rewards_per_func = rewards_per_func
 
+    @contextlib.contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """While inside, rewards of other completions may be kept; afterwards those of the rollouts are back."""
+        kept = self._rewards_per_func
+        try:
+            yield
+        finally:
+            self._rewards_per_func = kept
+
     def total_rewards(self) -> torch.Tensor:
         """
         Weighted sum of the kept rewards, as the parent forms it.

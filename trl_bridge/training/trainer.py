@@ -1,12 +1,11 @@
 """The template: GRPO with a demonstration stream."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, IterableDataset
 from torch import nn
 from transformers import (
@@ -14,66 +13,29 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 
-from .._upstream import add_demonstration_head, plain_copy, without_reference_model
 from ..demonstrations.stream import window_share
 from ..objectives.sft import demonstration_loss
-from .backend import Backend
 from .config import DemonstrationConfig
 from .demonstrations import Demonstrations
 from .metrics import record
 from .randomness import forked_python_rng
-from .resume import ResumableTrainer
 from .rollouts import RolloutObserver
+from .student import StudentTrainer
 from .verdicts import collect_verdicts, missing_columns
 from .weighting import DemonstrationWeighting
+from .window import Window
 
 
-@dataclasses.dataclass
-class Window:
-    """
-    One accumulation window: the micro-batches that make up an optimizer update.
-
-    Attributes:
-        shares (`list[list[int]]`):
-            For each micro-batch, the demonstrations of this rank (indices into the rendered dataset).
-        num_tokens (`int`):
-            Trained demonstration tokens of the whole window over all ranks.
-        micro_batch (`int`):
-            Number of micro-batches done.
-        sums (`dict[str, torch.Tensor]`):
-            Running sums of the SFT pass on this rank (see [`objectives.sft.demonstration_loss`]).
-    """
-
-    shares: list[list[int]]
-    num_tokens: int
-    micro_batch: int = 0
-    sums: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-
-
-class _AfterStep(TrainerCallback):
-    """Calls the template's `after_step` when the student has stepped, before user callbacks and saving."""
-
-    def __init__(self, trainer: "DemonstrationTrainer"):
-        self.trainer = trainer
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.after_step()
-
-
-class DemonstrationTrainer(ResumableTrainer):
+class DemonstrationTrainer(StudentTrainer):
     """
     GRPO with a demonstration stream: the base of every trainer that adds an SFT term to RL.
 
     A training micro-batch runs `policy_pass`, `between_passes`, `demonstration_pass`, one graph alive at a time; after
     the window's last one `end_of_window` runs, and after the optimizer's step `after_step`. Subclasses fill these and
-    set the two weights; evaluation takes the parent's path.
+    set the two weights; they may leave one of the two passes out of an update, which then costs what the other one
+    does. Evaluation takes the parent's path.
 
     Args:
         sft_dataset ([`~datasets.Dataset`]):
@@ -105,43 +67,24 @@ class DemonstrationTrainer(ResumableTrainer):
         rollout_func: Any = None,
         environment_factory: Any = None,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = self.config_class(f"{name.split('/')[-1] or 'model'}-{self._name}")
-        self._check_arguments(args, sft_dataset, processing_class, tools, environment_factory)
-        own_reference = args.beta != 0.0 and isinstance(model, PreTrainedModel) and peft_config is None
-        with without_reference_model(args) if own_reference else contextlib.nullcontext():
-            super().__init__(
-                model=model,
-                reward_funcs=reward_funcs,
-                args=args,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                reward_processing_classes=reward_processing_classes,
-                callbacks=callbacks,
-                optimizers=optimizers,
-                quantization_config=quantization_config,
-                peft_config=peft_config,
-                tools=tools,
-                rollout_func=rollout_func,
-                environment_factory=environment_factory,
-            )
-        if isinstance(self.processing_class, ProcessorMixin):
-            raise NotImplementedError(
-                f"{type(self).__name__} does not support vision-language models: pass a text-only `model`."
-            )
-        if self.aux_loss_enabled:
-            raise NotImplementedError(
-                "The load-balancing loss of Mixture-of-Experts models is not supported. Set `router_aux_loss_coef=0`."
-            )
-        self.backend = Backend(self.accelerator)
-        plain: Any = self._plain_model
-        head_owner = plain.get_base_model() if is_peft_model(plain) else plain
-        add_demonstration_head(head_owner, args.cast_lm_head_to_fp32)
-        if own_reference:
-            self.beta = args.beta
-            self.ref_model: Any = self._frozen_copy()
+        args = self.config_or_default(args, model)
+        self._check_datasets(train_dataset, sft_dataset)
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+        )
         self.demonstrations = Demonstrations(self, sft_dataset)
         self.weighting = DemonstrationWeighting(
             self.resolve_weighting(sft_dataset),
@@ -154,22 +97,20 @@ class DemonstrationTrainer(ResumableTrainer):
             self._check_verdict_columns(sft_dataset)
         self.rollouts = RolloutObserver(self)
         self._window: Window | None = None
-        # First in the list, so that user callbacks and saving see the parts as `after_step` leaves them.
-        self.callback_handler.callbacks.insert(0, _AfterStep(self))
 
     # Arguments
 
-    def _check_arguments(
-        self, args: Any, sft_dataset: Any, processing_class: Any, tools: Any, environment_factory: Any
-    ) -> None:
+    def _check_datasets(self, train_dataset: Any, sft_dataset: Any) -> None:
         owner = type(self).__name__
-        if not isinstance(args, self.config_class):
-            raise TypeError(
-                f"`args` of {owner} must be a `{self.config_class.__name__}`, got `{type(args).__name__}`."
-            )
         if sft_dataset is None:
+            remedy = ""
+            if "expert" in (getattr(train_dataset, "column_names", None) or []):
+                remedy = (
+                    " The `expert` column of `train_dataset` is read by the group trainers alone; as demonstrations it "
+                    "is `train_dataset.select_columns(['prompt', 'expert']).rename_column('expert', 'completion')`."
+                )
             raise ValueError(
-                f"{owner} needs `sft_dataset`: a `Dataset` of demonstrations in any of TRL's SFT formats."
+                f"{owner} needs `sft_dataset`: a `Dataset` of demonstrations in any of TRL's SFT formats.{remedy}"
             )
         if not isinstance(sft_dataset, Dataset):
             raise TypeError(
@@ -178,13 +119,6 @@ class DemonstrationTrainer(ResumableTrainer):
             )
         if len(sft_dataset) == 0:
             raise ValueError("`sft_dataset` is empty.")
-        if tools or environment_factory:
-            raise NotImplementedError(
-                f"`tools` and `environment_factory` are not supported by {owner}: demonstrations are rendered without "
-                "tool schemas."
-            )
-        if isinstance(processing_class, ProcessorMixin):
-            raise NotImplementedError(f"{owner} does not support vision-language models: pass a tokenizer.")
 
     def resolve_weighting(self, sft_dataset: Dataset) -> str:
         """Kind of `sft_weighting` that is used."""
@@ -200,17 +134,15 @@ class DemonstrationTrainer(ResumableTrainer):
                 "`sft_weighting='judge'`, which needs none."
             )
 
-    @property
-    def _plain_model(self) -> PreTrainedModel:
-        return self.accelerator.unwrap_model(self.model)
+    # The two terms of the update under way: functions of `state.global_step`, so the same on every rank
 
-    def _frozen_copy(self) -> nn.Module:
-        twin = plain_copy(self._plain_model, self.temperature, self.args.cast_lm_head_to_fp32, entropy=False)
-        # TRL's own reference comes fresh from `from_pretrained`, without dropout.
-        twin.requires_grad_(False).eval()
-        return self.accelerator.prepare_model(twin, evaluation_mode=True)
+    def policy_due(self) -> bool:
+        """Whether the update has an RL pass."""
+        return True
 
-    # Weights of the two terms
+    def demonstrations_due(self) -> bool:
+        """Whether the update has an SFT pass; without one none of the stream is drawn. One of the two is due."""
+        return True
 
     def policy_weight(self) -> float:
         """Weight of the RL loss in the update under way."""
@@ -220,11 +152,47 @@ class DemonstrationTrainer(ResumableTrainer):
         """Weight of the SFT loss in the update under way."""
         return 1.0
 
+    def token_weights(
+        self, log_probs: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """
+        Weights of one micro-batch's demonstrated tokens. Those of `sft_weighting` as they are.
+
+        Args:
+            log_probs (`torch.Tensor` of shape `(B, T)`):
+                Log-probability of each token at temperature 1, in nats, without gradient.
+            mask (`torch.Tensor` of shape `(B, T)`):
+                True at trained tokens.
+            weights (`torch.Tensor` of shape `(B, T)` or `(B, 1)`, *optional*):
+                Weights that `sft_weighting` gives, `None` for `"none"`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T)` or `(B, 1)`, *optional*: `None` is one everywhere.
+        """
+        return weights
+
     # The template
+
+    def policy_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """
+        The parent's RL loss times the term's weight, with its graph.
+
+        Args:
+            model (`nn.Module`):
+                The wrapped student.
+            inputs (`dict[str, Any]`):
+                The micro-batch, as the parent's `_prepare_inputs` returns it.
+
+        Returns:
+            `torch.Tensor`: the weighted scalar loss.
+        """
+        loss = super().compute_loss(model, inputs)
+        self._window.add({"rl_loss": loss.detach()})
+        return self.policy_weight() * loss
 
     def policy_pass(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """
-        The parent's RL loss and its backward.
+        The parent's RL loss and its backward, where an SFT pass follows.
 
         Args:
             model (`nn.Module`):
@@ -236,12 +204,12 @@ class DemonstrationTrainer(ResumableTrainer):
             `torch.Tensor`: the weighted loss, detached.
         """
         with self.backend.earlier_pass(model):
-            loss = self.policy_weight() * super().compute_loss(model, inputs)
+            loss = self.policy_loss(model, inputs)
             self.backend.backward(loss)
         return loss.detach()
 
     def between_passes(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """After the policy's backward, before the demonstrations' forward. Nothing here."""
+        """After the policy's backward, before the demonstrations' forward, where both are due. Nothing here."""
 
     def demonstration_pass(self, model: nn.Module, window: Window) -> torch.Tensor:
         """
@@ -260,17 +228,14 @@ class DemonstrationTrainer(ResumableTrainer):
         log_probs, mask, hits = self._score(model, share)
         tempered = self._tempered_sequence_log_probs(model, share, log_probs, mask)
         weights = self.weighting.token_weights(log_probs.detach(), mask, self.demonstrations.rows(share), tempered)
+        weights = self.token_weights(log_probs.detach(), mask, weights)
+        window.weighted = weights is not None
         loss, sums = demonstration_loss(log_probs, mask, weights, max(window.num_tokens, 1), self.backend.world_size)
-        sums["hits"] = (hits * mask).sum()
-        for name, value in sums.items():
-            window.sums[name] = window.sums.get(name, 0) + value
+        window.add({**sums, "hits": (hits * mask).sum()})
         return loss
 
     def end_of_window(self) -> None:
         """After the window's last backward, before the parent clips and steps. Nothing here."""
-
-    def after_step(self) -> None:
-        """After the student's optimizer step, before user callbacks and saving. Nothing here."""
 
     # The parent's methods
 
@@ -283,14 +248,25 @@ class DemonstrationTrainer(ResumableTrainer):
             # The latter where an iterable dataset's epoch ended inside a window: the parent goes on in the next epoch
             # and scales both parts by themselves.
             self._window = self._begin_window(model, self._window)
-        policy_loss = self.policy_pass(model, inputs)
-        self.rollouts.observe(inputs)
-        self.between_passes(model, inputs)
+        loss = self._run_passes(model, inputs, self._window)
+        self._window.micro_batch += 1
+        return loss
+
+    def _run_passes(self, model: nn.Module, inputs: dict[str, Any], window: Window) -> torch.Tensor:
+        """The micro-batch's passes; the loss that comes back is detached but for the last one, left to the parent."""
+        if not self.demonstrations_due():
+            loss = self.policy_loss(model, inputs)
+            self.rollouts.observe(inputs)
+            return loss
+        done: torch.Tensor | float = 0.0
+        if self.policy_due():
+            done = self.policy_pass(model, inputs)
+            self.rollouts.observe(inputs)
+            self.between_passes(model, inputs)
         # The stream's randomness (dropout) is its own: RL samples as if it were not there.
         with self._forked_rng():
-            loss = self.demonstration_weight() * self.demonstration_pass(model, self._window)
-        self._window.micro_batch += 1
-        return loss + policy_loss
+            loss = self.demonstration_weight() * self.demonstration_pass(model, window)
+        return loss + done
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -313,34 +289,15 @@ class DemonstrationTrainer(ResumableTrainer):
             output.update(self.rollouts.rewards(output))
         return output
 
-    def _calculate_rewards(
-        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
-    ) -> torch.Tensor:
-        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self.rollouts.keep(rewards_per_func)
-        return rewards_per_func
-
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        if self.rollouts.replayed is not None:
-            return self.rollouts.replayed
-        scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self.rollouts.scores = scores
-        return scores
-
-    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(
-            f"`hyperparameter_search` is not supported by {type(self).__name__}: the parts beside the model are built "
-            "once. Start one trainer for each trial."
-        )
-
     # The window
 
     def _begin_window(self, model: nn.Module, earlier: Window | None = None) -> Window:
+        sums = {} if earlier is None else earlier.sums
+        if not self.demonstrations_due():
+            return Window(shares=[[]] * self.current_gradient_accumulation_steps, num_tokens=0, sums=sums)
         shares = self._draw_shares()
         tokens = sum(self.demonstrations.num_tokens(index) for share in shares for index in share)
-        window = Window(shares=shares, num_tokens=int(self._sum_over_ranks(float(tokens))))
-        if earlier is not None:
-            window.sums = earlier.sums
+        window = Window(shares=shares, num_tokens=int(self._sum_over_ranks(float(tokens))), sums=sums)
         if self.weighting.needs_verdicts:
             # A reward function may draw random numbers; RL's own go on as if it had not been asked.
             with self._forked_rng(), forked_python_rng():
@@ -377,18 +334,20 @@ class DemonstrationTrainer(ResumableTrainer):
     def _finish_window(self) -> None:
         window = self._window
         self._window = None
-        everyone = gather_object([self.weighting.pending()])
-        self.weighting.end_window(everyone)
+        if self.demonstrations_due() or self.weighting.needs_rollouts:
+            self.weighting.end_window(gather_object([self.weighting.pending()]))
         names = sorted(window.sums)
         totals = self.accelerator.reduce(torch.stack([window.sums[n].double() for n in names]), reduction="sum")
         total = dict(zip(names, totals.tolist(), strict=True))
-        tokens = total["tokens"]
+        tokens = total.get("tokens", 0)
         self.demonstrations.tokens_seen += int(tokens)
         values = {"sft/num_tokens": float(self.demonstrations.tokens_seen), "sft/epoch": self.demonstrations.epoch}
+        if "rl_loss" in total:
+            values["rl/loss"] = total["rl_loss"] / self.backend.world_size
         if tokens:  # with `sft_pairing="prompt"` an update may hold no group's first rollout
             values["sft/loss"] = total["nll_sum"] / tokens
             values["sft/mean_token_accuracy"] = total["hits"] / tokens
-            if self.weighting.kind != "none":
+            if window.weighted:
                 values["sft/weight_mean"] = total["weight_sum"] / tokens
                 values["sft/weight_zero_fraction"] = total["zero_sum"] / tokens
         record(self, {**values, **self.weighting.metrics()})
@@ -439,10 +398,6 @@ class DemonstrationTrainer(ResumableTrainer):
         with torch.no_grad(), self.accelerator.autocast():
             outputs = model(**self.demonstrations.batch(share), use_cache=False, fused_lm_head=True)
         return (outputs.log_probs * outputs.label_mask).sum(dim=1)
-
-    def _sum_over_ranks(self, value: float) -> float:
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
-        return self.accelerator.reduce(tensor, reduction="sum").item()
 
     @contextlib.contextmanager
     def _forked_rng(self) -> Iterator[None]:

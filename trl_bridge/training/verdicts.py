@@ -1,4 +1,4 @@
-"""Asking the trainer's reward functions about demonstrations, for `sft_weighting="verdict"`."""
+"""Asking the trainer's reward functions about what the policy did not write: for verdicts and for gates."""
 
 import inspect
 import math
@@ -50,6 +50,37 @@ def missing_columns(reward_funcs: list[Any], train_columns: list[str], sft_datas
     return sorted(needed - set(sft_dataset.column_names))
 
 
+def ask_rewards(trainer: Any, examples: list[dict[str, Any]], filler: dict[str, Any]) -> list[float]:
+    """
+    Total rewards of completions that are no rollouts. Collective: every rank calls.
+
+    The rollouts' rewards, metrics and logs are left as they are.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]):
+            Trainer with a `rollouts` record.
+        examples (`list[dict[str, Any]]`):
+            This rank's completions, as many as it has: `inputs` (the dataset's row), `prompt`, `completion` and
+            `completion_ids`, as reward functions see those of rollouts.
+        filler (`dict[str, Any]`):
+            Another one, asked about where a rank has fewer than others.
+
+    Returns:
+        `list[float]`: one for each example; NaN where no reward function could score it.
+    """
+    # The parent gathers the rewards, which needs the same number of rows on each rank.
+    size = max(gather_object([len(examples)]))
+    if size == 0:  # the same on every rank
+        return []
+    padded = examples + [filler] * (size - len(examples))
+    names = ("inputs", "prompt", "completion", "completion_ids")
+    with isolated_bookkeeping(trainer), trainer.rollouts.set_aside():
+        trainer._calculate_rewards(*([example[name] for example in padded] for name in names))
+        rewards = trainer.rollouts.total_rewards()
+    first = trainer.accelerator.process_index * size
+    return rewards[first : first + len(examples)].tolist()
+
+
 def collect_verdicts(trainer: "DemonstrationTrainer", indices: list[int]) -> None:
     """
     Call the reward functions on a window's demonstrations. Collective: every rank calls.
@@ -70,21 +101,8 @@ def collect_verdicts(trainer: "DemonstrationTrainer", indices: list[int]) -> Non
     before = sum(len(other) for other in everyone[: trainer.accelerator.process_index])
     due = weighting.visits_due([row for other in everyone for row in other])[before : before + len(rows)]
     asked = [row for row, calls in zip(rows, due, strict=True) for _ in range(calls)]
-    # The parent gathers the rewards, which needs the same number of rows on each rank.
-    size = max(gather_object([len(asked)]))
-    if size == 0:  # the same on every rank
-        return
-    padded = asked + trainer.demonstrations.rows([0]) * (size - len(asked))
-    examples = [_as_rollout(trainer, row) for row in padded]
-    with isolated_bookkeeping(trainer):
-        trainer._calculate_rewards(
-            [example["inputs"] for example in examples],
-            [example["prompt"] for example in examples],
-            [example["completion"] for example in examples],
-            [example["completion_ids"] for example in examples],
-        )
-    first = trainer.accelerator.process_index * size
-    rewards = trainer.rollouts.total_rewards()[first : first + len(asked)].tolist()
+    filler = _as_rollout(trainer, trainer.demonstrations.rows([0])[0])
+    rewards = ask_rewards(trainer, [_as_rollout(trainer, row) for row in asked], filler)
     # A demonstration that no reward function could score has no verdict.
     scored = [(row, reward) for row, reward in zip(asked, rewards, strict=True) if not math.isnan(reward)]
     positives = [int(reward >= trainer.args.success_threshold) for _, reward in scored]

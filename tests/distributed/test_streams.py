@@ -1,0 +1,81 @@
+"""The stream baselines on two gloo processes, launched as a user would, against the single-process float64 reference."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.baselines.streams import sharp_model
+from tests.bridge.test_resume import assert_same
+from tests.distributed.run_streams import CASES
+from tests.harness import movement_error
+from tests.reference.stream import StreamReference
+
+
+pytestmark = pytest.mark.distributed
+TOLERANCE = 2e-4
+MU = (0.0, 0.8, 0.5, 0.2)
+METHODS = {
+    "naive-mix": {"sft_weight": lambda step: 0.5},
+    "alternating": {},
+    "chord": {
+        "rl_weight": lambda step: 1 - MU[step],
+        "sft_weight": lambda step: MU[step],
+        "token_weight": lambda p: p * (1 - p),
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("streams")
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command += ["-m", "tests.distributed.run_streams", str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def _load(folder, name):
+    return [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_equal_the_reference(folder, name):
+    ranks = _load(folder, name)
+    main = ranks[0]
+    ones = {"rl_weight": lambda step: 1.0, "sft_weight": lambda step: 1.0, "token_weight": torch.ones_like}
+    options = {**main["options"], "world_size": 2, "schedule": lambda step: (4 - step) / 4, **ones, **METHODS[name]}
+    reference = StreamReference(sharp_model(), main["start"], options)
+    for step, (state, entry) in enumerate(zip(main["states"], main["log"], strict=True)):
+        joined = {k: [x for rank in ranks for x in rank["windows"][step][k]] for k in ("rl", "sft", "weights")}
+        metrics = reference.update(step, joined["rl"], joined["sft"], joined["weights"])
+        assert movement_error(state, reference.weights, main["start"]) < TOLERANCE, step
+        for key in ("loss", "rl/loss", "sft/loss", "sft/mean_token_accuracy"):
+            assert (key in entry) == (key in metrics), (step, key)
+            if key in entry:
+                assert entry[key] == pytest.approx(metrics[key], rel=3e-3, abs=5e-6), (step, key)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_agree_to_the_bit_and_train_on_different_rows(folder, name):
+    first, second = _load(folder, name)
+    assert_same(first["states"], second["states"])
+    windows = list(zip(first["windows"], second["windows"], strict=True))
+    # The same passes on every rank, on rows of its own.
+    assert all(len(x[kind]) == len(y[kind]) for x, y in windows for kind in ("rl", "sft"))
+    pairs = [(x, y) for a, b in windows for x, y in zip(a["sft"], b["sft"], strict=True)]
+    assert pairs and all(x["input_ids"].tolist() != y["input_ids"].tolist() for x, y in pairs)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_mu_zero_is_grpo_and_resume_is_exact_on_two_ranks(folder, rank):
+    pairs = _load(folder, "pairs")[rank]
+    assert_same(pairs["CHORDTrainer"], pairs["GRPOTrainer"])
+    assert_same(pairs["resumed"], pairs["straight"])

@@ -1,0 +1,248 @@
+"""[`TwoStageTrainer`]: cold start, SFT and then RL, as one resumable run."""
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
+from trl import SFTTrainer
+
+from ..training import checkpoint as checkpoints
+from ..training.resume import ResumableTrainer
+from .two_stage_config import FINISHED, TwoStageConfig
+
+
+class TwoStageTrainer:
+    """
+    Cold start: TRL's [`~trl.SFTTrainer`] on the demonstrations, then TRL's GRPO on the RL rows, as one run.
+
+    The stages write to `output_dir/sft` and `output_dir/grpo`. The second starts from what the first has saved, model and
+    tokenizer, once the first one's model is released. With a `peft_config` one adapter goes through both stages. GRPO is
+    [`~trl.GRPOTrainer`] with what an exact resume needs.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Model to start from; a name or path where there is a `peft_config`.
+        reward_funcs, train_dataset, eval_dataset, reward_processing_classes:
+            As in [`~trl.GRPOTrainer`].
+        args ([`TwoStageConfig`]):
+            Configuration.
+        sft_dataset ([`~datasets.Dataset`]):
+            Demonstrations in any of TRL's SFT formats.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer. `None` takes the model's.
+        callbacks (`list[~transformers.TrainerCallback]`, *optional*):
+            Callbacks of both stages.
+        quantization_config, peft_config:
+            As in [`~trl.GRPOTrainer`].
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: an argument cannot be used; the message names it and what to do.
+    """
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel",
+        reward_funcs: Any = None,
+        args: TwoStageConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        sft_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: Any = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+    ):
+        if not isinstance(args, TwoStageConfig):
+            raise TypeError(f"`args` of TwoStageTrainer must be a `TwoStageConfig`, got `{type(args).__name__}`.")
+        # The second stage is built once the first is over, so what it needs is looked for now.
+        if sft_dataset is None:
+            raise ValueError("TwoStageTrainer needs `sft_dataset`: demonstrations in any of TRL's SFT formats.")
+        if train_dataset is None or "prompt" not in (train_dataset.column_names or ["prompt"]):
+            raise ValueError("TwoStageTrainer needs a `train_dataset` with a `prompt` column for its RL stage.")
+        if not reward_funcs:
+            raise ValueError("TwoStageTrainer needs `reward_funcs` for its RL stage.")
+        if peft_config is not None and not isinstance(model, str):
+            raise NotImplementedError(
+                "`peft_config` with a model object is not supported: the second stage loads the base anew. Pass the "
+                "model's name or path."
+            )
+        self.args = args
+        self._first_args = args.first_stage()
+        self._model: Any = model
+        self._by_name = isinstance(model, str)
+        self._processing_class = processing_class
+        self._sft_dataset = sft_dataset
+        self._rl: dict[str, Any] = {
+            "reward_funcs": reward_funcs,
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
+            "reward_processing_classes": reward_processing_classes,
+        }
+        self._callbacks = callbacks
+        self._quantization_config = quantization_config
+        self._peft_config = peft_config
+        self._second: ResumableTrainer | None = None
+
+    def train(self, resume_from_checkpoint: bool | None = None) -> Any:
+        """
+        Run both stages.
+
+        Args:
+            resume_from_checkpoint (`bool`, *optional*):
+                `True` goes on with the stage that was cut off; a finished SFT stage is not repeated.
+
+        Returns:
+            `TrainOutput`, *optional*: of the second stage; `None` where there was nothing left to train.
+
+        Raises:
+            ValueError: `output_dir` holds an earlier run that is not to be resumed, or none that can be.
+        """
+        self._check_resume(resume_from_checkpoint)
+        first, second = self.args.folders
+        checkpoint = None
+        if resume_from_checkpoint and self.args.first_stage_finished:
+            checkpoint = checkpoints.latest(second)
+        else:
+            self._run_first_stage(resume=bool(resume_from_checkpoint))
+        if checkpoint is not None and _is_finished(checkpoint):  # transformers would make one update more
+            self._second = self._build_second_stage(checkpoint)
+            return None
+        self._second = self._build_second_stage(first)
+        return self._second.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    def _check_resume(self, resume_from_checkpoint: Any) -> None:
+        args = self.args
+        if resume_from_checkpoint not in (None, False, True):
+            raise ValueError(
+                f"`resume_from_checkpoint={resume_from_checkpoint!r}`: a two-stage run finds the checkpoint itself. Set "
+                "it to true, and `output_dir` to the run's folder."
+            )
+        if not resume_from_checkpoint and args.can_resume():
+            raise ValueError(
+                f"`output_dir`: {args.output_dir!r} holds an earlier two-stage run. Set `resume_from_checkpoint` to go on "
+                "with it, remove it, or take another folder."
+            )
+        if resume_from_checkpoint and not args.can_resume():
+            raise ValueError(f"`resume_from_checkpoint` is set, but {args.output_dir!r} holds no two-stage run.")
+        if resume_from_checkpoint and args.save_only_model:
+            raise ValueError("`resume_from_checkpoint` needs checkpoints that were made with `save_only_model=False`.")
+
+    # The stages
+
+    def _run_first_stage(self, resume: bool) -> None:
+        folder = self.args.folders[0]
+        checkpoint = _latest(folder) if resume else None
+        if checkpoint is not None and _is_finished(checkpoint):
+            # Cut off between its last checkpoint and its end; transformers would make one update more.
+            model, processing_class = self._load(checkpoint)
+            trainer = self._sft_trainer(model, processing_class)
+        else:
+            model, processing_class = self._model, self._processing_class
+            trainer = self._sft_trainer(
+                model, processing_class, quantization_config=self._quantization_config, peft_config=self._peft_config
+            )
+            # A model object is not needed again: the second stage loads what this one saves.
+            self._model = self._model if self._by_name else None
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        del model
+        trainer.save_model(str(folder))
+        trainer.accelerator.wait_for_everyone()
+        if trainer.accelerator.is_main_process:
+            (folder / FINISHED).write_text(json.dumps({"global_step": trainer.state.global_step}))
+        trainer.accelerator.wait_for_everyone()
+        # Trainers are reference cycles: without this, two models would be held.
+        trainer.accelerator.free_memory()
+        del trainer
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _sft_trainer(self, model: Any, processing_class: Any, **loading: Any) -> SFTTrainer:
+        return SFTTrainer(
+            model=model,
+            args=self._first_args,
+            train_dataset=self._sft_dataset,
+            processing_class=processing_class,
+            callbacks=self._callbacks,
+            **loading,
+        )
+
+    def _build_second_stage(self, folder: Path) -> ResumableTrainer:
+        model, processing_class = self._load(folder)
+        args = self.args.second_stage()
+        if not self._by_name:
+            # A model object's own dtype, which the first stage has saved it in.
+            args.model_init_kwargs = {"dtype": "auto"}
+        return ResumableTrainer(
+            model=model, args=args, processing_class=processing_class, callbacks=self._callbacks, **self._rl
+        )
+
+    def _load(self, folder: Path) -> tuple[Any, Any]:
+        """Student and tokenizer that a stage has saved."""
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, truncation_side="left", padding_side="left", trust_remote_code=self.args.trust_remote_code
+        )
+        if self._peft_config is None:
+            return str(folder), tokenizer
+        given: Any = self.args.model_init_kwargs or {}
+        options = {"dtype": "float32", **given}
+        base = AutoModelForCausalLM.from_pretrained(
+            self._model, quantization_config=self._quantization_config, **options
+        )
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=True), tokenizer
+
+    # What scripts call afterwards
+
+    @property
+    def trainer(self) -> ResumableTrainer:
+        """The second stage's trainer; there is one once `train` has reached that stage."""
+        if self._second is None:
+            raise RuntimeError("The RL stage has not started: call `train` first.")
+        return self._second
+
+    @property
+    def accelerator(self) -> Any:
+        """The second stage's accelerator."""
+        return self.trainer.accelerator
+
+    @property
+    def hub_model_id(self) -> str | None:
+        """Repository that `push_to_hub` pushes to."""
+        return self.trainer.hub_model_id
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Save the final policy; at the top of `output_dir` unless told otherwise."""
+        self.trainer.save_model(output_dir or str(self.args.output_dir))
+
+    def push_to_hub(self, **kwargs: Any) -> Any:
+        """As [`~transformers.Trainer.push_to_hub`]."""
+        return self.trainer.push_to_hub(**kwargs)
+
+    def end(self) -> None:
+        """As [`~transformers.Trainer.end`]."""
+        self.trainer.end()
+
+
+def _progress(checkpoint: Path) -> dict[str, Any] | None:
+    """Trainer state of a checkpoint, which transformers writes last; `None` where saving was cut off before it."""
+    try:
+        return json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def _is_finished(checkpoint: Path) -> bool:
+    state = _progress(checkpoint)
+    return state is not None and state["global_step"] >= state["max_steps"]
+
+
+def _latest(folder: Path) -> Path | None:
+    numbered = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*")]
+    return next((path for _, path in sorted(numbered, reverse=True) if _progress(path) is not None), None)

@@ -1,0 +1,286 @@
+"""What is wrong with a dataset, found before training."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..demonstrations.render import _Renderer
+from ..demonstrations.rows import prompt_key
+from ..rewards import check_golds, knights_knaves_reward
+from .lengths import prompt_tokens
+from .overlap import Overlap, find_overlaps, question_text
+
+
+__all__ = ["GOLDS", "DatasetReport", "Finding", "Sample", "check_dataset", "rendered_samples"]
+
+GOLDS = ("math", "roles", "none")
+"""How the `solution` column is checked: as golds of `math_reward`, of `knights_knaves_reward`, or not at all."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """
+    Something wrong with a row.
+
+    Attributes:
+        row (`int`):
+            Index in the dataset.
+        what (`str`):
+            What it is.
+    """
+
+    row: int
+    what: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """
+    A row as tokens.
+
+    Attributes:
+        row (`int`):
+            Index in the dataset.
+        prompt (`list[str]`):
+            The prompt's tokens, each decoded on its own.
+        completion (`list[str]`):
+            The tokens that are trained, end of sequence included; empty where the dataset has no demonstrations.
+        solution (`str`, *optional*):
+            The gold.
+    """
+
+    row: int
+    prompt: list[str]
+    completion: list[str]
+    solution: str | None = None
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """
+    What [`check_dataset`] found.
+
+    Attributes:
+        rows (`int`):
+            Number of rows.
+        empty (`list[Finding]`):
+            Cells that are `None` or blank.
+        duplicates (`list[Finding]`):
+            Rows with the prompt (and completion) of an earlier row.
+        golds (`list[Finding]`):
+            Golds that no reward can judge.
+        unrenderable (`list[Finding]`):
+            Demonstrations that training would refuse.
+        overlong (`list[Finding]`):
+            Demonstrations of too many tokens.
+        overlaps (`list[Overlap]`):
+            Questions shared with a benchmark.
+        lengths (`list[int]`):
+            Tokens of each demonstration that renders, prompt included; empty without a tokenizer.
+    """
+
+    rows: int
+    empty: list[Finding] = field(default_factory=list)
+    duplicates: list[Finding] = field(default_factory=list)
+    golds: list[Finding] = field(default_factory=list)
+    unrenderable: list[Finding] = field(default_factory=list)
+    overlong: list[Finding] = field(default_factory=list)
+    overlaps: list[Overlap] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+
+    @property
+    def bad_rows(self) -> set[int]:
+        """Rows with anything wrong."""
+        found = (*self.empty, *self.duplicates, *self.golds, *self.unrenderable, *self.overlong)
+        return {finding.row for finding in found} | {overlap.row for overlap in self.overlaps}
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing was found."""
+        return not self.bad_rows
+
+
+def check_dataset(
+    dataset: Dataset,
+    *,
+    golds: str = "math",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    benchmarks: Mapping[str, Iterable[str]] | None = None,
+    ngram: int = 13,
+    questions: Sequence[str] | None = None,
+) -> DatasetReport:
+    """
+    Check a dataset in the columns that the trainers read.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows with `prompt` or `messages`, and perhaps `solution`, `completion`, `expert`.
+        golds (`str`, *optional*, defaults to `"math"`):
+            How the `solution` column is checked, one of [`GOLDS`]. Rows with `metadata` are reasoning-gym's own, whose
+            golds are right.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer of the model. Without it demonstrations are not rendered, hence not measured.
+        max_length (`int`, *optional*):
+            Longest demonstration, prompt included, in tokens (`sft_max_length` in training).
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments of the chat template.
+        benchmarks (`Mapping[str, Iterable[str]]`, *optional*):
+            Questions of the benchmarks that the dataset must not share.
+        ngram (`int`, *optional*, defaults to `13`):
+            See [`~trl_bridge.data.overlap.find_overlaps`].
+        questions (`Sequence[str]`, *optional*):
+            The rows' questions without any template around them. `None` takes them from the prompts.
+
+    Returns:
+        [`DatasetReport`]: what was found.
+
+    Raises:
+        ValueError: an option that cannot be, or no rows.
+    """
+    if golds not in GOLDS:
+        raise ValueError(f"`golds` must be one of {', '.join(GOLDS)}, got {golds!r}")
+    if max_length is not None and tokenizer is None:
+        raise ValueError("`max_length` counts tokens: pass a `tokenizer`")
+    if len(dataset) == 0:
+        raise ValueError("the dataset has no rows")
+    lengths, unrenderable = _demonstration_lengths(dataset, tokenizer, chat_template_kwargs or {})
+    overlaps: list[Overlap] = []
+    if benchmarks:
+        texts = [question_text(row) for row in _rows(dataset)] if questions is None else questions
+        overlaps = find_overlaps(texts, benchmarks, ngram)
+    return DatasetReport(
+        rows=len(dataset),
+        empty=_empty_cells(dataset),
+        duplicates=_duplicates(dataset),
+        golds=_bad_golds(dataset, golds),
+        unrenderable=unrenderable,
+        overlong=[
+            Finding(row, f"{length} tokens")
+            for row, length in lengths.items()
+            if max_length is not None and length > max_length
+        ],
+        overlaps=overlaps,
+        lengths=list(lengths.values()),
+    )
+
+
+def rendered_samples(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[int],
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[Sample]:
+    """
+    Rows as the trainer renders them.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows as [`check_dataset`] takes them.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        rows (`Sequence[int]`):
+            Which rows.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments of the chat template.
+
+    Returns:
+        `list[Sample]`: the rows.
+
+    Raises:
+        ValueError: a row that cannot be rendered.
+    """
+    render = _renderer(tokenizer, chat_template_kwargs or {})
+    samples = []
+    for row in rows:
+        example: dict[str, Any] = dataset[row]
+        if _has_demonstrations(dataset):
+            rendered = render(example, row)
+            completion = [token for token in rendered["labels"] if token != -100]
+            prompt = rendered["input_ids"][: len(rendered["input_ids"]) - len(completion)]
+        else:
+            prompt, completion = prompt_tokens(example, tokenizer, chat_template_kwargs), []
+        texts = [[str(tokenizer.decode([token])) for token in ids] for ids in (prompt, completion)]
+        samples.append(Sample(row, texts[0], texts[1], example.get("solution")))
+    return samples
+
+
+def _rows(dataset: Dataset) -> Iterable[dict[str, Any]]:
+    rows: Any = dataset.with_format(None)
+    return rows
+
+
+def _has_demonstrations(dataset: Dataset) -> bool:
+    columns = set(dataset.column_names)
+    return bool({"prompt", "completion"} <= columns or columns & {"messages", "conversations", "text"})
+
+
+def _renderer(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> _Renderer:
+    # One row at a time: training stops at the first row that does not render, and here all of them are wanted.
+    return _Renderer(tokenizer, None, kwargs, [tokenizer.eos_token_id], "dataset", None)
+
+
+def _demonstration_lengths(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, kwargs: dict[str, Any]
+) -> tuple[dict[int, int], list[Finding]]:
+    """Tokens of each demonstration by row, and those that do not render."""
+    lengths: dict[int, int] = {}
+    refused: list[Finding] = []
+    if tokenizer is None or not _has_demonstrations(dataset):
+        return lengths, refused
+    render = _renderer(tokenizer, kwargs)
+    for index, row in enumerate(_rows(dataset)):
+        try:
+            lengths[index] = len(render(row, index)["input_ids"])
+        except ValueError as error:
+            refused.append(Finding(index, str(error).removeprefix(f"`dataset` row {index}").lstrip(": ")))
+    return lengths, refused
+
+
+def _empty_cells(dataset: Dataset) -> list[Finding]:
+    return [
+        Finding(index, f"`{column}` is empty")
+        for index, row in enumerate(_rows(dataset))
+        for column, value in row.items()
+        if _blank(value)
+    ]
+
+
+def _blank(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, Mapping):
+        return _blank(value.get("content")) if "content" in value else not value
+    if isinstance(value, (list, tuple)):
+        return all(_blank(each) for each in value)
+    return value is None
+
+
+def _duplicates(dataset: Dataset) -> list[Finding]:
+    # Two demonstrations of one prompt are no duplicates.
+    columns = [column for column in ("prompt", "completion", "messages", "text") if column in dataset.column_names]
+    seen: dict[tuple[str, ...], int] = {}
+    found = []
+    for index, row in enumerate(_rows(dataset)):
+        first = seen.setdefault(tuple(prompt_key(row[column] or "") for column in columns), index)
+        if first != index:
+            found.append(Finding(index, f"the same as row {first}"))
+    return found
+
+
+def _bad_golds(dataset: Dataset, golds: str) -> list[Finding]:
+    if golds == "none" or "solution" not in dataset.column_names or "metadata" in dataset.column_names:
+        return []
+    if golds == "math":
+        bad = check_golds(_rows(dataset.select_columns("solution")))
+        return [Finding(gold.row, f"`solution` {gold.gold!r}: {gold.reason}") for gold in bad]
+    rewards = knights_knaves_reward([""] * len(dataset), list(dataset["solution"]))
+    return [
+        Finding(index, f"`solution` {dataset[index]['solution']!r} gives nobody a role")
+        for index, reward in enumerate(rewards)
+        if reward is None
+    ]

@@ -1,0 +1,279 @@
+"""
+The datasets of the paper and of the methods it is compared with, by name and in one schema.
+
+`docs/data.md` says what of each entry is confirmed and what is not.
+"""
+
+import difflib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+
+from . import raw_rows
+from .cache import code_of
+from .files import READERS, read_files
+from .log import warn
+
+
+__all__ = ["SOURCES", "Source", "find_source", "load_source"]
+
+
+class Source(NamedTuple):
+    """
+    A public dataset and how it becomes ours.
+
+    Attributes:
+        name (`str`):
+            Name after `source:`.
+        summary (`str`):
+            One line.
+        hub_id (`str`):
+            Dataset on the hub.
+        revision (`str`, *optional*):
+            Commit on the hub; `None` where it is not known, which is said when the source is loaded.
+        files (`dict[str, str]`):
+            Pattern of the files of each split, with the parameters in braces; empty where the hub's own layout decides.
+        columns (`tuple[str, ...]`):
+            Raw columns that are read.
+        convert (`Callable`):
+            From a raw row to an [`~trl_bridge.data.raw_rows.Example`].
+        has_traces (`bool`):
+            Whether there are demonstrations.
+        reward (`str`):
+            Reward that reads its `solution`.
+        template (`str`):
+            Prompt template that asks for what the reward reads.
+        licence (`str`, *optional*):
+            Licence, where sure.
+        parameters (`dict[str, Any]`):
+            Parameters and their defaults, beside `traces`.
+    """
+
+    name: str
+    summary: str
+    hub_id: str
+    revision: str | None
+    files: Mapping[str, str]
+    columns: tuple[str, ...]
+    convert: Any
+    has_traces: bool
+    reward: str
+    template: str
+    licence: str | None
+    parameters: Mapping[str, Any] = {}
+
+
+_ALL = (
+    Source(
+        name="math-3to5",
+        summary="MATH, levels 3 to 5, as in SimpleRL-Zoo (8,523 rows)",
+        hub_id="hkust-nlp/SimpleRL-Zoo-Data",
+        revision=None,
+        files={split: f"simplelr_qwen_level3to5/{split}.parquet" for split in ("train", "test")},
+        columns=("question", "gt_answer"),
+        convert=raw_rows.math_level,
+        has_traces=False,
+        reward="math_reward",
+        template="boxed",
+        licence=None,
+    ),
+    Source(
+        name="limr",
+        summary="LIMR: what it chose of MATH, levels 3 to 5, by the course of RL on it (1,389 rows)",
+        hub_id="GAIR/LIMR",
+        revision=None,
+        files={},
+        columns=("prompt", "answer"),
+        convert=raw_rows.limr,
+        has_traces=False,
+        reward="math_reward",
+        template="boxed",
+        licence=None,
+    ),
+    Source(
+        name="deepmath",
+        summary="DeepMath-103K, three DeepSeek-R1 traces for each row",
+        hub_id="zwhe99/DeepMath-103K",
+        revision="5cf055d1fe3d7a2eb19719ac020211469736ae44",
+        files={"train": "data/train-*.parquet"},
+        columns=("question", "final_answer", "r1_solution_1", "r1_solution_2", "r1_solution_3"),
+        convert=raw_rows.deepmath,
+        has_traces=True,
+        reward="math_reward",
+        template="boxed",
+        licence="MIT",
+    ),
+    Source(
+        name="openr1-math-220k",
+        summary="OpenR1-Math, the default part (93,733 rows): DeepSeek-R1 traces that math-verify found right",
+        hub_id="open-r1/OpenR1-Math-220k",
+        revision="e4e141ec9dea9f8326f4d347be56105859b2bd68",
+        files={"train": "data/train-*.parquet"},
+        columns=("problem", "answer", "generations", "correctness_math_verify", "is_reasoning_complete"),
+        convert=raw_rows.openr1_220k,
+        has_traces=True,
+        reward="math_reward",
+        template="boxed",
+        licence="Apache-2.0",
+    ),
+    Source(
+        name="openr1-math-46k",
+        summary="OpenR1-Math up to 8,192 tokens, the data of LUFFY and its successors (45,792 rows)",
+        hub_id="Elliott/Openr1-Math-46k-8192",
+        revision=None,
+        files={},
+        columns=("prompt", "target", "reward_model"),
+        convert=raw_rows.openr1_46k,
+        has_traces=True,
+        reward="math_reward",
+        template="boxed",
+        licence=None,
+    ),
+    Source(
+        name="knights-knaves",
+        summary="Knights and Knaves of 2 to 8 people, with worked solutions",
+        hub_id="K-and-K/knights-and-knaves",
+        revision="2f68547989981b1af37cb3dde5fdefa847aa8619",
+        files={split: f"{split}/people{{people}}_num*.jsonl" for split in ("train", "test")},
+        columns=("quiz", "solution_text_format", "cot_head", "cot_repeat_steps", "cot_foot"),
+        convert=raw_rows.knights_knaves,
+        has_traces=True,
+        reward="knights_knaves_reward",
+        template="knights-knaves",
+        licence=None,
+        parameters={"people": "*"},
+    ),
+)
+
+SOURCES: dict[str, Source] = {source.name: source for source in _ALL}
+"""All sources by name."""
+
+
+def find_source(name: str) -> Source:
+    """
+    A source by name.
+
+    Args:
+        name (`str`):
+            Name, without `source:`.
+
+    Returns:
+        [`Source`]: the source.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in SOURCES:
+        nearest = difflib.get_close_matches(name, SOURCES, n=1)
+        hint = f"did you mean `source:{nearest[0]}`?" if nearest else f"there are: {', '.join(SOURCES)}"
+        raise ValueError(f"no source is called {name!r} ({hint})")
+    return SOURCES[name]
+
+
+def load_source(
+    name: str, streaming: bool = False, traces: int = 1, **parameters: Any
+) -> DatasetDict | IterableDatasetDict:
+    """
+    Load a source from the hub or from a local copy of its raw data.
+
+    Args:
+        name (`str`):
+            Name of the source, without `source:`. `NAME@PATH` reads a local copy: a folder laid out as on the hub, a
+            folder of data files, a file, or a pattern of files (the last three are the split `train`).
+        streaming (`bool`, *optional*, defaults to `False`):
+            Passed to [`~datasets.load_dataset`].
+        traces (`int`, *optional*, defaults to `1`):
+            With more than 1, the column `expert` holds up to so many right traces of each prompt.
+        **parameters:
+            The source's own parameters, such as `people=3`.
+
+    Returns:
+        [`~datasets.DatasetDict`] or [`~datasets.IterableDatasetDict`]: the splits, with the columns `prompt` (messages:
+        the bare question), `solution` (`str`) and, where there are traces, `completion` (messages: the first right
+        trace) and with `traces > 1` `expert` (`list[str]`). Rows without a right trace are left out, with a warning.
+
+    Raises:
+        ValueError: no such source or parameter, a raw column is missing, or no row is left.
+        OSError: the hub or the local copy cannot be read.
+    """
+    name, _, path = name.partition("@")
+    source = find_source(name)
+    for key in parameters:
+        if key not in source.parameters:
+            known = ", ".join(["traces", *source.parameters])
+            raise ValueError(f"source:{name} has no parameter {key!r}; it has: {known}")
+    if traces < 1 or (traces > 1 and not source.has_traces):
+        raise ValueError(f"source:{name}: `traces` must be 1{' or more' if source.has_traces else ''}, got {traces}")
+    values = {**source.parameters, **parameters}
+    files = {split: pattern.format(**values) for split, pattern in source.files.items()}
+    raw = _local(source, path, files, streaming) if path else _hub(source, files, streaming)
+    return type(raw)({split: _converted(source, rows, traces) for split, rows in raw.items()})
+
+
+def _hub(source: Source, files: Mapping[str, str], streaming: bool) -> DatasetDict | IterableDatasetDict:
+    if source.revision is None:
+        warn(
+            f"source:{source.name}: the revision of {source.hub_id} is not pinned, so the rows may change under you. Keep "
+            f"a copy, and read it as source:{source.name}@PATH."
+        )
+    try:
+        return load_dataset(source.hub_id, revision=source.revision, data_files=files or None, streaming=streaming)
+    except OSError as error:
+        raise OSError(
+            f"{source.hub_id} cannot be read from the hub ({error}). A local copy of its files can be given as "
+            f"source:{source.name}@PATH."
+        ) from error
+
+
+def _local(source: Source, path: str, files: Mapping[str, str], streaming: bool) -> DatasetDict | IterableDatasetDict:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return read_files(str(folder), streaming)
+    laid_out = {split: str(folder / pattern) for split, pattern in files.items() if any(folder.glob(pattern))}
+    if laid_out:
+        return read_files(laid_out, streaming)
+    # Beside Parquet files a copy of a hub repository has JSON files that are no data.
+    for ending in (".parquet", ".jsonl", ".json", ".csv"):
+        found = sorted(str(file) for file in folder.rglob(f"*{ending}"))
+        if found:
+            return read_files(found, streaming)
+    raise FileNotFoundError(f"source:{source.name}@{path}: the folder holds no {', '.join(READERS)} files")
+
+
+def _converted(source: Source, raw: Dataset | IterableDataset, traces: int) -> Dataset | IterableDataset:
+    present = list(raw.column_names or [])
+    missing = [column for column in source.columns if column not in present]
+    if missing:
+        raise ValueError(
+            f"source:{source.name}: the raw data has no column {', '.join(map(repr, missing))}; it has: "
+            f"{', '.join(present)}. What is read here is the raw dataset, as on the hub."
+        )
+    raw = raw.select_columns(list(source.columns))
+    code = code_of(raw_rows, sys.modules[__name__])
+    if source.has_traces:
+        kept = raw.filter(lambda row, code: bool(source.convert(row).traces), fn_kwargs=code)
+        if isinstance(kept, Dataset) and len(kept) < len(raw):
+            if not len(kept):
+                raise ValueError(f"source:{source.name}: none of the {len(raw)} rows has a right trace")
+            warn(
+                f"source:{source.name}: {len(raw) - len(kept)} of {len(raw)} rows have no right trace and are left out."
+            )
+        raw = kept
+    return raw.map(
+        lambda row, code: _row(source.convert(row), traces), fn_kwargs=code, remove_columns=list(source.columns)
+    )
+
+
+def _row(example: raw_rows.Example, traces: int) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "prompt": [{"role": "user", "content": example.question}],
+        "solution": example.solution,
+    }
+    if example.traces:
+        row["completion"] = [{"role": "assistant", "content": example.traces[0]}]
+        if traces > 1:
+            row["expert"] = list(example.traces[:traces])
+    return row

@@ -1,0 +1,290 @@
+"""Batched generation with transformers, reproducible for each question and sample whatever the batch or the resume point."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from accelerate.utils import find_executable_batch_size
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+__all__ = ["Engine", "Generated", "Job", "Sampling", "TransformersEngine", "generate_batch", "job_seed", "prompt_ids"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """
+    How completions are drawn.
+
+    Attributes:
+        max_new_tokens (`int`):
+            Longest completion, in tokens.
+        temperature (`float`, *optional*, defaults to `0.0`):
+            0 is greedy decoding.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Mass of the nucleus; not read at temperature 0.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` must be 1 or more, got {self.max_new_tokens}.")
+        if self.temperature < 0:
+            raise ValueError(f"`temperature` must be 0 (greedy) or more, got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must lie in (0, 1], got {self.top_p}.")
+
+
+class Job(NamedTuple):
+    """
+    One completion to draw.
+
+    Attributes:
+        question (`int`):
+            Number of the row.
+        sample (`int`):
+            Number of the sample of that question.
+        ids (`list[int]`):
+            Tokens of the prompt.
+        seed (`int`):
+            Seed of this completion alone.
+    """
+
+    question: int
+    sample: int
+    ids: list[int]
+    seed: int
+
+
+class Generated(NamedTuple):
+    """
+    A completion.
+
+    Attributes:
+        text (`str`):
+            Text without special tokens.
+        tokens (`int`):
+            Number of tokens, the end of sequence included.
+        truncated (`bool`):
+            Whether it was cut at `max_new_tokens`.
+    """
+
+    text: str
+    tokens: int
+    truncated: bool
+
+
+class Engine(Protocol):
+    """Draws completions, batch by batch, in the order of the jobs."""
+
+    name: str
+
+    def __call__(self, jobs: Sequence[Job], sampling: Sampling) -> Iterator[list[Generated]]: ...
+
+
+class _GumbelNoise(LogitsProcessor):
+    """
+    Adds Gumbel noise of one generator per row, so that the argmax is an exact sample of the softmax (Gumbel-max).
+
+    `generate` samples a batch from the one global generator: what a row draws then depends on its neighbours.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device):
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        noise = torch.empty_like(scores, dtype=torch.float32)  # (batch, vocab)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        # The smallest draw must not become infinite: against a masked logit that would be NaN.
+        return scores - noise.clamp_min_(torch.finfo(torch.float32).tiny).log_()
+
+
+def job_seed(seed: int, name: str, question: int, sample: int) -> int:
+    """
+    Seed of one completion.
+
+    Args:
+        seed (`int`):
+            Seed of the evaluation.
+        name (`str`):
+            Name of the task.
+        question, sample (`int`):
+            Numbers of the question and of the sample.
+
+    Returns:
+        `int`: 63 bits that depend on all four.
+    """
+    digest = hashlib.sha256(f"{seed}/{name}/{question}/{sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def prompt_ids(
+    prompt: str | list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: dict[str, Any] | None = None,
+) -> list[int]:
+    """
+    Tokens of a prompt, as TRL's trainers make them: messages through the chat template, text as it is.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            Prompt.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+        template_kwargs (`dict[str, Any]`, *optional*):
+            Variables for the chat template, such as `{"enable_thinking": False}`.
+
+    Returns:
+        `list[int]`: the tokens.
+
+    Raises:
+        ValueError: messages, and a tokenizer without a chat template.
+    """
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the prompts are conversations and the tokenizer has no chat template: switch `chat_template` off"
+        )
+    encoded: Any = tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, return_dict=True, **(template_kwargs or {})
+    )
+    return list(encoded["input_ids"])
+
+
+@torch.no_grad()
+def generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[int],
+    sampling: Sampling,
+) -> list[Generated]:
+    """
+    Draw one completion for each prompt. Neither reads nor moves the global random state.
+
+    Of the model's own generation config only the end-of-sequence tokens count: temperature, nucleus and penalties that
+    it may carry are not applied.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model, in evaluation mode.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        prompts (`Sequence[list[int]]`):
+            Tokens of the prompts.
+        seeds (`Sequence[int]`):
+            One seed per prompt.
+        sampling ([`Sampling`]):
+            Sampling parameters.
+
+    Returns:
+        `list[Generated]`: one completion per prompt.
+    """
+    ends = _end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)  # (batch, width)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    processors = LogitsProcessorList()
+    if sampling.temperature > 0:
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_p < 1:
+            processors.append(TopPLogitsWarper(sampling.top_p))
+        processors.append(_GumbelNoise(seeds, model.device))
+    generate: Any = model.generate
+    output = generate(
+        input_ids=ids, attention_mask=mask, logits_processor=processors, generation_config=_plain(sampling, ends, pad)
+    )
+    return [_generated(row, ends, tokenizer) for row in output[:, width:].tolist()]
+
+
+def _plain(sampling: Sampling, ends: list[int], pad: int) -> GenerationConfig:
+    # What is left at None would be filled from the model's own config, so every knob that changes the logits is stated.
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        min_length=0,
+        eos_token_id=ends,
+        pad_token_id=pad,
+    )
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    own = model.generation_config.eos_token_id
+    ends = [] if own is None else [own] if isinstance(own, int) else list(own)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(tokenizer.eos_token_id)
+    if not ends:
+        raise ValueError(
+            "neither the model nor its tokenizer has an end-of-sequence token, so no completion would end"
+        )
+    return ends
+
+
+def _generated(ids: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBase) -> Generated:
+    length = next((place for place, token in enumerate(ids) if token in ends), None)
+    kept = ids if length is None else ids[: length + 1]
+    return Generated(str(tokenizer.decode(kept, skip_special_tokens=True)), len(kept), length is None)
+
+
+class TransformersEngine:
+    """
+    Generation with transformers. Out of memory, the batch is halved until it fits, and stays there.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Completions at a time to start with.
+    """
+
+    name = "transformers"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64):
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+
+    def __call__(self, jobs: Sequence[Job], sampling: Sampling) -> Iterator[list[Generated]]:
+        done = 0
+
+        def halve() -> int:
+            self.batch_size //= 2
+            return self.batch_size
+
+        @find_executable_batch_size(starting_batch_size=self.batch_size, reduce_batch_size_fn=halve)
+        def step(batch_size: int) -> list[Generated]:
+            batch = jobs[done : done + batch_size]
+            return generate_batch(
+                self.model, self.tokenizer, [job.ids for job in batch], [job.seed for job in batch], sampling
+            )
+
+        while done < len(jobs):
+            batch = step()
+            done += len(batch)
+            yield batch

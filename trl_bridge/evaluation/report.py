@@ -1,0 +1,133 @@
+"""From records to numbers, and from numbers to a table."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .statistics import mean_interval, pass_at_k, wilson_interval
+
+
+__all__ = ["markdown", "summarise", "write_report"]
+
+
+def summarise(
+    records: Sequence[Mapping[str, Any]], questions: int, samples: int, threshold: float = 1.0
+) -> dict[str, Any]:
+    """
+    Accuracy, pass@k and what to look at beside them.
+
+    All questions count: an answer whose gold the grader cannot read is wrong, and counted in `ungradable`.
+
+    Args:
+        records (`Sequence[Mapping]`):
+            Records of all questions and at least `samples` samples of each.
+        questions (`int`):
+            Number of questions.
+        samples (`int`):
+            Samples per question that count, n.
+        threshold (`float`, *optional*, defaults to `1.0`):
+            Score from which an answer is right.
+
+    Returns:
+        `dict[str, Any]`: JSON values. `accuracy` is the mean over questions of the share of right samples (pass@1 for one
+        sample, avg@n for more) and `accuracy_interval` its 95 % interval: Wilson's for one sample, else a bootstrap over
+        questions. `pass_at_k` has k = 1, 2, 4, ... and n.
+
+    Raises:
+        ValueError: completions are missing.
+    """
+    used = [record for record in records if record["sample"] < samples and record["question"] < questions]
+    if len(used) != questions * samples:
+        raise ValueError(f"there are {len(used)} completions for {questions} questions with {samples} samples each.")
+    correct = [0] * questions
+    for record in used:
+        correct[record["question"]] += record["score"] is not None and record["score"] >= threshold
+    shares = [count / samples for count in correct]
+    summary: dict[str, Any] = {"questions": questions, "n": samples, "accuracy": sum(shares) / questions}
+    if samples == 1:
+        summary |= {"accuracy_interval": wilson_interval(sum(correct), questions), "interval_method": "Wilson"}
+    else:
+        summary |= {"accuracy_interval": mean_interval(shares), "interval_method": "bootstrap over questions"}
+        summary["pass_at_k"], summary["pass_at_k_interval"] = {}, {}
+        for k in _ks(samples):
+            values = [pass_at_k(samples, count, k) for count in correct]
+            summary["pass_at_k"][str(k)] = sum(values) / questions
+            summary["pass_at_k_interval"][str(k)] = mean_interval(values)
+    answered = [record["answered"] for record in used if record["answered"] is not None]
+    return {
+        **summary,
+        "mean_score": sum(record["score"] or 0.0 for record in used) / len(used),
+        "success_threshold": threshold,
+        "no_answer": answered.count(False) if answered else None,
+        "truncated_share": sum(record["truncated"] for record in used) / len(used),
+        "ungradable": sum(record["score"] is None for record in used),
+        "grader_stopped": sum(record["stopped"] for record in used),
+        "mean_tokens": sum(record["tokens"] for record in used) / len(used),
+        "seconds": round(sum(record["seconds"] for record in used), 1),
+    }
+
+
+def _ks(samples: int) -> list[int]:
+    powers = [2**exponent for exponent in range(samples.bit_length()) if 2**exponent <= samples]
+    return powers if powers[-1] == samples else [*powers, samples]
+
+
+def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """
+    Table of results, one row per task.
+
+    Args:
+        results (`Mapping[str, Mapping]`):
+            From the task's name to its results, as [`~trl_bridge.evaluation.run.evaluate_task`] returns them.
+
+    Returns:
+        `str`: Markdown.
+    """
+    lines = [
+        "| benchmark | questions | n | decoding | accuracy, % | 95 % interval | pass@n, % | no answer | truncated | grader |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, result in results.items():
+        sampling = result["sampling"]
+        greedy = sampling["temperature"] == 0
+        low, high = result["accuracy_interval"]
+        best = result.get("pass_at_k", {}).get(str(result["n"]))
+        total = result["questions"] * result["n"]
+        cells = [
+            name,
+            result["questions"],
+            result["n"],
+            "greedy" if greedy else f"T={sampling['temperature']:g}, top-p {sampling['top_p']:g}",
+            f"{100 * result['accuracy']:.1f}",
+            f"{100 * low:.1f} to {100 * high:.1f}",
+            "" if best is None else f"{100 * best:.1f}",
+            "" if result["no_answer"] is None else f"{100 * result['no_answer'] / total:.1f} %",
+            f"{100 * result['truncated_share']:.1f} %",
+            result["grader"].rpartition(".")[2],
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_report(folder: Path) -> str:
+    """
+    Gather the results of all tasks under a folder in `results.json` and `results.md`.
+
+    Args:
+        folder (`Path`):
+            Folder with one folder per task.
+
+    Returns:
+        `str`: the table.
+    """
+    paths = sorted(folder.glob("*/results.json"))
+    results = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    models: dict[str, dict[str, Any]] = {}
+    for name, result in results.items():
+        models.setdefault(result["model"], {})[name] = result
+    # One folder is one model, as a rule; several are kept apart, not mixed in one table.
+    table = "\n".join(f"Model: {model}\n\n{markdown(tasks)}" for model, tasks in models.items())
+    (folder / "results.md").write_text(table, encoding="utf-8")
+    return table
