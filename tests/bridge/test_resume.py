@@ -255,3 +255,12 @@ def test_saved_coordinator_is_a_peft_adapter(tmp_path):
     assert PeftConfig.from_pretrained(str(tmp_path / "w")).r == 4
     assert_same(load_peft_weights(str(tmp_path / "w")), trainer.coordinator_state_dict())
     assert json.loads((tmp_path / "w" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_a_finished_run_is_not_gone_on_with(tmp_path):
+    done = _trainer(tmp_path, max_steps=2)
+    done.train()
+    again = _trainer(tmp_path, max_steps=2)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+    assert_same(_state(again), _state(done))

@@ -20,8 +20,21 @@ from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_h
 
 import trl_bridge
 from tests.harness import small_config, small_model, small_trainer
-from trl_bridge import AlternatingTrainer, BridgeTrainer, CHORDTrainer, NaiveMixTrainer
+from trl_bridge import (
+    AlternatingTrainer,
+    BridgeTrainer,
+    CHORDTrainer,
+    ExpertTrainer,
+    HPTTrainer,
+    LUFFYTrainer,
+    NaiveMixTrainer,
+    PrefixRFTTrainer,
+    ReLIFTTrainer,
+    SRFTTrainer,
+    UFTTrainer,
+)
 from trl_bridge._upstream import isolated_bookkeeping, policy_objective
+from trl_bridge.baselines.shaping import ShapedTrainer
 from trl_bridge.bridge.trainer import BridgeTrainer as _Bridge
 from trl_bridge.training.resume import ResumableTrainer
 from trl_bridge.training.student import StudentTrainer
@@ -29,7 +42,17 @@ from trl_bridge.training.trainer import DemonstrationTrainer
 
 
 STREAM = (NaiveMixTrainer, AlternatingTrainer, CHORDTrainer)
-OURS = (ResumableTrainer, StudentTrainer, DemonstrationTrainer, _Bridge, *STREAM)
+GROUP = (
+    ExpertTrainer,
+    ShapedTrainer,
+    LUFFYTrainer,
+    SRFTTrainer,
+    HPTTrainer,
+    ReLIFTTrainer,
+    UFTTrainer,
+    PrefixRFTTrainer,
+)
+OURS = (ResumableTrainer, StudentTrainer, DemonstrationTrainer, _Bridge, *STREAM, *GROUP)
 
 # Parameters and defaults of what is overridden or called, without annotations.
 SIGNATURES = {
@@ -39,6 +62,7 @@ SIGNATURES = {
     "trl.GRPOTrainer.training_step": "(self, model, inputs, num_items_in_batch)",
     "trl.GRPOTrainer._prepare_inputs": "(self, generation_batch)",
     "trl.GRPOTrainer._generate_and_score_completions": "(self, inputs)",
+    "trl.GRPOTrainer._generate_single_turn": "(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False)",
     "trl.GRPOTrainer._calculate_rewards": "(self, inputs, prompts, completions, completion_ids_list)",
     "trl.GRPOTrainer._get_per_token_logps_and_entropies": "(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, compute_aux_loss=False, pixel_values=None, image_grid_thw=None, num_images=None, pixel_attention_mask=None, spatial_shapes=None, num_tiles=None, image_sizes=None, token_type_ids=None, mm_token_type_ids=None, image_position_ids=None)",
     "trl.GRPOTrainer._get_train_sampler": "(self, dataset=None)",
@@ -50,6 +74,7 @@ SIGNATURES = {
     "transformers.Trainer.training_step": "(self, model, inputs, num_items_in_batch=None)",
     "transformers.Trainer.hyperparameter_search": "(self, hp_space=None, compute_objective=None, n_trials=20, direction='minimize', backend=None, hp_name=None, **kwargs)",
     "transformers.Trainer._prepare_for_training": "(self, max_steps, train_dataloader, resume_from_checkpoint)",
+    "transformers.Trainer._run_epoch": "(self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch)",
     "transformers.Trainer._save_checkpoint": "(self, model, trial)",
     "transformers.Trainer._save_optimizer_and_scheduler": "(self, output_dir)",
     "transformers.Trainer._load_optimizer_and_scheduler": "(self, checkpoint)",
@@ -72,31 +97,48 @@ SIGNATURES = {
 
 # Methods and class attributes of our trainers that the parents do not have.
 OWN_NAMES = {
+    "_add_up",
     "_advance_sampler",
+    "_as_rollout",
     "_begin_window",
     "_build_coordinator",
     "_build_parts",
     "_check_datasets",
     "_check_verdict_columns",
+    "_count_items",
+    "_draw",
+    "_draw_pieces",
     "_draw_shares",
+    "_entropy",
+    "_expert_term",
     "_finish_window",
     "_forked_rng",
     "_frozen_copy",
     "_log_update",
+    "_measure",
     "_plain_model",
+    "_put_among_rollouts",
     "_rate_factor",
     "_rate_group",
+    "_record_prefixes",
+    "_record_rewards",
     "_rng_state",
     "_run_passes",
     "_score",
+    "_score_completions",
     "_set_initial_mean",
     "_set_rng_state",
+    "_sft_term",
     "_step_coordinator",
     "_sum_over_ranks",
     "_tempered_sequence_log_probs",
+    "_untempered_log_probs",
     "_weights",
+    "_window_share",
     "after_step",
+    "assign",
     "between_passes",
+    "buffer",
     "config_class",
     "config_or_default",
     "coordinator_state_dict",
@@ -104,20 +146,36 @@ OWN_NAMES = {
     "demonstration_weight",
     "demonstrations_due",
     "end_of_window",
+    "expert_heads",
+    "expert_loss",
+    "has_expert_loss",
+    "has_sft_term",
+    "hint_probability",
     "inside_update",
     "load_best_shared_state",
     "load_shared_state",
     "policy_due",
+    "policy_inputs",
     "policy_loss",
     "policy_pass",
     "policy_weight",
+    "prefix_floor",
+    "prompts_differ_in_group",
+    "reads_steps",
+    "reduce",
     "resolve_weighting",
     "resume_requirements",
     "save_coordinator",
+    "sft_coefficient",
+    "sft_pass",
+    "sft_steps",
+    "sft_weights",
     "shadow_state_dict",
     "shared_state",
     "theta_state_dict",
     "token_weights",
+    "window_metrics",
+    "write_experts",
 }
 
 # Attributes of an instance that the parents' instances do not have.
@@ -213,9 +271,8 @@ def _subclasses(cls):
 
 def test_all_trainers_are_looked_at():
     found = _subclasses(GRPOTrainer)
-    rooms = {cls for cls in found if cls.__module__.split(".")[1] in ("training", "bridge")}
-    streams = {cls for cls in found if issubclass(cls, DemonstrationTrainer)}
-    assert rooms | streams == set(OURS)
+    rooms = {cls for cls in found if cls.__module__.split(".")[1] in ("training", "bridge", "baselines")}
+    assert rooms == set(OURS)
 
 
 def _defined(cls):

@@ -121,6 +121,13 @@ class ResumableTrainer(GRPOTrainer):
         super()._load_best_model()
         self.load_best_shared_state(checkpoints.read_shared(Path(str(self.state.best_model_checkpoint))))
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # The parent looks for the end after an update only: resuming a finished run would make one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         self._train_sampler = super()._get_train_sampler(dataset)
         return self._train_sampler
