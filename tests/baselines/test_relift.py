@@ -55,7 +55,8 @@ def mean_nll(model, weights, demonstrations):
 def replay(trainer):
     """Each update in float64: GRPO's step, then the SFT step with its own moments, clipping and rate."""
     args = trainer.args
-    o = options(args)
+    world = getattr(trainer, "world_size", 1)  # of a run whose windows hold all ranks' micro-batches
+    o = options(args, world_size=world)
     sft_rate = args.learning_rate if args.sft_learning_rate is None else args.sft_learning_rate
     sft_norm = args.max_grad_norm if args.sft_max_grad_norm is None else args.sft_max_grad_norm
     model = trainer.initial_model.double().eval()
@@ -64,9 +65,9 @@ def replay(trainer):
     sft_optimizer = Optimizer(o["optim"], len(theta), eps=args.adam_epsilon) if args.separate_optimizer else optimizer
     errors, losses = [], []
     for step, (window, state, taken) in enumerate(zip(trainer.windows, trainer.states, trainer.taken, strict=True)):
-        shape = (len(window), o["steps_per_generation"])
+        shape = (len(window) // world, o["steps_per_generation"])
         leaves = {n: t.detach().requires_grad_() for n, t in theta.items()}
-        loss = sum(Pass(model, leaves, batch, o, shape).policy_loss() for batch in window)
+        loss = sum(Pass(model, leaves, batch, o, shape).policy_loss() for batch in window) / world
         theta = _step(theta, leaves, loss, optimizer, o["max_grad_norm"], o["lr"] * o["schedule"](step))
         if taken:
             leaves = {n: t.detach().requires_grad_() for n, t in theta.items()}

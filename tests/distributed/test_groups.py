@@ -9,17 +9,30 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.baselines import test_relift
 from tests.baselines.groups import replay_recorded
+from tests.baselines.test_hpt import hpt_loss
 from tests.baselines.test_luffy import luffy_loss
+from tests.baselines.test_prefix_rft import prefix_loss
+from tests.baselines.test_srft import srft_loss
+from tests.baselines.test_uft import uft_loss
 from tests.bridge.test_resume import assert_same
-from tests.distributed.run_groups import CASES
+from tests.distributed.run_groups import CASES, RESUMED
 from tests.harness import small_model
 
 
 pytestmark = pytest.mark.distributed
 TOLERANCE = 2e-4
 
-LOSSES = {"luffy": luffy_loss()}
+LOSSES = {
+    "luffy": luffy_loss(),
+    "srft": srft_loss(),
+    "hpt": hpt_loss(),
+    "uft": uft_loss,
+    "prefix-rft": prefix_loss,
+}
+# What our trainers log reduced over ranks, the same on each. TRL's own entries are the main process's.
+OURS = ("expert/", "rollouts/", "sft/", "rl/", *(f"{name.replace('-', '_')}/" for name in CASES))
 
 
 @pytest.fixture(scope="module")
@@ -39,29 +52,55 @@ def _load(folder, name):
     return [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", CASES)
+def _joined(ranks):
+    """The run with both ranks' micro-batches in each window."""
+    windows = [first + second for first, second in zip(ranks[0]["windows"], ranks[1]["windows"], strict=True)]
+    return SimpleNamespace(
+        **{**ranks[0], "windows": windows}, initial_model=small_model(), logged=ranks[0]["log"], world_size=2
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_two_ranks_equal_the_reference(folder, name):
-    ranks = _load(folder, name)
-    windows = [a + b for a, b in zip(ranks[0]["windows"], ranks[1]["windows"], strict=True)]
-    steps = len(windows)
-    o = {**ranks[0]["options"], "world_size": 2, "schedule": lambda step: (steps - step) / steps}
-    run = SimpleNamespace(windows=windows, states=ranks[0]["states"], start=ranks[0]["start"])
-    assert any(batch["expert_mask"].any() or batch["sft_mask"].any() for window in windows for batch in window)
+    run = _joined(_load(folder, name))
+    steps = len(run.windows)
+    extra = {"hint_coef": CASES["uft"]["hint_coef"], "share": 0.2, "delta": run.args.delta}
+    o = {**run.options, **extra, "world_size": 2, "schedule": lambda step: (steps - step) / steps}
+    assert any(batch["expert_mask"].any() for window in run.windows for batch in window)
     assert max(replay_recorded(run, small_model(), LOSSES[name], o)) < TOLERANCE
+
+
+def test_relift_on_two_ranks_equals_the_reference(folder):
+    run = _joined(_load(folder, "relift"))
+    assert any(run.taken)
+    errors, _ = test_relift.replay(run)
+    assert max(errors) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_agree_to_the_bit(folder, name):
     first, second = _load(folder, name)
-    for part in ("states", "shared", "log"):
-        assert_same(_timeless(first[part]), _timeless(second[part]), part)
+    for part in ("states", "shared"):
+        assert_same(first[part], second[part], part)
+    logs = [
+        [{k: v for k, v in entry.items() if k.startswith(OURS)} for entry in rank["log"]] for rank in (first, second)
+    ]
+    assert logs[0][0]
+    assert logs[0] == logs[1]
 
 
-def _timeless(part):
-    if part and isinstance(part, list) and "loss" in part[0]:
-        # Only what our trainers reduce over ranks themselves; TRL's own entries are the main process's.
-        return [{k: v for k, v in entry.items() if k.split("/")[0] in OURS} for entry in part]
-    return part
+def test_groups_straddle_the_ranks(folder):
+    first, second = _load(folder, "hpt")
+    # Six rows each: prompts of the middle group are on both.
+    prompts = [
+        {tuple(row.tolist()) for batch in rank["windows"][0][:1] for row in batch["prompt_ids"]}
+        for rank in (first, second)
+    ]
+    assert len(prompts[0] & prompts[1]) == 1
 
 
-OURS = {"expert", "rollouts", "sft", "rl", *(name.replace("-", "_") for name in CASES)}
+@pytest.mark.parametrize("name", RESUMED)
+def test_resume_is_exact_on_two_ranks(folder, name):
+    for rank in range(2):
+        straight, resumed = torch.load(folder / f"{name}-resume-{rank}.pt", weights_only=False)
+        assert_same(resumed, straight)
