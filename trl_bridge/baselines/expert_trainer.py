@@ -1,6 +1,5 @@
 """The template of the group baselines: GRPO whose rollout groups hold expert rows or expert prefixes."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,43 +17,7 @@ from ..training.metrics import record
 from ..training.rollouts import Scores
 from ..training.student import StudentTrainer
 from .expert_config import ExpertConfig
-
-
-@dataclasses.dataclass
-class ExpertPlan:
-    """
-    Rows of a generation batch on this rank, and the expert's part in them.
-
-    Attributes:
-        generation (`int`):
-            Number of the generation batch.
-        groups (`list[int]`):
-            For each row, the number of its group over all ranks.
-        members (`list[int]`):
-            For each row, its place in the group, from 0.
-        experts (`list[list[int] | None]`):
-            For each row, its group's trace (completion tokens), or `None`.
-        heads (`list[int]`):
-            For each row, how many tokens of the trace it begins with; the policy writes the rest. A whole trace has
-            no rest.
-        inputs (`list[dict[str, Any]]`):
-            The dataset's rows.
-    """
-
-    generation: int
-    groups: list[int]
-    members: list[int]
-    experts: list[list[int] | None]
-    heads: list[int]
-    inputs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-
-    def head(self, row: int) -> list[int]:
-        """The tokens that a row begins with."""
-        return (self.experts[row] or [])[: self.heads[row]]
-
-    def is_whole(self, row: int) -> bool:
-        """Whether a row is the whole trace."""
-        return self.heads[row] > 0 and self.heads[row] == len(self.experts[row] or [])
+from .plan import ExpertPlan
 
 
 class ExpertTrainer(StudentTrainer):
@@ -116,8 +79,9 @@ class ExpertTrainer(StudentTrainer):
                 f"{owner} needs a `train_dataset` that can be looked through beforehand, not an iterable one."
             )
         args = self.config_or_default(args, model)
-        if args.sft_token_weight != "none" and not self.has_sft_term():
-            raise ValueError(f"`sft_token_weight` has no effect in {owner}, which has no SFT term. Set it to 'none'.")
+        for name, neutral in (("sft_token_weight", "none"), ("loss_scale", "trl")):
+            if getattr(args, name) != neutral and not self.has_sft_term():
+                raise ValueError(f"`{name}` has no effect in {owner}, which has no SFT term. Set it to {neutral!r}.")
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,

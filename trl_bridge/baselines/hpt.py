@@ -12,7 +12,7 @@ from ..objectives.advantages import group_advantages
 from ..training.metrics import record
 from ..training.randomness import forked_python_rng, forked_torch_rng
 from ..training.verdicts import ask_rewards
-from .expert_trainer import ExpertPlan
+from .plan import ExpertPlan
 from .shaping import UNCLIPPED, ShapedConfig, ShapedTrainer
 
 

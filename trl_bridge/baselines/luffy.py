@@ -4,7 +4,7 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
-from .expert_trainer import ExpertPlan
+from .plan import ExpertPlan
 from .shaping import UNCLIPPED, ShapedConfig, ShapedTrainer
 
 

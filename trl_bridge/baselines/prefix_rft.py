@@ -12,7 +12,8 @@ from ..objectives.schedules import cosine_decay
 from ..training.metrics import record
 from ..training.rollouts import Scores
 from .expert_config import ExpertConfig, require_choice, require_room
-from .expert_trainer import ExpertPlan, ExpertTrainer
+from .expert_trainer import ExpertTrainer
+from .plan import ExpertPlan
 
 
 # Purpose of a group's random number.

@@ -8,8 +8,8 @@ import torch
 
 from ..objectives.srft import entropy_weight, sequence_entropy, verdict_advantages
 from ..training.rollouts import Scores
-from .expert_trainer import ExpertPlan
 from .luffy import LUFFYConfig, LUFFYTrainer
+from .plan import ExpertPlan
 
 
 @dataclass

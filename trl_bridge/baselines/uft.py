@@ -10,7 +10,8 @@ from ..demonstrations.steps import piece_ends
 from ..objectives.hints import hint_probability, hint_stage
 from ..training.metrics import record
 from .expert_config import ExpertConfig, require_choice, require_room
-from .expert_trainer import ExpertPlan, ExpertTrainer
+from .expert_trainer import ExpertTrainer
+from .plan import ExpertPlan
 
 
 HINT_SCHEDULES = ("cosine", "uniform", "stage")
