@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from trl import GRPOConfig, GRPOTrainer
 
 import trl_bridge
-from tests.baselines.groups import Engine, batches, group_trainer, recording, replay_group
+from tests.baselines.groups import Engine, batches, expert_rows, group_trainer, recording, replay_group
 from tests.baselines.test_hpt import hpt_loss
 from tests.baselines.test_uft import hint_rows, uft_loss
-from tests.harness import small_lora
+from tests.harness import digits_reward, rl_rows, sft_rows, small_config, small_lora, small_model
+from trl_bridge.models import tiny_tokenizer
 
 
 @pytest.mark.parametrize("name", ["LUFFY", "SRFT", "UFT", "PrefixRFT"])  # HPT and ReLIFT have cases of their own
@@ -73,6 +75,38 @@ class _Corrected:
         p = self._plain
         ratio = p.batch["importance_sampling_ratio"].double()
         # Ratio 1 to the policy itself: no clipping, so the correction may stand at the advantage.
-        assert torch.equal(p.batch["old_per_token_logps"][p.batch["tool_mask"].bool()].isnan().any(), torch.tensor(False))
         advantages = p.advantages.unsqueeze(1) * ratio
         return p.policy_loss(advantages=advantages)
+
+
+VLLM = {"use_vllm": True, "vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("NaiveMix", {"sft_weight": 0.0}),
+        ("CHORD", {"mu_peak": 0.0, "mu_valley": 0.0}),
+        ("Alternating", {"first": "rl", "rl_steps": 2, "sft_steps": 1}),
+        ("ReLIFT", {"loss_type": "dapo", "scale_rewards": "group"}),
+    ],
+)
+def test_limits_are_grpo_with_vllm_to_the_bit(tmp_path, monkeypatch, name, changes):
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Engine)
+    trainer_class = getattr(trl_bridge, f"{name}Trainer")
+    kwargs = {"train_dataset": expert_rows()} if name == "ReLIFT" else {"sft_dataset": sft_rows()}
+    ends = []
+    for kind, options in ((trainer_class, changes), (GRPOTrainer, {})):
+        config = kind.config_class if kind is trainer_class else GRPOConfig
+        given = kwargs if kind is trainer_class else {}
+        trainer = kind(
+            model=small_model(),
+            reward_funcs=digits_reward,
+            args=small_config(tmp_path, config, max_steps=2, **VLLM, **options),
+            processing_class=tiny_tokenizer(),
+            **{"train_dataset": rl_rows(), **given},
+        )
+        trainer.train()
+        ends.append(list(trainer.model.parameters()))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*ends, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(ends[0], small_model().parameters(), strict=True))
