@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -131,14 +132,20 @@ def test_smoke_recipe_trains_through_the_command(name, tmp_path):
 @pytest.mark.slow
 def test_a_smoke_recipe_is_killed_and_resumed(tmp_path):
     command = [sys.executable, "-m", "trl_bridge", "hpt", "--config", "smoke/hpt", "--output_dir", str(tmp_path)]
-    process = subprocess.Popen([*command, "--max_steps", "5000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # The command starts the training as a process of its own: both are killed, as a machine that goes down does.
+    process = subprocess.Popen(
+        [*command, "--max_steps", "5000"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         deadline = time.monotonic() + 200
         while not (tmp_path / "checkpoint-4").is_dir():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
     finally:
-        process.send_signal(signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     reached = max(int(folder.name.split("-")[1]) for folder in tmp_path.glob("checkpoint-*"))
     end = reached + 4
