@@ -20,7 +20,7 @@ from transformers import (
 from trl import GRPOConfig
 
 from .._upstream import add_demonstration_head, plain_copy, without_reference_model
-from .backend import Backend
+from .backends import backend_for
 from .resume import ResumableTrainer
 from .rollouts import RolloutRecord
 
@@ -101,7 +101,8 @@ class StudentTrainer(ResumableTrainer):
             raise NotImplementedError(
                 "The load-balancing loss of Mixture-of-Experts models is not supported. Set `router_aux_loss_coef=0`."
             )
-        self.backend = Backend(self.accelerator)
+        self.backend = backend_for(self.accelerator)
+        self.backend.check(args)
         plain: Any = self._plain_model
         head_owner = plain.get_base_model() if is_peft_model(plain) else plain
         add_demonstration_head(head_owner, args.cast_lm_head_to_fp32)
@@ -140,7 +141,7 @@ class StudentTrainer(ResumableTrainer):
         twin = plain_copy(self._plain_model, self.temperature, self.args.cast_lm_head_to_fp32, entropy=False)
         # TRL's own reference comes fresh from `from_pretrained`, without dropout.
         twin.requires_grad_(False).eval()
-        return self.accelerator.prepare_model(twin, evaluation_mode=True)
+        return self.backend.prepare_reference(twin)
 
     def _sum_over_ranks(self, value: float) -> float:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)

@@ -22,7 +22,7 @@ from transformers import (
 from .._upstream import add_demonstration_head, plain_copy, without_reference_model
 from ..demonstrations.stream import window_share
 from ..objectives.sft import demonstration_loss
-from .backend import Backend
+from .backends import backend_for
 from .config import DemonstrationConfig
 from .demonstrations import Demonstrations
 from .metrics import record
@@ -135,7 +135,8 @@ class DemonstrationTrainer(ResumableTrainer):
             raise NotImplementedError(
                 "The load-balancing loss of Mixture-of-Experts models is not supported. Set `router_aux_loss_coef=0`."
             )
-        self.backend = Backend(self.accelerator)
+        self.backend = backend_for(self.accelerator)
+        self.backend.check(args)
         plain: Any = self._plain_model
         head_owner = plain.get_base_model() if is_peft_model(plain) else plain
         add_demonstration_head(head_owner, args.cast_lm_head_to_fp32)
@@ -208,7 +209,7 @@ class DemonstrationTrainer(ResumableTrainer):
         twin = plain_copy(self._plain_model, self.temperature, self.args.cast_lm_head_to_fp32, entropy=False)
         # TRL's own reference comes fresh from `from_pretrained`, without dropout.
         twin.requires_grad_(False).eval()
-        return self.accelerator.prepare_model(twin, evaluation_mode=True)
+        return self.backend.prepare_reference(twin)
 
     # Weights of the two terms
 
@@ -293,9 +294,11 @@ class DemonstrationTrainer(ResumableTrainer):
         return loss + policy_loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        self.backend.before_micro_batch(model)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self.end_of_window()
+            if not self.backend.steps_in_backward:
+                self.end_of_window()
             self._finish_window()
         return loss
 
@@ -304,7 +307,9 @@ class DemonstrationTrainer(ResumableTrainer):
         self._window = None
         self._entropy_window_stats = None
         self.weighting.discard_window()
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.backend.attach(self.model_wrapped, self.end_of_window)
+        return prepared
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)

@@ -1,0 +1,84 @@
+"""What is run on two ranks, by way of training. Imported by the tests and by the script that torchrun starts."""
+
+from pathlib import Path
+
+import torch
+
+from tests.harness import small_model
+
+
+SGD = {"optim": "sgd", "learning_rate": 0.1}
+# What accelerate and DeepSpeed need to train on a CPU, or as TRL's own accelerate configs have it.
+SHARDED = {"use_cpu": False}
+FSDP = {**SHARDED, "fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": False}}
+
+
+def zero(stage, **changes):
+    config = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        # A torch optimizer on the CPU is not on DeepSpeed's list.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage, **({"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {})},
+    }
+    config["zero_optimization"].update(changes)
+    return {**SHARDED, "deepspeed": config}
+
+
+DDP_CASES = {
+    "adamw": {},
+    "sgd, grpo, metrics": {**SGD, "loss_type": "grpo", "bridge_lambda": 0.3, "log_gradient_stats": True},
+    "pairing": {"sft_pairing": "prompt", "gradient_checkpointing": True},
+    "likelihood": {"sft_weighting": "likelihood"},
+    "judge and verdict": {"sft_weighting": "judge_verdict", "judge_window": 2},
+    # SGD: Adam turns the rounding of gradients that are zero (the KL at the start) into full steps.
+    "generation within a window": {"gradient_accumulation_steps": 4, "steps_per_generation": 2, "beta": 0.1, **SGD},
+}  # fmt: skip
+
+FSDP_CASES = {
+    "adamw, decay": {**FSDP, "weight_decay": 0.1, "max_grad_norm": 0.3},
+    "sgd, metrics, uneven rows": {
+        **FSDP, **SGD, "loss_type": "grpo", "bridge_lambda": 0.3, "log_gradient_stats": True, "temperature": 0.7,
+        "model": {"intermediate_size": 33},
+    },
+    "reference, cosine": {**FSDP, **SGD, "beta": 0.1, "lr_scheduler_type": "cosine", "gradient_checkpointing": True},
+    "gain off, tied": {**FSDP, "cooperative_gain": False, "model": {"tie_word_embeddings": True}},
+    "reset, tied": {**FSDP, "shadow_reset_steps": 2, "model": {"tie_word_embeddings": True}},
+    "selective": {**FSDP, "preset": "selective", "gradient_accumulation_steps": 1},
+    "by name, loaded by the main process": {
+        **FSDP, "model": {"by_name": True}, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True},
+    },
+}  # fmt: skip
+
+ZERO_CASES = {
+    "zero-1": {**zero(1), "weight_decay": 0.1, "max_grad_norm": 0.3},
+    "zero-2": {**zero(2), **SGD, "loss_type": "grpo", "bridge_lambda": 0.3, "temperature": 0.7},
+    "zero-3": {**zero(3, stage3_param_persistence_threshold=0)},
+}
+
+CASES = {"ddp": DDP_CASES, "fsdp": FSDP_CASES, "deepspeed": ZERO_CASES}
+
+_LATE = {"num_iterations": 2, "steps_per_generation": 4}
+RESUMES = {
+    "ddp": {"judge": {**_LATE, "sft_weighting": "judge_verdict"}},
+    "fsdp": {"judge": {**FSDP, **_LATE, "sft_weighting": "judge_verdict", "model": {"intermediate_size": 33}}},
+    "deepspeed": {"zero-2": {**zero(2), **_LATE}, "zero-3": {**zero(3, stage3_param_persistence_threshold=0)}},
+}
+
+
+def model_of(changes: dict, output_dir: Path):
+    """The model of a case, or the folder that it is to be loaded from; the same weights on both ways and all ranks."""
+    changes = dict(changes)
+    by_name = changes.pop("by_name", False)
+    model = small_model(**changes)
+    if not by_name:
+        return model
+    folder = output_dir / "base"
+    if int(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0) == 0:
+        model.save_pretrained(folder)
+    torch.distributed.barrier()
+    return str(folder)
