@@ -1,5 +1,8 @@
 """What is run on two ranks, by way of training. Imported by the tests and by the script that torchrun starts."""
 
+import copy
+import os
+import time
 from pathlib import Path
 
 import torch
@@ -43,7 +46,7 @@ FSDP_CASES = {
     "adamw, decay": {**FSDP, "weight_decay": 0.1, "max_grad_norm": 0.3},
     "sgd, metrics, uneven rows": {
         **FSDP, **SGD, "loss_type": "grpo", "bridge_lambda": 0.3, "log_gradient_stats": True, "temperature": 0.7,
-        "model": {"intermediate_size": 33},
+        "model": {"odd_rows": True},
     },
     "reference, cosine": {**FSDP, **SGD, "beta": 0.1, "lr_scheduler_type": "cosine", "gradient_checkpointing": True},
     "gain off, tied": {**FSDP, "cooperative_gain": False, "model": {"tie_word_embeddings": True}},
@@ -65,20 +68,28 @@ CASES = {"ddp": DDP_CASES, "fsdp": FSDP_CASES, "deepspeed": ZERO_CASES}
 _LATE = {"num_iterations": 2, "steps_per_generation": 4}
 RESUMES = {
     "ddp": {"judge": {**_LATE, "sft_weighting": "judge_verdict"}},
-    "fsdp": {"judge": {**FSDP, **_LATE, "sft_weighting": "judge_verdict", "model": {"intermediate_size": 33}}},
+    "fsdp": {"judge": {**FSDP, **_LATE, "sft_weighting": "judge_verdict", "model": {"odd_rows": True}}},
     "deepspeed": {"zero-2": {**zero(2), **_LATE}, "zero-3": {**zero(3, stage3_param_persistence_threshold=0)}},
 }
 
 
-def model_of(changes: dict, output_dir: Path):
-    """The model of a case, or the folder that it is to be loaded from; the same weights on both ways and all ranks."""
+def model_of(changes: dict, output_dir: Path | None = None):
+    """The model of a case, alike on all ranks; or the folder that it is to be loaded from (`by_name`)."""
     changes = dict(changes)
-    by_name = changes.pop("by_name", False)
+    by_name, odd = changes.pop("by_name", False), changes.pop("odd_rows", False)
     model = small_model(**changes)
-    if not by_name:
+    if odd:
+        config = copy.deepcopy(model.config)
+        config.intermediate_size = 33
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            model = type(model)(config).eval()
+    if not by_name or output_dir is None:
         return model
     folder = output_dir / "base"
-    if int(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0) == 0:
+    if int(os.environ["RANK"]) == 0:
         model.save_pretrained(folder)
-    torch.distributed.barrier()
+        (folder / "done").touch()
+    while not (folder / "done").exists():
+        time.sleep(0.1)
     return str(folder)

@@ -1,5 +1,6 @@
 """Trains recorded runs on the ranks that torchrun starts, and writes what each saw. Usage: run.py KIND FOLDER [CASE...]"""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,11 @@ def pretend_accelerator() -> None:
     kind = accelerate.state.DistributedType.MULTI_GPU
     accelerate.state.PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", kind)
     accelerate.state.PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    if importlib.util.find_spec("deepspeed"):
+        import deepspeed.comm.torch
+
+        # It would compile its own reductions with g++; gloo's do as well.
+        deepspeed.comm.torch.build_shm_op = lambda: None
 
 
 def trainer_of(output_dir, options, trainer_class=RecordingTrainer, **more):
