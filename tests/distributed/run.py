@@ -1,5 +1,6 @@
 """Trains recorded runs on the ranks that torchrun starts, and writes what each saw. Usage: run.py KIND FOLDER [CASE...]"""
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -7,7 +8,6 @@ from pathlib import Path
 
 import accelerate.state
 import torch
-from transformers import AutoModelForCausalLM
 
 from tests.bridge.test_resume import StopAt, _state
 from tests.distributed.cases import CASES, RESUMES, model_of
@@ -20,10 +20,8 @@ def pretend_accelerator() -> None:
     accelerate.state.PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", kind)
     accelerate.state.PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
     if importlib.util.find_spec("deepspeed"):
-        import deepspeed.comm.torch
-
-        # It would compile its own reductions with g++; gloo's do as well.
-        deepspeed.comm.torch.build_shm_op = lambda: None
+        # It would compile reductions of its own with g++; gloo's do as well.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 
 def trainer_of(output_dir, options, trainer_class=RecordingTrainer, **more):
@@ -60,9 +58,6 @@ def main(kind: str, folder: Path, names: list[str]) -> None:
             held = trainer.shadow.held
             record["shadow"] = {n: held.whole(n).clone() for n in held.parameters}
             record["rows"] = {n: (held.bounds(n), rows.shape[0]) for n, rows in held.held().items()}
-        if rank == 0:
-            saved = AutoModelForCausalLM.from_pretrained(folder / name / "final", dtype=torch.float32)
-            record["saved"] = dict(saved.state_dict())
         torch.save(record, folder / f"{name}-{rank}.pt")
     for name, options in RESUMES[kind].items():
         if not names or f"resume {name}" in names:
