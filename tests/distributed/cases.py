@@ -26,7 +26,10 @@ def zero(stage, **changes):
         # A torch optimizer on the CPU is not on DeepSpeed's list.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": stage, **({"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {})},
+        "zero_optimization": {
+            "stage": stage,
+            **({"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {}),
+        },
     }
     config["zero_optimization"].update(changes)
     return {**SHARDED, "deepspeed": config}
@@ -52,7 +55,7 @@ FSDP_CASES = {
     "gain off, tied": {**FSDP, "cooperative_gain": False, "model": {"tie_word_embeddings": True}},
     "reset, tied": {**FSDP, "shadow_reset_steps": 2, "model": {"tie_word_embeddings": True}},
     "selective": {**FSDP, "preset": "selective", "gradient_accumulation_steps": 1},
-    "bf16": {**FSDP, "bf16": True},
+    "bf16": {**FSDP, **SGD, "bf16": True},
     "reentrant": {**FSDP, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     "by name, loaded by the main process": {
         **FSDP, "model": {"by_name": True}, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True},
@@ -76,43 +79,10 @@ ZERO_CASES = {
     "zero-3, by name": {
         **zero(3, stage3_param_persistence_threshold=0), "model": {"by_name": True}, "gradient_checkpointing": True,
     },
-    "zero-1, bf16": {**zero(1), "bf16": True},
-    "zero-2, bf16": {**zero(2), "bf16": True},
-    "zero-3, bf16": {**zero(3), "bf16": True},
+    "zero-1, bf16": {**zero(1), **SGD, "bf16": True},
+    "zero-2, bf16": {**zero(2), **SGD, "bf16": True},
+    "zero-3, bf16": {**zero(3), **SGD, "bf16": True},
 }  # fmt: skip
-
-CASES = {
-    "adamw": {},
-    "sgd, grpo, metrics": {**SGD, "loss_type": "grpo", "bridge_lambda": 0.3, "log_gradient_stats": True},
-    "pairing": {"sft_pairing": "prompt", "gradient_checkpointing": True},
-    "likelihood": {"sft_weighting": "likelihood"},
-    "judge and verdict": {"sft_weighting": "judge_verdict", "judge_window": 2},
-    # SGD: Adam turns the rounding of gradients that are zero (the KL at the start) into full steps.
-    "generation within a window": {"gradient_accumulation_steps": 4, "steps_per_generation": 2, "beta": 0.1, **SGD},
-}  # fmt: skip
-
-FSDP_CASES = {
-    "adamw, decay": {**FSDP, "weight_decay": 0.1, "max_grad_norm": 0.3},
-    "sgd, metrics, uneven rows": {
-        **FSDP, **SGD, "loss_type": "grpo", "bridge_lambda": 0.3, "log_gradient_stats": True, "temperature": 0.7,
-        "model": {"odd_rows": True},
-    },
-    "reference, cosine": {**FSDP, **SGD, "beta": 0.1, "lr_scheduler_type": "cosine", "gradient_checkpointing": True},
-    "gain off, tied": {**FSDP, "cooperative_gain": False, "model": {"tie_word_embeddings": True}},
-    "reset, tied": {**FSDP, "shadow_reset_steps": 2, "model": {"tie_word_embeddings": True}},
-    "selective": {**FSDP, "preset": "selective", "gradient_accumulation_steps": 1},
-    "bf16": {**FSDP, "bf16": True},
-    "reentrant": {**FSDP, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-    "by name, loaded by the main process": {
-        **FSDP, "model": {"by_name": True}, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True},
-    },
-}  # fmt: skip
-
-ZERO_CASES = {
-    "zero-1": {**zero(1), "weight_decay": 0.1, "max_grad_norm": 0.3},
-    "zero-2": {**zero(2), **SGD, "loss_type": "grpo", "bridge_lambda": 0.3, "temperature": 0.7},
-    "zero-3": {**zero(3, stage3_param_persistence_threshold=0)},
-}
 
 CASES = {"ddp": DDP_CASES, "fsdp": FSDP_CASES, "deepspeed": ZERO_CASES}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import accelerate.state
 import torch
+import transformers.training_args
 
 from tests.bridge.test_resume import StopAt, _state
 from tests.distributed.cases import CASES, RESUMES, model_of
@@ -19,6 +20,7 @@ def pretend_accelerator() -> None:
     kind = accelerate.state.DistributedType.MULTI_GPU
     accelerate.state.PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", kind)
     accelerate.state.PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     if importlib.util.find_spec("deepspeed"):
         # It would compile reductions of its own with g++; gloo's do as well.
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
@@ -86,7 +88,11 @@ def whole_state(trainer):
         "shared": trainer.shared_state(),
         "scheduler": trainer.lr_scheduler.state_dict(),
     }
-    return {**state, **_state(trainer)} if not trainer.backend.steps_in_backward and not trainer.is_fsdp_enabled else state
+    return (
+        {**state, **_state(trainer)}
+        if not trainer.backend.steps_in_backward and not trainer.is_fsdp_enabled
+        else state
+    )
 
 
 if __name__ == "__main__":

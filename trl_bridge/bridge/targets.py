@@ -95,7 +95,7 @@ class Target:
     @torch.no_grad()
     def change(self, old_a: torch.Tensor, old_b: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """Rows first to last of s (B'A' - BA), in the weight's own orientation."""
-        a, b, rows = self.a, self.b, slice(first, last)
+        a, b, rows = self.a.detach(), self.b.detach(), slice(first, last)
         # Written as a sum of two small terms: the difference of the two products would cancel.
         if self.transposed:
             a, old_a = a[:, rows], old_a[:, rows]

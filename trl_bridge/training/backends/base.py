@@ -46,12 +46,12 @@ class Backend(Reducer):
         """
 
     @property
-    def world_size(self) -> int:  # type: ignore[override]
+    def world_size(self) -> int:
         """Number of ranks."""
         return self.accelerator.num_processes
 
     @property
-    def rank(self) -> int:  # type: ignore[override]
+    def rank(self) -> int:
         """This process's rank."""
         return self.accelerator.process_index
 

@@ -9,13 +9,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.trainer import SCHEDULER_NAME
 from trl.models import prepare_fsdp
 
 from .base import Backend
+from .refusals import refuse_fsdp
 from .weights import RowWeights, Weights, copy_rows_
 
 
@@ -33,26 +33,7 @@ class FSDP2Backend(Backend):
 
     def __init__(self, accelerator: Accelerator):
         super().__init__(accelerator)
-        plugin = accelerator.state.fsdp_plugin
-        refusals = {
-            "fsdp_version": (plugin.fsdp_version != 2, "FSDP1 is not supported. Set it to 2"),
-            "fsdp_state_dict_type": (
-                plugin.state_dict_type != StateDictType.FULL_STATE_DICT,
-                "`save_model` would write no plain model. Set it to FULL_STATE_DICT",
-            ),
-            "fsdp_offload_params": (
-                isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-                "the parts beside the student are not moved with it. Set it to false",
-            ),
-            "fsdp_activation_checkpointing": (
-                plugin.activation_checkpointing,
-                "it renames the weights of the student alone. Set it to false, and `gradient_checkpointing=True`",
-            ),
-            "fsdp_ignored_modules": (plugin.ignored_modules is not None, "every weight is trained. Remove it"),
-        }
-        for name, (refused, reason) in refusals.items():
-            if refused:
-                raise NotImplementedError(f"`{name}` of the FSDP configuration is not supported: {reason}.")
+        refuse_fsdp(accelerator.state.fsdp_plugin)
 
     def check(self, args: Any) -> None:
         if args.cast_lm_head_to_fp32:
@@ -69,7 +50,7 @@ class FSDP2Backend(Backend):
     def shards_copies(self) -> bool:
         return True
 
-    def before_micro_batch(self, model: nn.Module) -> None:
+    def before_micro_batch(self, model: Any) -> None:
         # The parent's loop has switched it off for all micro-batches but the window's last.
         model.set_requires_gradient_sync(True)
 
@@ -85,7 +66,8 @@ class FSDP2Backend(Backend):
         return self.accelerator.state.fsdp_plugin.mixed_precision_policy
 
     def prepare_reference(self, twin: PreTrainedModel) -> nn.Module:
-        return prepare_fsdp(twin, self.accelerator)
+        reference: Any = prepare_fsdp(twin, self.accelerator)
+        return reference
 
     def fill_reference(self, reference: nn.Module, source: Weights) -> None:
         weights = RowWeights(reference, self)

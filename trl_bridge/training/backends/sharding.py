@@ -56,7 +56,7 @@ def shard(
         [`RowWeights`]: the copy's weights, float32, filled.
     """
     buffers = {name: copy.deepcopy(buffer) for name, buffer in outline.named_buffers()}
-    options = {
+    options: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (backend.world_size,)),
         "mp_policy": policy or MixedPrecisionPolicy(),
     }

@@ -24,6 +24,7 @@ from trl.models import prepare_deepspeed
 
 from ..._upstream import outside_zero3, without_gradient_sync
 from .base import Backend
+from .refusals import refuse_deepspeed
 from .weights import Rows, Weights
 
 
@@ -45,8 +46,8 @@ class ZeroBackend(Backend):
         super().__init__(accelerator)
         self.stage = accelerator.state.deepspeed_plugin.zero_stage
         self.config = accelerator.state.deepspeed_plugin.deepspeed_config
-        self._before_step: Callable[[], None] | None = None
-        _refuse(self.stage, self.config)
+        self._before_step: Callable[[], None] = _nothing
+        refuse_deepspeed(self.stage, self.config)
 
     def check(self, args: Any) -> None:
         if args.cast_lm_head_to_fp32:
@@ -72,14 +73,15 @@ class ZeroBackend(Backend):
         self._before_step = before_step
         if "step" in vars(model):  # an earlier call of `train`
             return
-        engine_step = model.step
+        engine: Any = model
+        engine_step = engine.step
 
         @functools.wraps(engine_step)
         def step(*args: Any, **kwargs: Any) -> Any:
             self._before_step()
             return engine_step(*args, **kwargs)
 
-        model.step = step
+        engine.step = step
 
     @contextlib.contextmanager
     def earlier_pass(self, model: nn.Module) -> Iterator[None]:
@@ -197,6 +199,10 @@ class _PartitionedWeights(Weights):
                 parameter.data.add_(rows(*self.bounds(name)).to(parameter.dtype))
 
 
+def _nothing() -> None:
+    """Before `attach`."""
+
+
 def _shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
@@ -209,36 +215,3 @@ def _gathered(parameter: nn.Parameter, write: bool = False) -> Any:
     if not hasattr(parameter, "ds_id"):
         return contextlib.nullcontext()
     return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if write else None)
-
-
-def _refuse(stage: int, config: dict[str, Any]) -> None:
-    zero = config.get("zero_optimization", {})
-    offloads = [
-        name for name in ("offload_optimizer", "offload_param") if zero.get(name, {}).get("device", "none") != "none"
-    ]
-    refusals = {
-        "zero_optimization.stage": (stage not in (1, 2, 3), "set it to 1, 2 or 3, or launch without DeepSpeed"),
-        "optimizer": ("optimizer" in config, "remove it: `optim` names the optimizer of the student and of its parts"),
-        "scheduler": ("scheduler" in config, "remove it: the parts beside the student follow `lr_scheduler_type`"),
-        "zero_optimization." + (offloads or ["offload"])[0]: (
-            bool(offloads),
-            "the master weights have to stay on the device. Remove it (`device: none`)",
-        ),
-        "fp16": (
-            bool(config.get("fp16", {}).get("enabled", False)),
-            "its scaler would skip updates after the parts beside the student have moved. Use bf16",
-        ),
-        "zero_optimization.stage3_gather_16bit_weights_on_model_save": (
-            stage == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save", False),
-            "`save_model` would write no plain model. Set it (`zero3_save_16bit_model` in an accelerate config) to true",
-        ),
-        "tensor_parallel": (
-            config.get("tensor_parallel", {}).get("autotp_size", 1) > 1,
-            "only data parallelism is supported. Remove it",
-        ),
-        "zero_optimization.mics_shard_size": (zero.get("mics_shard_size", -1) > 0, "remove it"),
-        "zero_optimization.zero_hpz_partition_size": (zero.get("zero_hpz_partition_size", 1) > 1, "remove it"),
-    }
-    for name, (refused, reason) in refusals.items():
-        if refused:
-            raise NotImplementedError(f"`{name}` in the DeepSpeed configuration is not supported: {reason}.")
