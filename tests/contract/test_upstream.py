@@ -77,6 +77,8 @@ OWN_NAMES = {
     "_check_arguments",
     "_check_verdict_columns",
     "_draw_shares",
+    "_build_shadow",
+    "_copy_student",
     "_finish_window",
     "_forked_rng",
     "_frozen_copy",
@@ -100,8 +102,11 @@ OWN_NAMES = {
     "demonstration_weight",
     "end_of_window",
     "inside_update",
+    "load_best_local_state",
     "load_best_shared_state",
+    "load_local_state",
     "load_shared_state",
+    "local_state",
     "policy_pass",
     "policy_weight",
     "resolve_weighting",
@@ -109,6 +114,7 @@ OWN_NAMES = {
     "save_coordinator",
     "shadow_state_dict",
     "shared_state",
+    "student",
     "theta_state_dict",
 }
 
@@ -116,8 +122,10 @@ OWN_NAMES = {
 OWN_ATTRIBUTES = {
     "_entropy_control",
     "_gain",
+    "_outline",
     "_probe",
     "_rng_before_policy",
+    "_student",
     "_train_sampler",
     "_window",
     "backend",
@@ -126,6 +134,8 @@ OWN_ATTRIBUTES = {
     "demonstrations",
     "rollouts",
     "shadow",
+    "shadow_gradient",
+    "student_gradient",
     "weighting",
 }
 
