@@ -46,7 +46,10 @@ DDP_CASES = {
 }  # fmt: skip
 
 FSDP_CASES = {
-    "adamw, decay": {**FSDP, "weight_decay": 0.1, "max_grad_norm": 0.3},
+    "adamw, decay, weights on one rank": {
+        **FSDP, "weight_decay": 0.1, "max_grad_norm": 0.3, "model": {"absent": True},
+        "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True},
+    },
     "sgd, metrics, uneven rows": {
         **FSDP, **SGD, "loss_type": "grpo", "bridge_lambda": 0.3, "log_gradient_stats": True, "temperature": 0.7,
         "model": {"odd_rows": True},
@@ -58,7 +61,7 @@ FSDP_CASES = {
     "bf16": {**FSDP, **SGD, "bf16": True},
     "reentrant": {**FSDP, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     "by name, loaded by the main process": {
-        **FSDP, "model": {"by_name": True}, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True},
+        **FSDP, **SGD, "beta": 0.1, "model": {"by_name": True}, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True},
     },
 }  # fmt: skip
 
@@ -77,7 +80,7 @@ ZERO_CASES = {
     },
     "zero-3, gain off": {**zero(3), "cooperative_gain": False, "weight_decay": 0.1, "max_grad_norm": 0.3},
     "zero-3, by name": {
-        **zero(3, stage3_param_persistence_threshold=0), "model": {"by_name": True}, "gradient_checkpointing": True,
+        **zero(3, stage3_param_persistence_threshold=0), **SGD, "beta": 0.1, "model": {"by_name": True}, "gradient_checkpointing": True,
     },
     "zero-1, bf16": {**zero(1), **SGD, "bf16": True},
     "zero-2, bf16": {**zero(2), **SGD, "bf16": True},
@@ -95,9 +98,9 @@ RESUMES = {
 
 
 def model_of(changes: dict, output_dir: Path | None = None):
-    """The model of a case, alike on all ranks; or the folder that it is to be loaded from (`by_name`)."""
+    """The model of a case, alike on all ranks; or the folder that it is to be loaded from (`by_name`), or nothing (`absent`)."""
     changes = dict(changes)
-    by_name, odd = changes.pop("by_name", False), changes.pop("odd_rows", False)
+    by_name, odd, absent = (changes.pop(name, False) for name in ("by_name", "odd_rows", "absent"))
     model = small_model(**changes)
     if odd:
         config = copy.deepcopy(model.config)
@@ -105,6 +108,11 @@ def model_of(changes: dict, output_dir: Path | None = None):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
             model = type(model)(config).eval()
+    if absent and output_dir is not None and os.environ["RANK"] != "0":
+        # What a rank may hold that waits for the main process's weights.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(torch.nan)
     if not by_name or output_dir is None:
         return model
     folder = output_dir / "base"

@@ -30,6 +30,9 @@ def trainer_of(output_dir, options, trainer_class=RecordingTrainer, **more):
     for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING", "ACCELERATE_USE_DEEPSPEED"):
         os.environ.pop(name, None)  # an earlier case's
     options = {**options, **more}
+    if options.get("fsdp_config", {}).get("cpu_ram_efficient_loading"):
+        # As `accelerate launch` sets them, before any model is loaded.
+        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
     lora = small_lora(**options.pop("lora", {}))
     model = model_of(options.pop("model", {}), output_dir)
     return small_trainer(output_dir, trainer_class, model=model, peft_config=lora, **options)
@@ -42,10 +45,12 @@ def main(kind: str, folder: Path, names: list[str]) -> None:
         if names and name not in names:
             continue
         trainer = trainer_of(folder / name, options, max_steps=options.get("max_steps", 4))
+        absent = any(p.numel() == 0 or p.isnan().any().item() for p in trainer.model.parameters())
         trainer.train()
         trainer.save_model(str(folder / name / "final"))
         rank = trainer.accelerator.process_index
         record = {
+            "absent": absent,
             "windows": trainer.windows,
             "states": trainer.states,
             "start": trainer.start,

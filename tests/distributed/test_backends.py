@@ -66,7 +66,7 @@ def replayed(ranks, case):
     cosine = case.get("lr_scheduler_type") == "cosine"
     options = {
         **options,
-        "world_size": 2,
+        "world_size": len(ranks),
         "schedule": lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)) if cosine else (steps - step) / steps,
         "lam": lambda step: case.get("bridge_lambda", 0.5),
     }
@@ -130,6 +130,17 @@ def test_no_rank_holds_the_shadow_whole(folder, kind, name):
         (second, last), other = ranks[1]["rows"][weight]
         assert (first, middle, last) == (0, second, whole.size(0)) and held + other == whole.size(0)
         assert abs(held - other) <= 1, weight
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "absent"),
+    [
+        ("fsdp", "adamw, decay, weights on one rank", [False, True]),
+        pytest.param("deepspeed", "zero-3, by name", [True, True], marks=DEEPSPEED),
+    ],
+)
+def test_weights_are_not_everywhere_before_training(folder, kind, name, absent):
+    assert [rank["absent"] for rank in _load(folder(kind), name)] == absent
 
 
 def test_ranks_train_on_different_demonstrations(folder):

@@ -220,16 +220,10 @@ def _targets_of(model: PreTrainedModel) -> list[Target]:
     return [
         Target(
             module=name,
-            a=_own(layer.lora_A[_ADAPTER].weight),
-            b=_own(layer.lora_B[_ADAPTER].weight),
+            a=nn.Parameter(layer.lora_A[_ADAPTER].weight.detach().float().clone()),
+            b=nn.Parameter(layer.lora_B[_ADAPTER].weight.detach().float().clone()),
             scaling=float(layer.scaling[_ADAPTER]),
             transposed=isinstance(layer.get_base_layer(), Conv1D),
         )
         for name, layer in layers
     ]
-
-
-def _own(weight: nn.Parameter) -> nn.Parameter:
-    if weight.is_meta:  # a rank that waits for the main process's weights gets its values from there
-        return nn.Parameter(torch.zeros_like(weight, dtype=torch.float32, device="cpu"))
-    return nn.Parameter(weight.detach().float().clone())

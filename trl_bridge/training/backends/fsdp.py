@@ -85,7 +85,6 @@ class _UnpreparedWeights(Weights):
 
     def whole(self, name: str) -> torch.Tensor:
         # `prepare` gives every rank the main process's values, whatever the others hold.
-        parameter = self.parameters[name].detach()
-        value = torch.empty_like(parameter, device="cpu") if parameter.is_meta else parameter.clone()
+        value = self.parameters[name].detach().clone()
         self.backend.broadcast_([value])
         return value

@@ -74,8 +74,7 @@ class Weights:
     def add_(self, name: str, rows: Rows) -> None:
         """Add to a weight what a function of first and last row returns."""
         weight = self.parameters[name].detach()
-        if not weight.is_meta:  # ranks that wait for the main process's weights (`cpu_ram_efficient_loading`)
-            weight.add_(rows(*self.bounds(name)).to(weight.dtype))
+        weight.add_(rows(*self.bounds(name)).to(weight.dtype))
 
     def average_unsynced_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Average over ranks what was read off gradients before the window's last backward, in place."""
