@@ -269,9 +269,11 @@ class DemonstrationTrainer(StudentTrainer):
         return loss + done
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        self.backend.before_micro_batch(model)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self.end_of_window()
+            if not self.backend.steps_in_backward:
+                self.end_of_window()
             self._finish_window()
         return loss
 
@@ -280,7 +282,9 @@ class DemonstrationTrainer(StudentTrainer):
         self._window = None
         self._entropy_window_stats = None
         self.weighting.discard_window()
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.backend.attach(self.model_wrapped, self.end_of_window)
+        return prepared
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
