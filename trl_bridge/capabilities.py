@@ -36,6 +36,7 @@ class Capability(NamedTuple):
     ways: dict[str, str]
 
 
+_BACKENDS = "distributed/test_backends.py::test_two_ranks_equal_the_reference"
 _STREAMS = "distributed/test_streams.py::test_two_ranks_equal_the_reference"
 _GROUPS = "distributed/test_groups.py::test_two_ranks_equal_the_reference"
 _ALL_METHODS = "baselines/test_all_methods.py::"
@@ -65,9 +66,9 @@ _ENTRIES = {
         {
             "full": "bridge/test_update.py::test_update_equals_reference",
             "LoRA": REFUSED,
-            "DDP": "distributed/test_ddp.py::test_two_ranks_equal_the_reference",
-            "FSDP2": REFUSED,
-            "ZeRO-1/2/3": REFUSED,
+            "DDP": _BACKENDS,
+            "FSDP2": _BACKENDS,
+            "ZeRO-1/2/3": _BACKENDS,
             "vLLM": "bridge/test_options_run.py::test_vllm_ratios_reach_the_shadow",
             "resume": "bridge/test_resume.py::test_resume_is_exact",
         },
@@ -119,8 +120,8 @@ _ENTRIES = {
                     "test_two_stage.py::test_is_sft_and_then_grpo",
                     "test_two_stage.py::test_one_adapter_goes_through_both_stages",
                     UNTESTED,
-                    UNTESTED,
-                    UNTESTED,
+                    REFUSED,
+                    REFUSED,
                     UNTESTED,
                     "test_two_stage.py::test_a_run_that_is_cut_off_ends_as_one_that_is_not",
                 ),

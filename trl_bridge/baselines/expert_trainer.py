@@ -14,6 +14,7 @@ from ..objectives.expert import reduce_tokens
 from ..objectives.sft import demonstration_loss
 from ..objectives.weights import trapo
 from ..training.metrics import record
+from ..training.randomness import forked_torch_rng
 from ..training.rollouts import Scores
 from ..training.student import StudentTrainer
 from .expert_config import ExpertConfig
@@ -115,6 +116,7 @@ class ExpertTrainer(StudentTrainer):
             )
         self._plan: ExpertPlan | None = None
         self._sums: dict[str, torch.Tensor] = {}
+        self._sft_items: float | None = None  # SFT tokens of the window under way, over all ranks
 
     # What methods fill
 
@@ -385,9 +387,23 @@ class ExpertTrainer(StudentTrainer):
             own = trapo(log_probs, mask).to(log_probs.dtype)
             weights = own if weights is None else own * weights
         # The mean over ranks of gradients is undone by the share being one rank's.
-        loss, sums = demonstration_loss(log_probs, mask, weights, self._window_share(inputs["num_sft_items_in_batch"]))
+        loss, sums = demonstration_loss(log_probs, mask, weights, self._sft_share(inputs))
         self._add_up(**{"sft_tokens": sums["tokens"], "sft_nll": sums["nll_sum"], "sft_weight": sums["weight_sum"]})
         return loss
+
+    def _sft_share(self, inputs: dict[str, Any]) -> torch.Tensor | float:
+        """
+        SFT tokens of the window on one rank, on average over ranks. Exact where the window lies in one generation batch;
+        where it needs several, the later ones are not sampled yet, and each counts with its own mean.
+        """
+        steps, generation_steps = self.current_gradient_accumulation_steps, self.args.steps_per_generation
+        if generation_steps % steps:
+            return self._window_share(inputs["num_sft_items_in_batch"])
+        if self._sft_items is None:
+            buffered: Any = self._buffered_inputs
+            batches = [buffered[(self._step + i) % generation_steps] for i in range(steps)]
+            self._sft_items = self._sum_over_ranks(float(sum(int(batch["sft_mask"].sum()) for batch in batches)))
+        return max(self._sft_items, 1.0) / self.accelerator.num_processes
 
     def _untempered_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         # GRPO's head divides by the sampling temperature, on which an SFT term must not depend: a second forward.
@@ -396,7 +412,7 @@ class ExpertTrainer(StudentTrainer):
         length = inputs["completion_ids"].size(1)
         labels = ids.masked_fill(mask == 0, -100)
         labels[:, :-length] = -100
-        with self.accelerator.autocast():
+        with forked_torch_rng(self.accelerator.device), self.accelerator.autocast():
             outputs = model(
                 input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, demonstration_head=True
             )
@@ -414,7 +430,7 @@ class ExpertTrainer(StudentTrainer):
         if self.accelerator.sync_gradients:
             names = sorted(self._sums)
             totals = self.accelerator.reduce(torch.stack([self._sums[n] for n in names]), reduction="sum")
-            self._sums = {}
+            self._sums, self._sft_items = {}, None
             record(self, self.window_metrics(dict(zip(names, totals.tolist(), strict=True))))
         return loss
 
@@ -444,7 +460,7 @@ class ExpertTrainer(StudentTrainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         # A window that an exception cut off in an earlier call of `train` is not gone on with.
-        self._sums = {}
+        self._sums, self._sft_items = {}, None
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def resume_requirements(self) -> dict[str, Any]:

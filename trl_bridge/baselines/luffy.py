@@ -46,6 +46,8 @@ class LUFFYConfig(ShapedConfig):
         metadata={"help": "Clipping of own tokens' ratios. None: 0.2 (preset 'paper') or no clipping ('code')."},
     )
 
+    reads_success_threshold = False
+
     def __post_init__(self) -> None:
         paper = self.preset == "paper"
         if self.scale_rewards is None:

@@ -66,6 +66,8 @@ class UFTConfig(ExpertConfig):
     loss_type: str = field(default="dapo", metadata={"help": "GRPO's loss type: 'grpo', 'dr_grpo' or 'dapo'."})
     beta: float = field(default=0.001, metadata={"help": "Weight of the KL term, as in GRPO."})
 
+    reads_success_threshold = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("hint_schedule", self.hint_schedule, HINT_SCHEDULES)

@@ -107,6 +107,8 @@ def missing_part(checkpoint: Path) -> str | None:
         return TRAINER_STATE_NAME
     if state["global_step"] != marker["global_step"]:
         return f"{FOLDER}/{_MARKER} of step {state['global_step']} (it is of step {marker['global_step']})"
+    if "parts" not in marker:
+        return f"the list of parts in {FOLDER}/{_MARKER} (it is of an earlier release)"
     ranks = range(marker["world_size"])
     names = [f"{FOLDER}/shared.pt", *(f"{FOLDER}/rank-{rank}.pt" for rank in ranks), *marker["parts"]]
     names += ["rng_state.pth"] if len(ranks) == 1 else [f"rng_state_{rank}.pth" for rank in ranks]

@@ -143,6 +143,11 @@ class ResumableTrainer(GRPOTrainer):
         self.load_best_shared_state(checkpoints.read_shared(best))
         self.load_best_local_state(checkpoints.read_local(best, self.accelerator.process_index))
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        # What an exception left behind in an earlier call of `train` is not gone on with; a resume loads its own.
+        self._step, self._buffered_inputs, self._entropy_window_stats = 0, None, None
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The parent looks for the end after an update only: resuming a finished run would make one more.
         if self.state.global_step >= self.state.max_steps:

@@ -280,7 +280,6 @@ class DemonstrationTrainer(StudentTrainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         # A window that an exception cut off in an earlier call of `train` is not gone on with.
         self._window = None
-        self._entropy_window_stats = None
         self.weighting.discard_window()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self.backend.attach(self.model_wrapped, self.end_of_window)
@@ -354,7 +353,7 @@ class DemonstrationTrainer(StudentTrainer):
             if window.weighted:
                 values["sft/weight_mean"] = total["weight_sum"] / tokens
                 values["sft/weight_zero_fraction"] = total["zero_sum"] / tokens
-        record(self, {**values, **self.weighting.metrics()})
+        record(self, {**values, **(self.weighting.metrics() if self.demonstrations_due() else {})})
 
     # Saving and resuming
 
