@@ -275,7 +275,7 @@ def _tool(x: int) -> int:
     return 2 * x
 
 
-@pytest.mark.parametrize("argument", [{"tools": [_tool]}, {"environment_factory": object}], ids=str)
+@pytest.mark.parametrize("argument", [{"tools": [_tool]}, {"environment_factory": object}], ids=list)
 def test_tools_and_environments(tmp_path, argument):
     with pytest.raises(NotImplementedError, match=f"`{next(iter(argument))}`"):
         BridgeTrainer(

@@ -2,10 +2,6 @@
 
 import importlib.util
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.bridge.test_resume import assert_same
 from tests.distributed.cases import CASES, RESUMES, model_of
+from tests.distributed.launch import launch, load
 from tests.harness import adapters, movement_error
 from tests.reference.bridge import Reference
 
@@ -35,27 +32,13 @@ def folder(tmp_path_factory):
     """Where the runs of a way of training have written what they saw; one launch for all of them."""
     done = {}
 
-    def launch(kind):
+    def folder_of(kind):
         if kind not in done:
             done[kind] = tmp_path_factory.mktemp(kind)
-            _launch(kind, done[kind])
+            launch("run", kind, done[kind])
         return done[kind]
 
-    return launch
-
-
-def _launch(kind, folder):
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    command += ["-m", "tests.distributed.run", kind, str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-def _load(folder, name):
-    return [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(2)]
+    return folder_of
 
 
 def replayed(ranks, case):
@@ -93,7 +76,7 @@ def replayed(ranks, case):
 def test_two_ranks_equal_the_reference(folder, kind, name):
     case = CASES[kind][name]
     rounded = case.get("bf16", False)
-    for step, (errors, want, got) in enumerate(replayed(_load(folder(kind), name), case)):
+    for step, (errors, want, got) in enumerate(replayed(load(folder(kind), name), case)):
         assert all(error < (ROUNDED if rounded else TOLERANCE) for error in errors.values()), (step, errors)
         if rounded:
             continue
@@ -103,7 +86,7 @@ def test_two_ranks_equal_the_reference(folder, kind, name):
 
 @pytest.mark.parametrize(("kind", "name"), _params(CASES))
 def test_ranks_agree_to_the_bit(folder, kind, name):
-    first, second = _load(folder(kind), name)
+    first, second = load(folder(kind), name)
     for part in ("coordinator", "student", "shadow", "weighting"):
         assert_same(first[part], second[part], part)
     if name == "judge and verdict":
@@ -112,7 +95,7 @@ def test_ranks_agree_to_the_bit(folder, kind, name):
 
 @pytest.mark.parametrize(("kind", "name"), _params(CASES))
 def test_saved_model_is_the_policy(folder, kind, name):
-    policy = _load(folder(kind), name)[0]["student"]
+    policy = load(folder(kind), name)[0]["student"]
     # As a user would who has neither this package nor the launcher.
     saved = AutoModelForCausalLM.from_pretrained(folder(kind) / name / "final").state_dict()
     # A tied head is one parameter and two entries of a state dict; DeepSpeed saves in the engine's precision.
@@ -121,7 +104,7 @@ def test_saved_model_is_the_policy(folder, kind, name):
 
 @pytest.mark.parametrize(("kind", "name"), _params(CASES))
 def test_no_rank_holds_the_shadow_whole(folder, kind, name):
-    ranks = _load(folder(kind), name)
+    ranks = load(folder(kind), name)
     if ranks[0]["shadow"] is None:
         assert CASES[kind][name].get("cooperative_gain") is False or "preset" in CASES[kind][name]
         return
@@ -140,11 +123,11 @@ def test_no_rank_holds_the_shadow_whole(folder, kind, name):
     ],
 )
 def test_weights_are_not_everywhere_before_training(folder, kind, name, absent):
-    assert [rank["absent"] for rank in _load(folder(kind), name)] == absent
+    assert [rank["absent"] for rank in load(folder(kind), name)] == absent
 
 
 def test_ranks_train_on_different_demonstrations(folder):
-    first, second = _load(folder("ddp"), "adamw")
+    first, second = load(folder("ddp"), "adamw")
     pairs = zip(first["windows"][0]["sft"], second["windows"][0]["sft"], strict=True)
     assert all(x["input_ids"].tolist() != y["input_ids"].tolist() for x, y in pairs)
 

@@ -1,9 +1,5 @@
 """The group baselines on two gloo processes, launched as a user would, against the float64 reference."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +13,7 @@ from tests.baselines.test_prefix_rft import prefix_loss
 from tests.baselines.test_srft import srft_loss
 from tests.baselines.test_uft import uft_loss
 from tests.bridge.test_resume import assert_same
+from tests.distributed.launch import launch, load
 from tests.distributed.run_groups import CASES, RESUMED
 from tests.harness import small_model
 
@@ -38,18 +35,8 @@ OURS = ("expert/", "rollouts/", "sft/", "rl/", *(f"{name.replace('-', '_')}/" fo
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("groups")
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    command += ["-m", "tests.distributed.run_groups", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch("run_groups", folder)
     return folder
-
-
-def _load(folder, name):
-    return [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 def _joined(ranks):
@@ -62,7 +49,7 @@ def _joined(ranks):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_two_ranks_equal_the_reference(folder, name):
-    run = _joined(_load(folder, name))
+    run = _joined(load(folder, name))
     steps = len(run.windows)
     extra = {"hint_coef": CASES["uft"]["hint_coef"], "share": 0.2, "delta": run.args.delta}
     o = {**run.options, **extra, "world_size": 2, "schedule": lambda step: (steps - step) / steps}
@@ -71,7 +58,7 @@ def test_two_ranks_equal_the_reference(folder, name):
 
 
 def test_relift_on_two_ranks_equals_the_reference(folder):
-    run = _joined(_load(folder, "relift"))
+    run = _joined(load(folder, "relift"))
     assert any(run.taken)
     errors, _ = test_relift.replay(run)
     assert max(errors) < TOLERANCE
@@ -79,7 +66,7 @@ def test_relift_on_two_ranks_equals_the_reference(folder):
 
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_agree_to_the_bit(folder, name):
-    first, second = _load(folder, name)
+    first, second = load(folder, name)
     for part in ("states", "shared"):
         assert_same(first[part], second[part], part)
     logs = [
@@ -90,7 +77,7 @@ def test_ranks_agree_to_the_bit(folder, name):
 
 
 def test_groups_straddle_the_ranks(folder):
-    first, second = _load(folder, "hpt")
+    first, second = load(folder, "hpt")
     # Six rows each: prompts of the middle group are on both.
     prompts = [
         {tuple(row.tolist()) for batch in rank["windows"][0][:1] for row in batch["prompt_ids"]}

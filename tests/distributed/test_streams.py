@@ -1,15 +1,11 @@
 """The stream baselines on two gloo processes, launched as a user would, against the single-process float64 reference."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.baselines.streams import sharp_model
 from tests.bridge.test_resume import assert_same
+from tests.distributed.launch import launch, load
 from tests.distributed.run_streams import CASES
 from tests.harness import movement_error
 from tests.reference.stream import StreamReference
@@ -32,23 +28,13 @@ METHODS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("streams")
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    command += ["-m", "tests.distributed.run_streams", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch("run_streams", folder)
     return folder
-
-
-def _load(folder, name):
-    return [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_equal_the_reference(folder, name):
-    ranks = _load(folder, name)
+    ranks = load(folder, name)
     main = ranks[0]
     ones = {"rl_weight": lambda step: 1.0, "sft_weight": lambda step: 1.0, "token_weight": torch.ones_like}
     options = {**main["options"], "world_size": 2, "schedule": lambda step: (4 - step) / 4, **ones, **METHODS[name]}
@@ -65,7 +51,7 @@ def test_two_ranks_equal_the_reference(folder, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_agree_to_the_bit_and_train_on_different_rows(folder, name):
-    first, second = _load(folder, name)
+    first, second = load(folder, name)
     assert_same(first["states"], second["states"])
     windows = list(zip(first["windows"], second["windows"], strict=True))
     # The same passes on every rank, on rows of its own.
@@ -76,6 +62,6 @@ def test_ranks_agree_to_the_bit_and_train_on_different_rows(folder, name):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_mu_zero_is_grpo_and_resume_is_exact_on_two_ranks(folder, rank):
-    pairs = _load(folder, "pairs")[rank]
+    pairs = load(folder, "pairs")[rank]
     assert_same(pairs["CHORDTrainer"], pairs["GRPOTrainer"])
     assert_same(pairs["resumed"], pairs["straight"])

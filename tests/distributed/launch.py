@@ -1,0 +1,24 @@
+"""Two gloo processes, launched as a user would, and what each of them wrote."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+def launch(module, *arguments):
+    """Run a module of this folder on two ranks."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command += ["-m", f"tests.distributed.{module}", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def load(folder, name):
+    """What both ranks wrote of a run, in rank order."""
+    return [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(2)]
