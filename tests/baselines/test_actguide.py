@@ -21,7 +21,7 @@ from tests.harness import digits_reward, movement_error, small_config
 from tests.reference import objectives
 from trl_bridge import ActGuideConfig, ActGuideTrainer
 from trl_bridge.demonstrations.guidance import GuidanceSearch, guided_prompt
-from trl_bridge.models import tiny_tokenizer
+from trl_bridge.models import tiny_model, tiny_tokenizer
 
 
 TOKENIZER = tiny_tokenizer()
@@ -285,6 +285,41 @@ def test_prompts_without_solution_and_unscored_groups_get_none(tmp_path, scripte
     calls.clear()
     guide_trainer(tmp_path, reward_funcs=lambda completions, **kwargs: [None] * len(completions), **options).train()
     assert all(count == 4 for _, count in calls)
+
+
+def test_conversations(tmp_path):
+    tokenizer = tiny_tokenizer(chat_template=True)
+    asked, sent = [], []
+
+    def reward(prompts, completions, **kwargs):
+        asked.append((prompts, completions))
+        return digits_reward([message["content"] for (message,) in completions])
+
+    class Watched(ActGuideTrainer):
+        def sample_apart(self, prompt_ids, count):
+            sent.extend(tokenizer.decode(ids) for ids in prompt_ids)
+            return super().sample_apart(prompt_ids, count)
+
+    rows = hint_rows(steps=True).map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+    trainer = Watched(
+        model=tiny_model(tokenizer, hidden_size=32, layers=2),
+        reward_funcs=reward,
+        args=group_config(tmp_path, ActGuideConfig, hard_threshold=1.0, expert_max_length=40, max_steps=2),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert max(log["actguide/guided_rate"] for log in trainer.state.log_history if "loss" in log) > 0
+    start = "<|im_start|>user\nReference steps:\n"
+    guided = [text for text in sent if "Reference" in text]
+    assert guided and all(text.startswith(start) and text.endswith("<|im_start|>assistant\n") for text in guided)
+    for text in guided:
+        shown, question = text.removeprefix(start).split("<|im_end|>")[0].rsplit("\n\n", 1)
+        assert shown in {"".join(STEPS[question][:k]) for k in range(1, len(STEPS[question]))}
+    # Reward functions see the dataset's prompts, and messages.
+    for prompts, completions in asked:
+        assert all(prompt[0]["content"] in STEPS for prompt in prompts)
+        assert all(messages[0]["role"] == "assistant" for messages in completions)
 
 
 def test_guided_prompts():
