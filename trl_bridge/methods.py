@@ -123,8 +123,8 @@ _ALL = (
     ),
     Method(
         "two-stage",
-        "trl_bridge.baselines.two_stage.TwoStageTrainer",
-        "trl_bridge.baselines.two_stage_config.TwoStageConfig",
+        "trl_bridge.TwoStageTrainer",
+        "trl_bridge.TwoStageConfig",
         "stream",
         "cold start: TRL's SFT, then TRL's GRPO, in one run",
     ),

@@ -22,7 +22,9 @@ def expert_rows(repeat=1, every=1):
 
 
 def group_config(output_dir, config_class, **changes):
-    return small_config(output_dir, config_class, **{"success_threshold": 2.0, **changes})
+    if getattr(config_class, "reads_success_threshold", False):
+        changes = {"success_threshold": 2.0, **changes}
+    return small_config(output_dir, config_class, **changes)
 
 
 def group_trainer(output_dir, trainer_class, model=None, args=None, **changes):
@@ -109,9 +111,12 @@ def token_sum(per_token, mask, batch, o, window):
 
 
 def sft_sum(per_token, mask, batch, o, window):
-    """Mean over the SFT tokens of the generation batch, for its share of a window."""
+    """Mean over the SFT tokens of the window; where it needs several generation batches, of each one's mean."""
     steps, generation_steps = window
-    tokens = batch["num_sft_items_in_batch"].double().clamp(min=1) * steps / generation_steps
+    if "window_sft_tokens" in batch:
+        tokens = max(batch["window_sft_tokens"], 1.0)
+    else:
+        tokens = batch["num_sft_items_in_batch"].double().clamp(min=1) * steps / generation_steps
     return (per_token * mask).sum() / (tokens / o.get("world_size", 1))
 
 
@@ -155,6 +160,9 @@ def replay_recorded(run, model, loss, o):
     for step, (micro_batches, state) in enumerate(zip(run.windows, run.states, strict=True)):
         window = (len(micro_batches) // world, o["steps_per_generation"])
         leaves = {n: t.detach().requires_grad_() for n, t in theta.items()}
+        if o["steps_per_generation"] % window[0] == 0:
+            tokens = float(sum(batch["sft_mask"].sum() for batch in micro_batches))
+            micro_batches = [{**batch, "window_sft_tokens": tokens} for batch in micro_batches]
         total = sum(loss(Pass(model, leaves, batch, o, window)) for batch in micro_batches) / world
         gradients, _ = clip(list(torch.autograd.grad(total, list(leaves.values()))), o["max_grad_norm"])
         rate = o["lr"] * o["schedule"](step)

@@ -17,7 +17,7 @@ from tests.baselines.groups import (
     token_sum,
 )
 from tests.baselines.test_uft import hint_rows
-from tests.harness import digits_reward, movement_error, small_config
+from tests.harness import digits_reward, movement_error, small_config, small_lora, small_model
 from tests.reference import objectives
 from trl_bridge import ActGuideConfig, ActGuideTrainer
 from trl_bridge.demonstrations.guidance import GuidanceSearch, guided_prompt
@@ -396,6 +396,26 @@ def test_clipping_of_tokens_that_only_guidance_makes_likely(tmp_path, advantage,
         loss = GRPOTrainer._compute_loss(trainer, trainer.model, trainer.policy_inputs(inputs, scores))
     loss.backward()
     assert log_probs.grad.item() == pytest.approx(gradient)
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_lora_student_and_its_reference(tmp_path, num_iterations):
+    # With an adapter policy and reference are one model: the second scoring of a batch must not be taken for the first.
+    options = {"peft_config": small_lora(), "beta": 0.1, "temperature": 0.7, "num_iterations": num_iterations}
+    trainer = guide_trainer(tmp_path, watching(), **options)
+    trainer.train()
+    trained = {name for name in trainer.start if not torch.equal(trainer.start[name], trainer.states[-1][name])}
+    assert trained and all("lora" in name for name in trained)
+    assert taught_rows(trainer)
+    base = {name: weight.double() for name, weight in small_model().named_parameters()}
+    for batch in batches(trainer):
+        with torch.no_grad():
+            want, _ = objectives.scores(small_model().double(), base, batch, 0.7)
+        shown = batch["completion_mask"] > 0
+        assert torch.allclose(batch["ref_per_token_logps"].double()[shown], want[shown], atol=1e-5)
+        assert ("old_per_token_logps" in batch) == (num_iterations == 2)
+    ratios = [log["actguide/ratio_mean"] for log in trainer.logged if "actguide/ratio_mean" in log]
+    assert any(abs(ratio - 1) > 1e-3 for ratio in ratios)
 
 
 # vLLM

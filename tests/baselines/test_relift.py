@@ -393,3 +393,25 @@ def test_a_schedule_without_base_rate_is_refused(tmp_path):
     with pytest.raises(ValueError, match="initial_lr"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_training_anew_after_an_interruption(tmp_path):
+    class Interrupted(ReLIFTTrainer):
+        stops = True
+
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            if self.stops and self._step == 1:  # inside the first update
+                raise KeyboardInterrupt
+            return loss
+
+    options = {"buffer_size": 2, "max_steps": 4}
+    clean = group_trainer(tmp_path / "clean", ReLIFTTrainer, **options)
+    clean.train()
+    again = group_trainer(tmp_path / "again", Interrupted, **options)
+    with pytest.raises(KeyboardInterrupt):
+        again.train()
+    again.stops = False
+    again.train()
+    assert again.sft_steps >= clean.sft_steps - 1 > 0
+    assert again._step == clean._step

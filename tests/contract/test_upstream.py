@@ -106,8 +106,10 @@ OWN_NAMES = {
     "_begin_window",
     "_build_coordinator",
     "_build_parts",
+    "_build_shadow",
     "_check_datasets",
     "_check_verdict_columns",
+    "_copy_student",
     "_count_items",
     "_draw",
     "_draw_pieces",
@@ -135,6 +137,7 @@ OWN_NAMES = {
     "_score_completions",
     "_set_initial_mean",
     "_set_rng_state",
+    "_sft_share",
     "_sft_term",
     "_step_coordinator",
     "_sum_over_ranks",
@@ -144,6 +147,7 @@ OWN_NAMES = {
     "_window_share",
     "after_step",
     "assign",
+    "backend",
     "between_passes",
     "buffer",
     "config_class",
@@ -159,8 +163,11 @@ OWN_NAMES = {
     "has_sft_term",
     "hint_probability",
     "inside_update",
+    "load_best_local_state",
     "load_best_shared_state",
+    "load_local_state",
     "load_shared_state",
+    "local_state",
     "policy_due",
     "policy_inputs",
     "policy_loss",
@@ -179,7 +186,9 @@ OWN_NAMES = {
     "sft_steps",
     "sft_weights",
     "shadow_state_dict",
+    "shards",
     "shared_state",
+    "student",
     "theta_state_dict",
     "token_weights",
     "window_metrics",
@@ -190,8 +199,10 @@ OWN_NAMES = {
 OWN_ATTRIBUTES = {
     "_entropy_control",
     "_gain",
+    "_outline",
     "_probe",
     "_rng_before_policy",
+    "_student",
     "_train_sampler",
     "_window",
     "backend",
@@ -200,6 +211,8 @@ OWN_ATTRIBUTES = {
     "demonstrations",
     "rollouts",
     "shadow",
+    "shadow_gradient",
+    "student_gradient",
     "weighting",
 }
 
@@ -265,8 +278,10 @@ def test_signature(name):
 
 
 def _subclasses(cls):
+    rooms = ("trl_bridge.training", "trl_bridge.bridge", "trl_bridge.baselines")
     for module in pkgutil.walk_packages(trl_bridge.__path__, "trl_bridge."):
-        if module.name.startswith(("trl_bridge.training", "trl_bridge.bridge")) and "__main__" not in module.name:
+        # DeepSpeed is an extra; no trainer is defined beside it.
+        if module.name.startswith(rooms) and not module.name.endswith(("__main__", "backends.zero")):
             importlib.import_module(module.name)
     found, waiting = set(), [cls]
     while waiting:

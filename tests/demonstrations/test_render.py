@@ -186,7 +186,9 @@ def test_template_and_its_arguments_are_those_of_generation():
     row = {"messages": [user("1+1="), assistant("2")]}
     example = render([row], tok, chat_template=template, chat_template_kwargs={"mark": "!"})[0]
     assert context(example, tok).endswith("assistant\n!") and trained(example, tok) == "2<|im_end|>"
-    with pytest.raises(ValueError, match="`sft_dataset` row 0 is conversational, but the tokenizer has no chat template"):
+    with pytest.raises(
+        ValueError, match="`sft_dataset` row 0 is conversational, but the tokenizer has no chat template"
+    ):
         render([row], tok)
 
 

@@ -12,8 +12,9 @@ from trl.trainer.utils import pad
 from ..training.metrics import record
 from ..training.rollouts import Scores
 from .actguide_config import ActGuideConfig
-from .expert_trainer import ExpertPlan, ExpertTrainer
+from .expert_trainer import ExpertTrainer
 from .guided_rollouts import Guidance, GuidedRollouts
+from .plan import ExpertPlan
 
 
 # Rollouts that speak of what the unguided prompt does not have.

@@ -59,6 +59,7 @@ class ActGuideConfig(ExpertConfig):
     )
 
     presets = ("paper",)
+    reads_success_threshold = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

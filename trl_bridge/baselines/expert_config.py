@@ -33,7 +33,8 @@ class ExpertConfig(GRPOConfig):
         success_threshold (`float`, *optional*, defaults to `1.0`):
             Reward from which a rollout counts as right.
         loss_scale (`str`, *optional*, defaults to `"trl"`):
-            Scale of the SFT term. `"trl"`: the mean over the window's trained expert tokens. `"paper"`: times the
+            Scale of the SFT term. `"trl"`: the mean over the update's trained expert tokens (where an update needs several
+            generation batches, `steps_per_generation` below `gradient_accumulation_steps`, the mean of their means). `"paper"`: times the
             factor that reproduces the published scripts' balance of SFT and RL (see
             [`objectives.expert.published_sft_scale`]); needs `loss_type="dr_grpo"`.
         sft_token_weight (`str`, *optional*, defaults to `"none"`):
@@ -81,6 +82,8 @@ class ExpertConfig(GRPOConfig):
         },
     )
 
+    # Whether a method asks which rollouts are right.
+    reads_success_threshold: ClassVar[bool] = True
     # Presets that a method knows.
     presets: ClassVar[tuple[str, ...]] = PRESETS
 
@@ -92,8 +95,16 @@ class ExpertConfig(GRPOConfig):
         require_choice("sft_token_weight", self.sft_token_weight, SFT_TOKEN_WEIGHTS)
         if not 0.0 <= self.expert_probability <= 1.0:
             raise ValueError(f"`expert_probability` must lie in [0, 1], got {self.expert_probability}.")
-        if self.expert_max_length is not None and self.expert_max_length < 2:
-            raise ValueError(f"`expert_max_length` must be at least 2, got {self.expert_max_length}.")
+        if self.longest_expert < 2:
+            name = "max_completion_length" if self.expert_max_length is None else "expert_max_length"
+            raise ValueError(
+                f"`{name}` must be at least 2 (a token and the one that ends a trace), got {self.longest_expert}."
+            )
+        if not self.reads_success_threshold and self.success_threshold != 1.0:
+            raise ValueError(
+                f"`success_threshold` has no effect in {type(self).__name__}, which has no notion of a right rollout. "
+                "Remove it."
+            )
         if self.loss_type not in LOSS_TYPES:
             raise NotImplementedError(
                 f"`loss_type={self.loss_type!r}` is not supported by {type(self).__name__}: own and expert tokens "
@@ -162,7 +173,13 @@ def require_room(args: ExpertConfig) -> None:
 
     Raises:
         ValueError: they may be longer than a completion.
+        NotImplementedError: an option would judge a continuation as if it were the whole completion.
     """
+    if args.vllm_structured_outputs_regex is not None:
+        raise NotImplementedError(
+            f"`vllm_structured_outputs_regex` is not supported by {type(args).__name__}: a continuation would have to "
+            "match it from its start. Set it to None."
+        )
     if args.longest_expert > int(args.max_completion_length or 0):
         raise ValueError(
             f"`expert_max_length` ({args.expert_max_length}) must not exceed `max_completion_length` "

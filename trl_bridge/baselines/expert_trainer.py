@@ -1,6 +1,5 @@
 """The template of the group baselines: GRPO whose rollout groups hold expert rows or expert prefixes."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,46 +14,11 @@ from ..objectives.expert import reduce_tokens
 from ..objectives.sft import demonstration_loss
 from ..objectives.weights import trapo
 from ..training.metrics import record
+from ..training.randomness import forked_torch_rng
 from ..training.rollouts import Scores
 from ..training.student import StudentTrainer
 from .expert_config import ExpertConfig
-
-
-@dataclasses.dataclass
-class ExpertPlan:
-    """
-    Rows of a generation batch on this rank, and the expert's part in them.
-
-    Attributes:
-        generation (`int`):
-            Number of the generation batch.
-        groups (`list[int]`):
-            For each row, the number of its group over all ranks.
-        members (`list[int]`):
-            For each row, its place in the group, from 0.
-        experts (`list[list[int] | None]`):
-            For each row, its group's trace (completion tokens), or `None`.
-        heads (`list[int]`):
-            For each row, how many tokens of the trace it begins with; the policy writes the rest. A whole trace has
-            no rest.
-        inputs (`list[dict[str, Any]]`):
-            The dataset's rows.
-    """
-
-    generation: int
-    groups: list[int]
-    members: list[int]
-    experts: list[list[int] | None]
-    heads: list[int]
-    inputs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-
-    def head(self, row: int) -> list[int]:
-        """The tokens that a row begins with."""
-        return (self.experts[row] or [])[: self.heads[row]]
-
-    def is_whole(self, row: int) -> bool:
-        """Whether a row is the whole trace."""
-        return self.heads[row] > 0 and self.heads[row] == len(self.experts[row] or [])
+from .plan import ExpertPlan
 
 
 class ExpertTrainer(StudentTrainer):
@@ -116,8 +80,9 @@ class ExpertTrainer(StudentTrainer):
                 f"{owner} needs a `train_dataset` that can be looked through beforehand, not an iterable one."
             )
         args = self.config_or_default(args, model)
-        if args.sft_token_weight != "none" and not self.has_sft_term():
-            raise ValueError(f"`sft_token_weight` has no effect in {owner}, which has no SFT term. Set it to 'none'.")
+        for name, neutral in (("sft_token_weight", "none"), ("loss_scale", "trl")):
+            if getattr(args, name) != neutral and not self.has_sft_term():
+                raise ValueError(f"`{name}` has no effect in {owner}, which has no SFT term. Set it to {neutral!r}.")
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -151,6 +116,7 @@ class ExpertTrainer(StudentTrainer):
             )
         self._plan: ExpertPlan | None = None
         self._sums: dict[str, torch.Tensor] = {}
+        self._sft_items: float | None = None  # SFT tokens of the window under way, over all ranks
 
     # What methods fill
 
@@ -421,9 +387,23 @@ class ExpertTrainer(StudentTrainer):
             own = trapo(log_probs, mask).to(log_probs.dtype)
             weights = own if weights is None else own * weights
         # The mean over ranks of gradients is undone by the share being one rank's.
-        loss, sums = demonstration_loss(log_probs, mask, weights, self._window_share(inputs["num_sft_items_in_batch"]))
+        loss, sums = demonstration_loss(log_probs, mask, weights, self._sft_share(inputs))
         self._add_up(**{"sft_tokens": sums["tokens"], "sft_nll": sums["nll_sum"], "sft_weight": sums["weight_sum"]})
         return loss
+
+    def _sft_share(self, inputs: dict[str, Any]) -> torch.Tensor | float:
+        """
+        SFT tokens of the window on one rank, on average over ranks. Exact where the window lies in one generation batch;
+        where it needs several, the later ones are not sampled yet, and each counts with its own mean.
+        """
+        steps, generation_steps = self.current_gradient_accumulation_steps, self.args.steps_per_generation
+        if generation_steps % steps:
+            return self._window_share(inputs["num_sft_items_in_batch"])
+        if self._sft_items is None:
+            buffered: Any = self._buffered_inputs
+            batches = [buffered[(self._step + i) % generation_steps] for i in range(steps)]
+            self._sft_items = self._sum_over_ranks(float(sum(int(batch["sft_mask"].sum()) for batch in batches)))
+        return max(self._sft_items, 1.0) / self.accelerator.num_processes
 
     def _untempered_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         # GRPO's head divides by the sampling temperature, on which an SFT term must not depend: a second forward.
@@ -432,7 +412,7 @@ class ExpertTrainer(StudentTrainer):
         length = inputs["completion_ids"].size(1)
         labels = ids.masked_fill(mask == 0, -100)
         labels[:, :-length] = -100
-        with self.accelerator.autocast():
+        with forked_torch_rng(self.accelerator.device), self.accelerator.autocast():
             outputs = model(
                 input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, demonstration_head=True
             )
@@ -450,7 +430,7 @@ class ExpertTrainer(StudentTrainer):
         if self.accelerator.sync_gradients:
             names = sorted(self._sums)
             totals = self.accelerator.reduce(torch.stack([self._sums[n] for n in names]), reduction="sum")
-            self._sums = {}
+            self._sums, self._sft_items = {}, None
             record(self, self.window_metrics(dict(zip(names, totals.tolist(), strict=True))))
         return loss
 
@@ -480,7 +460,7 @@ class ExpertTrainer(StudentTrainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         # A window that an exception cut off in an earlier call of `train` is not gone on with.
-        self._sums = {}
+        self._sums, self._sft_items = {}, None
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def resume_requirements(self) -> dict[str, Any]:

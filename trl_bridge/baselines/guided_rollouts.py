@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from .._upstream import decode_completions, isolated_bookkeeping
 from ..demonstrations.guidance import GuidanceSearch, guided_prompt
 from ..training.verdicts import ask_rewards
-from .expert_trainer import ExpertPlan
+from .plan import ExpertPlan
 
 
 Sample = tuple[list[int], list[Any] | None]
@@ -55,7 +55,7 @@ class GuidedRollouts:
     Args:
         trainer ([`ActGuideTrainer`]):
             Trainer that samples and scores.
-        plan ([`~trl_bridge.baselines.expert_trainer.ExpertPlan`]):
+        plan ([`~trl_bridge.baselines.plan.ExpertPlan`]):
             Rows of the batch on this rank.
     """
 

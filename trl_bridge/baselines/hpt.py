@@ -1,5 +1,6 @@
 """HPT: RL where the policy finds an answer, SFT where it finds none. SuperRL is a preset of it."""
 
+import dataclasses
 import textwrap
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +13,8 @@ from ..objectives.advantages import group_advantages
 from ..training.metrics import record
 from ..training.randomness import forked_python_rng, forked_torch_rng
 from ..training.verdicts import ask_rewards
-from .expert_trainer import ExpertPlan
-from .shaping import UNCLIPPED, ShapedConfig, ShapedTrainer
+from .plan import ExpertPlan
+from .shaping import SHAPING_FIELDS, UNCLIPPED, ShapedConfig, ShapedTrainer
 
 
 # SuperRL calls a rollout right from any reward that is not zero.
@@ -90,25 +91,33 @@ class HPTConfig(ShapedConfig):
             raise ValueError(f"`gate` must lie between -1 (never) and `num_generations` ({rows}), got {self.gate}.")
         if not self.sft_loss_coef >= 0:
             raise ValueError(f"`sft_loss_coef` must not be negative, got {self.sft_loss_coef}.")
-        if self.gate_off is not None:
-            self._check_second_gate(self.gate_off, rows)
-
-    def _check_second_gate(self, gate_off: int, rows: int) -> None:
-        if not self.gate <= gate_off <= rows:
+        if self.gate_off is not None and not self.gate <= self.gate_off <= rows:
             raise ValueError(
-                f"`gate_off` must lie between `gate` ({self.gate}) and `num_generations` ({rows}), got {gate_off}. Set "
-                "it to None to switch it off."
+                f"`gate_off` must lie between `gate` ({self.gate}) and `num_generations` ({rows}), got "
+                f"{self.gate_off}. Set it to None to switch it off."
             )
+        if self.gate >= 0 or self.gate_off is not None:
+            self._refuse_scaling_across_groups()
+        if self.gate_off is None:
+            self._refuse_shaping()
+
+    def _refuse_scaling_across_groups(self) -> None:
         if self.scale_rewards not in ("group", "none"):
             raise NotImplementedError(
-                f"`scale_rewards={self.scale_rewards!r}` is not supported with `gate_off`: a trace's reward would "
-                "change the advantages of all groups. Set it to 'none' or 'group'."
+                f"`scale_rewards={self.scale_rewards!r}` is not supported by HPTConfig: groups that leave the RL loss "
+                "would still change the advantages of the others. Set it to 'none' or 'group'."
             )
         if self.multi_objective_aggregation != "sum_then_normalize":
             raise NotImplementedError(
-                f"`multi_objective_aggregation={self.multi_objective_aggregation!r}` is not supported with `gate_off`: "
-                "a trace's reward would change the advantages of all groups. Set it to 'sum_then_normalize'."
+                f"`multi_objective_aggregation={self.multi_objective_aggregation!r}` is not supported by HPTConfig: "
+                "groups that leave the RL loss would still change the advantages of the others. Set it to "
+                "'sum_then_normalize'."
             )
+
+    def _refuse_shaping(self) -> None:
+        for shaped in dataclasses.fields(ShapedConfig):
+            if shaped.name in SHAPING_FIELDS and getattr(self, shaped.name) != shaped.default:
+                raise ValueError(f"`{shaped.name}` has no effect without `gate_off`. Remove it, or set `gate_off`.")
 
 
 class HPTTrainer(ShapedTrainer):
@@ -122,7 +131,7 @@ class HPTTrainer(ShapedTrainer):
 
     The group that is switched leaves the RL loss as a whole, with its KL and entropy terms, and its trace takes the
     last row, so shapes stay as they are. For a sum of token losses that is the removal of the group. The mean is over
-    the trained tokens of the generation batch, at temperature 1.
+    the update's trained tokens (see `loss_scale`), at temperature 1.
 
     With `gate_off`, groups with `gate < s <= gate_off` have their trace in the last row, in the place of a rollout, by
     LUFFY's off-policy term `-f(p_t) A` (see [`LUFFYTrainer`]). The reward functions are then asked about the trace, and

@@ -4,7 +4,7 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
-from .expert_trainer import ExpertPlan
+from .plan import ExpertPlan
 from .shaping import UNCLIPPED, ShapedConfig, ShapedTrainer
 
 
@@ -45,6 +45,8 @@ class LUFFYConfig(ShapedConfig):
         default=None,
         metadata={"help": "Clipping of own tokens' ratios. None: 0.2 (preset 'paper') or no clipping ('code')."},
     )
+
+    reads_success_threshold = False
 
     def __post_init__(self) -> None:
         paper = self.preset == "paper"

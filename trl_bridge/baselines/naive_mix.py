@@ -76,7 +76,7 @@ class NaiveMixTrainer(DemonstrationTrainer):
     - there a demonstration replaces one rollout of each group; here demonstrations are a stream of their own and the
       groups keep all of their rollouts (`sft_pairing="prompt"` takes each group's own prompt);
     - there the SFT term is not divided by the sequences that the RL term is divided by, so that its coefficient of 1.0
-      weighs about as much as `sft_weight=0.1` does here.
+      weighs about as much as `sft_weight=0.1` does here with `loss_type="dr_grpo"` and `max_completion_length=8192`.
 
     Args:
         sft_dataset ([`~datasets.Dataset`]):

@@ -12,7 +12,8 @@ from ..objectives.schedules import cosine_decay
 from ..training.metrics import record
 from ..training.rollouts import Scores
 from .expert_config import ExpertConfig, require_choice, require_room
-from .expert_trainer import ExpertPlan, ExpertTrainer
+from .expert_trainer import ExpertTrainer
+from .plan import ExpertPlan
 
 
 # Purpose of a group's random number.
@@ -69,6 +70,8 @@ class PrefixRFTConfig(ExpertConfig):
     delta: float | None = field(
         default=3.0, metadata={"help": "Largest ratio where the advantage is negative, as in GRPO (dual clip)."}
     )
+
+    reads_success_threshold = False
 
     def __post_init__(self) -> None:
         if self.continuation_advantage is None:
@@ -171,7 +174,8 @@ class PrefixRFTTrainer(ExpertTrainer):
         # Prefix tokens are in the parent's loss like own ones.
         output["tool_mask"] = torch.ones_like(output["expert_mask"])
         local = [
-            head / (len(expert) - 1) if expert else 0.0 for head, expert in zip(plan.heads, plan.experts, strict=True)
+            head / max(len(expert) - 1, 1) if expert else 0.0
+            for head, expert in zip(plan.heads, plan.experts, strict=True)
         ]
         size, device = int(self.num_generations or 0), output["expert_mask"].device
         # A group may straddle two ranks, so all of it is told from all ranks' rows.

@@ -11,7 +11,8 @@ from transformers.training_args import OptimizerNames
 from ..training.metrics import record
 from ..training.support import SIDE_OPTIMIZERS
 from .expert_config import ExpertConfig
-from .expert_trainer import ExpertPlan, ExpertTrainer
+from .expert_trainer import ExpertTrainer
+from .plan import ExpertPlan
 from .sft_pass import SFTPass, rate_factor
 from .shaping import UNCLIPPED
 

@@ -49,7 +49,8 @@ class SFTPass:
         args: Any = self.trainer.args
         if learning_rate is not None:
             model: Any = self.trainer.model
-            groups = decay_groups(self.trainer, model, args.weight_decay)
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            groups = decay_groups(self.trainer, model, trained, args.weight_decay)
             self.optimizer = optimizer_for(self.trainer, groups, learning_rate, args.optim)
         self._collator = DataCollatorForLanguageModeling(
             pad_token_id=self.trainer._tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of

@@ -12,6 +12,7 @@ from .expert_trainer import ExpertTrainer
 
 # On-policy ratios are not clipped in the released codes: a range that no ratio leaves.
 UNCLIPPED = 1e6
+SHAPING_FIELDS = ("policy_shaping", "policy_shaping_gamma", "policy_shaping_exponent", "rl_plus_exponent")
 
 
 @dataclass

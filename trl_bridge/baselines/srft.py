@@ -8,8 +8,8 @@ import torch
 
 from ..objectives.srft import entropy_weight, sequence_entropy, verdict_advantages
 from ..training.rollouts import Scores
-from .expert_trainer import ExpertPlan
 from .luffy import LUFFYConfig, LUFFYTrainer
+from .plan import ExpertPlan
 
 
 @dataclass
@@ -41,6 +41,8 @@ class SRFTConfig(LUFFYConfig):
         default=-10.0,
         metadata={"help": "Wrong tokens with a log-probability below it are not pushed further down. None: no floor."},
     )
+
+    reads_success_threshold = True
 
     def __post_init__(self) -> None:
         if self.sft_entropy_sign is None:
@@ -101,7 +103,7 @@ class SRFTTrainer(LUFFYTrainer):
     - the floor above (in the paper there is none; set `wrong_log_prob_floor=None`);
     - as in [`LUFFYTrainer`]: discarded samples in the expert's rows, scale of `loss_type`, no entropy bonus, overlong
       traces left out;
-    - `L_SFT` is the mean over the expert tokens of the generation batch (`loss_scale="paper"` for the published
+    - `L_SFT` is the mean over the update's expert tokens (see `loss_scale`; `"paper"` for the published
       balance);
     - `preset="code"`: `w_SFT = 0.5 exp(+H)`, as is reported of the official repository, which we have not read, and
       advantages that are not divided by the standard deviation;

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,12 @@ class TwoStageTrainer:
                 "`peft_config` with a model object is not supported: the second stage loads the base anew. Pass the "
                 "model's name or path."
             )
+        for name in ("FSDP", "DEEPSPEED"):
+            # Known before an accelerator is built; the second stage would refuse it only once the first is over.
+            if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true"):
+                raise NotImplementedError(
+                    f"TwoStageTrainer has not been tested with {name}. Launch it on one device, or with DDP (torchrun)."
+                )
         self.args = args
         self._first_args = args.first_stage()
         self._model: Any = model

@@ -10,7 +10,8 @@ from ..demonstrations.steps import piece_ends
 from ..objectives.hints import hint_probability, hint_stage
 from ..training.metrics import record
 from .expert_config import ExpertConfig, require_choice, require_room
-from .expert_trainer import ExpertPlan, ExpertTrainer
+from .expert_trainer import ExpertTrainer
+from .plan import ExpertPlan
 
 
 HINT_SCHEDULES = ("cosine", "uniform", "stage")
@@ -64,6 +65,8 @@ class UFTConfig(ExpertConfig):
     )
     loss_type: str = field(default="dapo", metadata={"help": "GRPO's loss type: 'grpo', 'dr_grpo' or 'dapo'."})
     beta: float = field(default=0.001, metadata={"help": "Weight of the KL term, as in GRPO."})
+
+    reads_success_threshold = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,6 +7,7 @@ respect to theta is the one with respect to M, and those of A and B are its proj
 """
 
 import copy
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..training.backends import Weights
 from .targets import Target, check_peft_config, check_targets
 
 
@@ -49,6 +51,7 @@ class Coordinator:
         check_peft_config(self.peft_config)
         self.targets = _read_off_adapters(model, self.peft_config, seed)
         check_targets(model, self.targets)
+        self._by_weight = {target.weight_name: target for target in self.targets}
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """A and B of each target in turn."""
@@ -56,66 +59,49 @@ class Coordinator:
             yield target.a
             yield target.b
 
-    def project(self, gradients: Mapping[str, torch.Tensor]) -> Projection:
-        """
-        Project gradients with respect to the merged weights onto A and B.
-
-        Args:
-            gradients (`Mapping[str, torch.Tensor]`):
-                For each target, by its weight's name, a gradient of the weight's shape.
-
-        Returns:
-            `list[tuple[torch.Tensor, torch.Tensor]]`: for each target, gradients of the shapes of A and B.
-        """
-        return [target.project(gradients[target.weight_name]) for target in self.targets]
-
-    def pull(
-        self, fused: Mapping[str, torch.Tensor], shadow: Mapping[str, torch.Tensor] | None, policy_weight: float
-    ) -> None:
+    def pull(self, fused: Projection, shadow: Projection | None, policy_weight: float) -> None:
         """
         Set the gradients of A and B: the projection of F - lambda G_hat, at iterate k and before any clipping.
 
         Args:
-            fused (`Mapping[str, torch.Tensor]`):
-                The student's accumulated gradient F by weight name, averaged over ranks.
-            shadow (`Mapping[str, torch.Tensor]`, *optional*):
-                The shadow's G_hat, likewise; `None` without the cooperative gain.
+            fused (`list[tuple[torch.Tensor, torch.Tensor]]`):
+                Projection of the student's accumulated gradient F, averaged over ranks.
+            shadow (`list[tuple[torch.Tensor, torch.Tensor]]`, *optional*):
+                That of the shadow's G_hat, likewise; `None` without the cooperative gain.
             policy_weight (`float`):
                 lambda.
         """
-        for target in self.targets:
-            gradient = fused[target.weight_name]
+        for index, target in enumerate(self.targets):
+            target.a.grad, target.b.grad = fused[index]
             if shadow is not None:
-                gradient = gradient - policy_weight * shadow[target.weight_name]
-            target.a.grad, target.b.grad = target.project(gradient)
+                target.a.grad = target.a.grad - policy_weight * shadow[index][0]
+                target.b.grad = target.b.grad - policy_weight * shadow[index][1]
 
     def snapshot(self) -> Projection:
         """Copies of A and B of each target."""
         return [(target.a.detach().clone(), target.b.detach().clone()) for target in self.targets]
 
     @torch.no_grad()
-    def push(self, old: Projection, models: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    def push(self, old: Projection, models: Sequence[Weights]) -> None:
         """
         Add s (B'A' - BA) to merged weights.
 
         Args:
             old (`list[tuple[torch.Tensor, torch.Tensor]]`):
                 A and B before the coordinator's step.
-            models (`Sequence[Mapping[str, torch.Tensor]]`):
-                Weights of the student and of the shadow, by name.
+            models (`Sequence[Weights]`):
+                Weights of the student and of the shadow.
         """
         for target, (a, b) in zip(self.targets, old, strict=True):
-            # Written as a sum of two small terms: the difference of the two products would cancel.
-            delta = target.scaling * ((target.b - b) @ target.a + b @ (target.a - a))
+            change = functools.cache(functools.partial(target.change, a, b))
             for weights in models:
-                weight = weights[target.weight_name]
-                weight.add_(target.oriented(delta).to(weight.dtype))
+                weights.add_(target.weight_name, change)
 
     @torch.no_grad()
-    def merge_into(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def merge_into(self, weights: Weights) -> None:
         """Add s B A to the weights of a plain model, once, at the start."""
         for target in self.targets:
-            weights[target.weight_name].add_(target.product())
+            weights.add_(target.weight_name, target.product_rows)
 
     @torch.no_grad()
     def is_zero(self) -> bool:
@@ -123,13 +109,27 @@ class Coordinator:
         return all(not target.product().any() for target in self.targets)
 
     @torch.no_grad()
-    def subtract_from(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Weights less s B A, as new float32 tensors on the CPU, by name."""
-        products = {target.weight_name: target for target in self.targets}
-        return {
-            name: (weight - products[name].product() if name in products else weight).float().cpu().clone()
-            for name, weight in weights.items()
-        }
+    def subtract_from(self, weights: Weights, keep: bool) -> dict[str, torch.Tensor]:
+        """
+        Weights less s B A. Collective where weights are spread over ranks.
+
+        Args:
+            weights ([`Weights`]):
+                Merged weights.
+            keep (`bool`):
+                Whether this rank wants them.
+
+        Returns:
+            `dict[str, torch.Tensor]`: new float32 tensors on the CPU, by name; empty where they are not wanted.
+        """
+        state = {}
+        for name in weights.parameters:
+            weight = weights.whole(name)
+            if keep:
+                target = self._by_weight.get(name)
+                base = weight if target is None else weight - target.product().to(weight.device)
+                state[name] = base.float().cpu().clone()
+        return state
 
     @torch.no_grad()
     def norm(self) -> float:
@@ -141,15 +141,26 @@ class Coordinator:
         return torch.stack(squares).sum().clamp(min=0).sqrt().item()
 
     @torch.no_grad()
-    def base_norm(self, weights: Mapping[str, torch.Tensor]) -> float:
-        """Norm of theta = M - s B A, over all parameters."""
-        squares = [torch.linalg.vector_norm(weight, dtype=torch.float64).square() for weight in weights.values()]
-        # |M - sBA|^2 = |M|^2 - 2 <M, sBA> + |sBA|^2, with products of the adapters' size only.
-        for target in self.targets:
-            projected = target.b.T @ target.oriented(weights[target.weight_name]).to(target.b.dtype)
-            squares.append(-2 * target.scaling * (projected.double() * target.a.double()).sum())
-        total = torch.stack(squares).sum() + self.norm() ** 2
-        return total.clamp(min=0).sqrt().item()
+    def overlap(self, name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
+        """
+        Inner product of some rows of a merged weight with those of s B A, from products of the adapters' size.
+
+        Args:
+            name (`str`):
+                The weight's name.
+            rows (`torch.Tensor`):
+                Its rows from `first` on.
+            first (`int`):
+                Number of the first row.
+
+        Returns:
+            `torch.Tensor`: a scalar, float64; zero for a weight that is no target.
+        """
+        target = self._by_weight.get(name)
+        if target is None:
+            return torch.zeros((), dtype=torch.float64, device=rows.device)
+        projected, _ = target.project(rows, first)  # s B^T M
+        return (projected.double() * target.a.double()).sum()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """A and B under PEFT's names, float32 on the CPU."""

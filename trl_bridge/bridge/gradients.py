@@ -7,7 +7,6 @@ import torch
 
 from ..training.metrics import is_logged_update
 from .coordinator import Projection
-from .shadow import gradient_of
 
 
 if TYPE_CHECKING:
@@ -43,31 +42,30 @@ class GradientProbe:
 
     def _add(self, sign: float) -> None:
         trainer = self.trainer
-        gradients = {name: gradient_of(p) for name, p in trainer._weights.items()}
-        projected = trainer.coordinator.project(gradients)
+        projected = trainer.student_gradient.so_far()
         if self._policy_w is None:
             self._policy_w = [(torch.zeros_like(a), torch.zeros_like(b)) for a, b in projected]
         for (total_a, total_b), (a, b) in zip(self._policy_w, projected, strict=True):
             total_a.add_(a, alpha=sign)
             total_b.add_(b, alpha=sign)
         if trainer.args.log_gradient_stats:
+            weights = trainer.student_gradient.weights
+            gradients = {name: weights.gradient(name) for name in weights.parameters}
             if self._policy_theta is None:
                 self._policy_theta = {name: torch.zeros_like(g) for name, g in gradients.items()}
             for name, gradient in gradients.items():
                 self._policy_theta[name].add_(gradient, alpha=sign)
 
-    def finish(
-        self, weight: float, fused: dict[str, torch.Tensor], shadow: dict[str, torch.Tensor] | None
-    ) -> dict[str, float]:
+    def finish(self, weight: float, fused: Projection, shadow: Projection | None) -> dict[str, float]:
         """
         The window's metrics, before any clipping and without lambda factors. Collective.
 
         Args:
             weight (`float`):
                 lambda of the update.
-            fused (`dict[str, torch.Tensor]`):
-                The student's accumulated gradient, averaged over ranks.
-            shadow (`dict[str, torch.Tensor]`, *optional*):
+            fused (`list[tuple[torch.Tensor, torch.Tensor]]`):
+                Projection of the student's accumulated gradient, averaged over ranks.
+            shadow (`list[tuple[torch.Tensor, torch.Tensor]]`, *optional*):
                 The shadow's, likewise.
 
         Returns:
@@ -76,10 +74,8 @@ class GradientProbe:
         """
         if self._policy_w is None:
             return {}
-        coordinator, backend = self.trainer.coordinator, self.trainer.backend
-        total = _flat(coordinator.project(fused))
-        policy = _flat(self._policy_w)
-        backend.average_([policy])
+        self.trainer.student_gradient.complete_(self._policy_w, synced=False)
+        total, policy = _flat(fused), _flat(self._policy_w)
         rl, sft = _divide(policy, weight), _divide(total - policy, 1.0 - weight)
         values = {
             "bridge/coordinator_grad_norm_sft": sft.norm().item(),
@@ -87,21 +83,22 @@ class GradientProbe:
             "bridge/coordinator_grad_cosine": _cosine(sft, rl),
         }
         if shadow is not None:
-            values["bridge/gain_grad_norm"] = (rl - _flat(coordinator.project(shadow))).norm().item()
+            values["bridge/gain_grad_norm"] = (rl - _flat(shadow)).norm().item()
         self._policy_w = None
         if self._policy_theta is not None:
-            values.update(self._over_theta(weight, fused, self._policy_theta))
+            values.update(self._over_theta(weight, self._policy_theta))
             self._policy_theta = None
         return values
 
-    def _over_theta(
-        self, weight: float, fused: dict[str, torch.Tensor], policy: dict[str, torch.Tensor]
-    ) -> dict[str, float]:
-        self.trainer.backend.average_(policy.values())
+    def _over_theta(self, weight: float, policy: dict[str, torch.Tensor]) -> dict[str, float]:
+        weights = self.trainer.student_gradient.weights
+        weights.average_unsynced_(policy.values())
         norms = torch.zeros(3, dtype=torch.float64, device=self.trainer.accelerator.device)
         for name, gradient in policy.items():
-            rl, sft = _divide(gradient, weight).double(), _divide(fused[name] - gradient, 1.0 - weight).double()
+            rl = _divide(gradient, weight).double()
+            sft = _divide(weights.gradient(name) - gradient, 1.0 - weight).double()
             norms += torch.stack([sft.square().sum(), rl.square().sum(), (sft * rl).sum()])
+        weights.add_up_([norms])
         sft_norm, rl_norm = math.sqrt(norms[0]), math.sqrt(norms[1])
         product = sft_norm * rl_norm
         return {

@@ -1,11 +1,14 @@
 """The shadow theta_hat: a plain copy of the student that follows RL alone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from ..training.backends import Weights, copy_rows_
+from .coordinator import Coordinator
 
 
 class Shadow:
@@ -15,25 +18,36 @@ class Shadow:
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Copy of the student with a fused head of its own (see `_upstream.plain_copy`).
-        optimizer (`torch.optim.Optimizer`):
-            Optimizer over the copy's parameters; each group carries `initial_lr`.
+        weights ([`Weights`]):
+            The copy's weights, as this rank holds them.
+        optimizer_for (`Callable`):
+            Makes the optimizer of the copy's parameters, given by name; each group carries `initial_lr`.
         max_grad_norm (`float`):
             Norm that its gradient is clipped to; 0 clips nothing.
     """
 
-    def __init__(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, max_grad_norm: float):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        weights: Weights,
+        optimizer_for: Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer],
+        max_grad_norm: float,
+    ):
         self.model = model
-        self.optimizer = optimizer
+        self.held = weights
+        # An ordinary optimizer steps on this rank's rows: its step goes element by element.
+        self._leaves = weights.leaves()
+        self.optimizer = optimizer_for(self._leaves)
         self.max_grad_norm = max_grad_norm
 
     @property
-    def weights(self) -> dict[str, nn.Parameter]:
-        """Parameters by the plain model's names."""
-        return dict(self.model.named_parameters())
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The rows of M_hat that this rank holds, by the plain model's names."""
+        return self.held.held()
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """Accumulated gradient G_hat by name; zero where the loss does not reach a parameter."""
-        return {name: gradient_of(parameter) for name, parameter in self.model.named_parameters()}
+        """Accumulated gradient G_hat of these rows by name; zero where the loss does not reach them."""
+        return {name: self.held.gradient(name) for name in self._leaves}
 
     def step(self, rate_factor: float) -> None:
         """
@@ -43,47 +57,56 @@ class Shadow:
             rate_factor (`float`):
                 Where the student's learning rate stands in its schedule, relative to its initial rate.
         """
+        self.held.refresh(self._leaves)
         if self.max_grad_norm > 0:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+            leaves = list(self._leaves.values())
+            square = nn.utils.get_total_norm([p.grad for p in leaves if p.grad is not None]).square()
+            self.held.add_up_([square])
+            nn.utils.clip_grads_with_norm_(leaves, self.max_grad_norm, square.sqrt())
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate_factor
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.clear_gradients()
 
-    @torch.no_grad()
-    def reset(self, student: Mapping[str, torch.Tensor]) -> None:
-        """Set M_hat to M and forget the optimizer's state (`shadow_reset_steps`)."""
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(student[name])
+    def clear_gradients(self) -> None:
+        """Forget G_hat."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.held.clear_gradients()
+
+    def reset(self, student: Weights) -> None:
+        """Set M_hat to M and forget the optimizer's state (`shadow_reset_steps`). Collective."""
+        copy_rows_(self.weights, self.held, student)
         self.optimizer.state.clear()
 
     @torch.no_grad()
-    def distance(self, student: Mapping[str, torch.Tensor]) -> float:
-        """Norm of M_hat - M, which is that of theta_hat - theta."""
-        # `dtype` sums in float64 without a float64 copy of the largest weight.
-        norms = [
-            torch.linalg.vector_norm(p - student[name], dtype=torch.float64)
-            for name, p in self.model.named_parameters()
-        ]
-        return torch.stack(norms).norm().item()
+    def distance(self, student: Weights, coordinator: Coordinator) -> float:
+        """Norm of theta_hat - theta over that of theta. Collective."""
+        difference: list[torch.Tensor] = []
+        base: list[torch.Tensor] = []
+        for name, rows in self.weights.items():
+            first, last = self.held.bounds(name)
+            policy = student.rows(name, first, last)
+            # `dtype` sums in float64 without a float64 copy of the largest weight.
+            difference.append(torch.linalg.vector_norm(rows - policy, dtype=torch.float64).square())
+            # |M - sBA|^2 = |M|^2 - 2 <M, sBA> + |sBA|^2
+            base.append(torch.linalg.vector_norm(policy, dtype=torch.float64).square())
+            base.append(-2 * coordinator.overlap(name, policy, first))
+        squares = torch.stack([torch.stack(difference).sum(), torch.stack(base).sum()])
+        self.held.add_up_([squares])
+        return (squares[0] / (squares[1] + coordinator.norm() ** 2).clamp(min=0)).sqrt().item()
 
     def state_dict(self) -> dict[str, Any]:
         """M_hat itself (not theta_hat: a difference would not come back bit for bit) and the optimizer's state."""
-        weights = {name: parameter.detach().cpu() for name, parameter in self.model.named_parameters()}
+        weights = {name: rows.cpu() for name, rows in self.weights.items()}
         return {"weights": weights, "optimizer": self.optimizer.state_dict()}
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Take over saved weights M_hat."""
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(weights[name])
+        for name, rows in self.weights.items():
+            rows.copy_(weights[name])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         self.load_weights(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
-
-
-def gradient_of(parameter: nn.Parameter) -> torch.Tensor:
-    """The gradient of a parameter; zero where no loss has reached it."""
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -66,19 +66,61 @@ class Target:
         """s B A in the weight's own orientation."""
         return self.oriented(self.scaling * (self.b.detach() @ self.a.detach()))
 
-    def project(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(s B^T G, s G A^T) for a gradient in the weight's orientation."""
-        g = self.oriented(gradient).to(self.a.dtype)
-        return self.scaling * (self.b.detach().T @ g), self.scaling * (g @ self.a.detach().T)
+    def product_rows(self, first: int, last: int) -> torch.Tensor:
+        """Rows first to last of s B A, in the weight's own orientation."""
+        return self.product()[first:last]
+
+    def project(self, gradient: torch.Tensor, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The part that some rows of a gradient have in s B^T G and s G A^T.
+
+        Args:
+            gradient (`torch.Tensor`):
+                In the weight's orientation: its rows from `first` on.
+            first (`int`, *optional*, defaults to `0`):
+                Number of the first row.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: of the shapes of A and B, summing to the whole over disjoint rows.
+        """
+        a, b = self.a.detach(), self.b.detach()
+        g = self.oriented(gradient).to(a.dtype)
+        rows = slice(first, first + gradient.size(0))
+        if self.transposed:
+            grad_a, grad_b = self.scaling * (b.T @ g), self.scaling * (g @ a[:, rows].T)
+            return _placed(grad_a, a, (slice(None), rows)), grad_b
+        grad_a, grad_b = self.scaling * (b[rows].T @ g), self.scaling * (g @ a.T)
+        return grad_a, _placed(grad_b, b, (rows,))
+
+    @torch.no_grad()
+    def change(self, old_a: torch.Tensor, old_b: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """Rows first to last of s (B'A' - BA), in the weight's own orientation."""
+        a, b, rows = self.a.detach(), self.b.detach(), slice(first, last)
+        # Written as a sum of two small terms: the difference of the two products would cancel.
+        if self.transposed:
+            a, old_a = a[:, rows], old_a[:, rows]
+        else:
+            b, old_b = b[rows], old_b[rows]
+        return self.oriented(self.scaling * ((b - old_b) @ a + old_b @ (a - old_a)))
 
 
-def check_base_model(model: PreTrainedModel) -> None:
+def _placed(part: torch.Tensor, like: torch.Tensor, where: tuple[slice, ...]) -> torch.Tensor:
+    if part.shape == like.shape:
+        return part
+    whole = torch.zeros_like(like)
+    whole[where] = part
+    return whole
+
+
+def check_base_model(model: PreTrainedModel, keeps_master: bool = False) -> None:
     """
     Refuse a base model that cannot hold theta + w.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The model that was passed to the trainer, or loaded by it.
+        keeps_master (`bool`, *optional*, defaults to `False`):
+            Whether weights in 16 bits will have a float32 master (DeepSpeed).
 
     Raises:
         TypeError: it already is a PEFT model.
@@ -100,7 +142,7 @@ def check_base_model(model: PreTrainedModel) -> None:
             "base. Call `model.requires_grad_(True)`."
         )
     half = [name for name, p in model.named_parameters() if p.dtype not in (torch.float32, torch.float64)]
-    if half:
+    if half and not keeps_master:
         dtype = str(dict(model.named_parameters())[half[0]].dtype).removeprefix("torch.")
         raise ValueError(
             f"`model` holds {half[0]!r} in {dtype}: the coordinator's small steps would be rounded away. Load it with "
@@ -139,6 +181,31 @@ def check_peft_config(config: PeftConfig) -> None:
         raise ValueError(f"`peft_config.{field.name}` is not supported: {reason}.")
 
 
+def check_initial_values(config: PeftConfig | None) -> None:
+    """
+    Refuse initial values that are computed from the weights, where a rank does not hold them when the trainer is built.
+
+    Args:
+        config ([`~peft.PeftConfig`], *optional*):
+            The user's `peft_config`.
+
+    Raises:
+        ValueError: they are computed from the weights.
+    """
+    init = getattr(config, "init_lora_weights", True)
+    if isinstance(init, str) and init != "gaussian":
+        raise ValueError(
+            f"`peft_config.init_lora_weights`={init!r} is computed from the weights, which not every rank holds here. "
+            "Set it to True, or load them everywhere (`fsdp_cpu_ram_efficient_loading: false`, `zero3_init_flag: "
+            "false`)."
+        )
+
+
+def dimensions(weight: nn.Parameter) -> int:
+    """Number of dimensions of a weight, which ZeRO-3 may have partitioned already."""
+    return len(getattr(weight, "ds_shape", weight.shape))
+
+
 def check_targets(model: PreTrainedModel, targets: list[Target]) -> None:
     """
     Refuse target layers that the merged form would compute differently from an adapter.
@@ -162,7 +229,7 @@ def check_targets(model: PreTrainedModel, targets: list[Target]) -> None:
             users.setdefault(id(weight), []).append(name)
     for target in targets:
         module = modules[target.module]
-        if isinstance(module, (nn.Embedding, nn.Conv2d, nn.Conv3d)) or module.weight.dim() != 2:
+        if isinstance(module, (nn.Embedding, nn.Conv2d, nn.Conv3d)) or dimensions(module.weight) != 2:
             raise ValueError(
                 f"`peft_config.target_modules` matches {target.module!r}, a {type(module).__name__}; the coordinator "
                 "acts on linear layers. Exclude it (`exclude_modules`)."

@@ -11,16 +11,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .._upstream import decay_groups, isolated_bookkeeping, optimizer_for, plain_copy
+from ..training.backends import Weights
 from ..training.metrics import record
 from ..training.trainer import DemonstrationTrainer
 from ..training.verdicts import missing_columns
 from .adapter import save_adapter
 from .config import BridgeConfig
-from .coordinator import Coordinator
+from .coordinator import Coordinator, Projection
 from .gain import GainMeter
 from .gradients import GradientProbe
-from .shadow import Shadow, gradient_of
-from .targets import check_base_model
+from .projection import ProjectedGradient
+from .shadow import Shadow
+from .targets import check_base_model, check_initial_values
 
 
 class BridgeTrainer(DemonstrationTrainer):
@@ -77,6 +79,7 @@ class BridgeTrainer(DemonstrationTrainer):
     """
 
     config_class = BridgeConfig
+    shards = True
     _tag_names = ["trl", "bridge"]
     _name = "BRIDGE"
     _paper = {
@@ -131,10 +134,14 @@ class BridgeTrainer(DemonstrationTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
-        check_base_model(self._plain_model)
+        check_base_model(self._plain_model, self.backend.keeps_master)
+        self._student: Weights | None = None
         self.coordinator = self._build_coordinator(peft_config)
         self.coordinator_optimizer: torch.optim.Optimizer | None = None
         self.shadow: Shadow | None = None
+        self.student_gradient: ProjectedGradient | None = None
+        self.shadow_gradient: ProjectedGradient | None = None
+        self._outline: PreTrainedModel | None = None
         self._gain = GainMeter(self)
         self._probe = GradientProbe(self)
         self._rng_before_policy: list[torch.Tensor] = []
@@ -143,13 +150,17 @@ class BridgeTrainer(DemonstrationTrainer):
     # Parts beside the student
 
     def _build_coordinator(self, peft_config: PeftConfig | None) -> Coordinator:
+        if not self.backend.loads_everywhere:
+            check_initial_values(peft_config)
         coordinator = Coordinator(self._plain_model, peft_config, self.args.seed)
+        device = self.accelerator.device
+        for parameter in coordinator.parameters():
+            parameter.data = parameter.data.to(device)
         self.backend.broadcast_(parameter.data for parameter in coordinator.parameters())
-        coordinator.merge_into(self._weights)
+        coordinator.merge_into(self.student)
         if self.ref_model is not None and not coordinator.is_zero():
             # The KL reference is the initial policy, theta^0 + s B_0 A_0.
-            reference = self.accelerator.unwrap_model(self.ref_model)
-            reference.load_state_dict(self._plain_model.state_dict())
+            self.backend.fill_reference(self.ref_model, self.student)
         return coordinator
 
     def _build_parts(self) -> None:
@@ -157,20 +168,41 @@ class BridgeTrainer(DemonstrationTrainer):
         if self.coordinator_optimizer is not None:
             return
         args = self.args
-        parameters = list(self.coordinator.parameters())
-        for parameter, moved in zip(parameters, [p.to(self.accelerator.device) for p in parameters], strict=True):
-            parameter.data = moved.data
-        groups = [{"params": parameters, "weight_decay": args.weight_decay}]
+        groups = [{"params": list(self.coordinator.parameters()), "weight_decay": args.weight_decay}]
         self.coordinator_optimizer = optimizer_for(self, groups, args.coordinator_rate, args.optim)
+        # Kept from here on: forwards hide the weights that FSDP holds behind gathered ones.
+        self._student = self.backend.weights(self._plain_model)
+        self.student_gradient = ProjectedGradient(self.coordinator, self._student)
         if args.cooperative_gain:
-            twin = plain_copy(self._plain_model, self.temperature, args.cast_lm_head_to_fp32, entropy=True)
-            decay = decay_groups(self, twin, args.weight_decay)
-            optimizer = optimizer_for(self, decay, args.shadow_rate, args.shadow_optim or args.optim)
-            self.shadow = Shadow(twin, optimizer, args.max_grad_norm)
+            self.shadow = self._build_shadow()
+            self.shadow_gradient = ProjectedGradient(self.coordinator, self.shadow.held)
+
+    def _build_shadow(self) -> Shadow:
+        args = self.args
+        if self._outline is None:
+            twin = self._copy_student(self._plain_model)
+            held = self.backend.weights(twin)
+        else:
+            twin, self._outline = self._outline, None
+            held = self.backend.place(twin, self.student)
+
+        def optimizer(parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+            groups = decay_groups(self, twin, parameters, args.weight_decay)
+            return optimizer_for(self, groups, args.shadow_rate, args.shadow_optim or args.optim)
+
+        return Shadow(twin, held, optimizer, args.max_grad_norm)
+
+    def _copy_student(self, model: PreTrainedModel, memo: dict[int, Any] | None = None) -> PreTrainedModel:
+        return plain_copy(model, self.temperature, self.args.cast_lm_head_to_fp32, entropy=True, memo=memo)
 
     @property
-    def _weights(self) -> dict[str, nn.Parameter]:
-        return dict(self._plain_model.named_parameters())
+    def student(self) -> Weights:
+        """The student's weights M."""
+        return self.backend.weights(self._plain_model) if self._student is None else self._student
+
+    @property
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return self.student.held()
 
     def resolve_weighting(self, sft_dataset: Dataset) -> str:
         if self.args.sft_weighting is not None:
@@ -204,27 +236,22 @@ class BridgeTrainer(DemonstrationTrainer):
         shared = {"old_per_token_logps": student[0], **inputs}
         trained = shared if self.args.shadow_importance_sampling else _without_old(inputs)
         self.shadow.model.train(self.model.training)
-        with self._forked_rng(), isolated_bookkeeping(self, self._entropy_control):
+        with self._forked_rng(), isolated_bookkeeping(self, self._entropy_control), self.backend.beside():
             self._set_rng_state(self._rng_before_policy)
             loss = self._compute_loss(self.shadow.model, trained)
-            self.backend.backward(loss)
+            self.backend.backward_beside(loss)
         self._gain.observe(shared, student, self.rollouts.scores)
 
     def end_of_window(self) -> None:
         weight = self.policy_weight()
-        fused = {name: gradient_of(parameter) for name, parameter in self._weights.items()}
-        shadow = None
-        if self.shadow is not None:
-            shadow = self.shadow.gradients()
-            self.backend.average_(shadow.values())
+        fused = self.student_gradient.whole()
+        shadow = None if self.shadow_gradient is None else self.shadow_gradient.whole()
         self._log_update(weight, fused, shadow)
         self.coordinator.pull(fused, shadow, weight)
         old = self.coordinator.snapshot()
         self._step_coordinator()
-        held = [{name: p.data for name, p in self._weights.items()}]
-        if self.shadow is not None:
-            held.append({name: p.data for name, p in self.shadow.weights.items()})
-        self.coordinator.push(old, held)
+        self.coordinator.push(old, [self.student] if self.shadow is None else [self.student, self.shadow.held])
+        self.student_gradient.clear()
         if self.shadow is not None:
             self.shadow.step(self._rate_factor())
 
@@ -232,7 +259,7 @@ class BridgeTrainer(DemonstrationTrainer):
         # Called before `global_step` counts the update that has just been made.
         every = self.args.shadow_reset_steps
         if self.shadow is not None and every is not None and (self.state.global_step + 1) % every == 0:
-            self.shadow.reset(self._weights)
+            self.shadow.reset(self.student)
 
     def _step_coordinator(self) -> None:
         if self.args.max_grad_norm > 0:
@@ -257,13 +284,10 @@ class BridgeTrainer(DemonstrationTrainer):
             "ReduceLROnPlateau), or none."
         )
 
-    def _log_update(
-        self, weight: float, fused: dict[str, torch.Tensor], shadow: dict[str, torch.Tensor] | None
-    ) -> None:
+    def _log_update(self, weight: float, fused: Projection, shadow: Projection | None) -> None:
         values = {"bridge/lambda": weight, "bridge/coordinator_norm": self.coordinator.norm()}
         if self.shadow is not None:
-            weights = {name: parameter.data for name, parameter in self._weights.items()}
-            values["bridge/shadow_distance"] = self.shadow.distance(weights) / self.coordinator.base_norm(weights)
+            values["bridge/shadow_distance"] = self.shadow.distance(self.student, self.coordinator)
             values.update(self._gain.finish())
         values.update(self._probe.finish(weight, fused, shadow))
         record(self, values)
@@ -271,13 +295,17 @@ class BridgeTrainer(DemonstrationTrainer):
     # The parent's methods
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if self.args.cooperative_gain and self.shadow is None and self.backend.shards_copies:
+            # From the plain model, before its backend takes hold of it.
+            self._outline = self.backend.outline(self._plain_model, self._copy_student)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._build_parts()
         # Nothing of a window that an exception cut off in an earlier call of `train` may stay.
         self._gain, self._probe = GainMeter(self), GradientProbe(self)
         self._rate_group()
+        self.student_gradient.clear()
         if self.shadow is not None:
-            self.shadow.optimizer.zero_grad(set_to_none=True)
+            self.shadow.clear_gradients()
         return prepared
 
     # Saving and resuming
@@ -287,20 +315,34 @@ class BridgeTrainer(DemonstrationTrainer):
             **super().shared_state(),
             "coordinator": self.coordinator.state_dict(),
             "coordinator_optimizer": self.coordinator_optimizer.state_dict(),
-            "shadow": None if self.shadow is None else self.shadow.state_dict(),
+            "shadow": None if self.shadow is None or self.shadow.held.spread else self.shadow.state_dict(),
         }
+
+    def local_state(self) -> dict[str, Any]:
+        # Each rank saves its own rows of a shadow that is spread.
+        spread = self.shadow is not None and self.shadow.held.spread
+        return {**super().local_state(), "shadow": self.shadow.state_dict() if spread else None}
 
     def load_shared_state(self, state: dict[str, Any]) -> None:
         self._build_parts()
         super().load_shared_state(state)
         self.coordinator.load_state_dict(state["coordinator"])
         self.coordinator_optimizer.load_state_dict(state["coordinator_optimizer"])
-        if self.shadow is not None:
+        if state["shadow"] is not None:
+            self.shadow.load_state_dict(state["shadow"])
+
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        super().load_local_state(state)
+        if state["shadow"] is not None:
             self.shadow.load_state_dict(state["shadow"])
 
     def load_best_shared_state(self, state: dict[str, Any]) -> None:
         self.coordinator.load_state_dict(state["coordinator"])
-        if self.shadow is not None:
+        if state["shadow"] is not None:
+            self.shadow.load_weights(state["shadow"]["weights"])
+
+    def load_best_local_state(self, state: dict[str, Any]) -> None:
+        if state["shadow"] is not None:
             self.shadow.load_weights(state["shadow"]["weights"])
 
     def resume_requirements(self) -> dict[str, Any]:
@@ -328,9 +370,7 @@ class BridgeTrainer(DemonstrationTrainer):
             `dict[str, torch.Tensor]`: float32 on the CPU under the plain model's names; empty on all ranks but the main
             process. Not defined inside a training step.
         """
-        if not self.accelerator.is_main_process:
-            return {}
-        return self.coordinator.subtract_from({name: p.detach() for name, p in self._weights.items()})
+        return self.coordinator.subtract_from(self.student, keep=self.accelerator.is_main_process)
 
     def coordinator_state_dict(self) -> dict[str, torch.Tensor]:
         """
@@ -353,9 +393,7 @@ class BridgeTrainer(DemonstrationTrainer):
             return None
         if self.shadow is None:
             return self.theta_state_dict()
-        if not self.accelerator.is_main_process:
-            return {}
-        return self.coordinator.subtract_from({name: p.detach() for name, p in self.shadow.weights.items()})
+        return self.coordinator.subtract_from(self.shadow.held, keep=self.accelerator.is_main_process)
 
     def save_coordinator(self, output_dir: str | Path) -> None:
         """

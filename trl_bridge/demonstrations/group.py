@@ -168,6 +168,8 @@ def expert_rows(dataset: Dataset) -> tuple[Dataset, list[int]]:
     Raises:
         `ValueError`: if a column is missing, or no row has a trace.
     """
+    if "prompt" not in dataset.column_names:
+        raise ValueError(f"`train_dataset` has no `prompt` column (its columns: {sorted(dataset.column_names)}).")
     if "expert" not in dataset.column_names:
         raise ValueError(
             f"`train_dataset` has no `expert` column (its columns: {sorted(dataset.column_names)}). Add one with a "

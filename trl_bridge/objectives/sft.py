@@ -7,7 +7,7 @@ def demonstration_loss(
     log_probs: torch.Tensor,
     mask: torch.Tensor,
     weights: torch.Tensor | None,
-    num_tokens: int | torch.Tensor,
+    num_tokens: float | torch.Tensor,
     world_size: int = 1,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
@@ -24,7 +24,7 @@ def demonstration_loss(
             True at trained tokens.
         weights (`torch.Tensor` of shape `(B, T)` or `(B, 1)`, *optional*):
             Weight of each token or demonstration, without gradient. `None` is one everywhere.
-        num_tokens (`int` or `torch.Tensor`):
+        num_tokens (`float` or `torch.Tensor`):
             Trained tokens of the whole window over all ranks.
         world_size (`int`, *optional*, defaults to `1`):
             Number of ranks. The product undoes the mean over ranks that data parallelism takes of gradients.

@@ -6,12 +6,13 @@ cut off half-way is recognised and passed over.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -35,6 +36,7 @@ def write(
     shared: dict[str, Any],
     requirements: dict[str, Any],
     step: int,
+    parts: Callable[[Path], list[str]],
 ) -> None:
     """
     Write `bridge/`. Collective: every rank calls.
@@ -52,6 +54,8 @@ def write(
             Options that a resumed run must share, as JSON values.
         step (`int`):
             Number of updates done.
+        parts (`Callable[[Path], list[str]]`):
+            Names what the parent has written beside the plain model, of a folder where all ranks have written it.
     """
     folder = checkpoint / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +64,12 @@ def write(
         torch.save(shared, folder / "shared.pt")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        marker = {"global_step": step, "world_size": accelerator.num_processes, "requirements": requirements}
+        marker = {
+            "global_step": step,
+            "world_size": accelerator.num_processes,
+            "requirements": requirements,
+            "parts": parts(checkpoint),
+        }
         partial = folder / (_MARKER + ".partial")
         partial.write_text(json.dumps(marker, indent=2))
         partial.replace(folder / _MARKER)
@@ -98,8 +107,10 @@ def missing_part(checkpoint: Path) -> str | None:
         return TRAINER_STATE_NAME
     if state["global_step"] != marker["global_step"]:
         return f"{FOLDER}/{_MARKER} of step {state['global_step']} (it is of step {marker['global_step']})"
+    if "parts" not in marker:
+        return f"the list of parts in {FOLDER}/{_MARKER} (it is of an earlier release)"
     ranks = range(marker["world_size"])
-    names = [f"{FOLDER}/shared.pt", *(f"{FOLDER}/rank-{rank}.pt" for rank in ranks), OPTIMIZER_NAME, SCHEDULER_NAME]
+    names = [f"{FOLDER}/shared.pt", *(f"{FOLDER}/rank-{rank}.pt" for rank in ranks), *marker["parts"]]
     names += ["rng_state.pth"] if len(ranks) == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
     # The parent passes over a missing optimizer or random state without a word.
     absent = next((name for name in names if not (checkpoint / name).is_file()), None)

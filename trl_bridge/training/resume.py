@@ -1,5 +1,6 @@
 """Saving and resuming: the parent's checkpoint, and `bridge/` beside it."""
 
+import functools
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from transformers.utils import logging
 from trl import GRPOTrainer
 
 from . import checkpoint as checkpoints
+from .backends import Backend, backend_for
 
 
 logger = logging.get_logger(__name__)
@@ -24,10 +26,19 @@ class ResumableTrainer(GRPOTrainer):
     through `shared_state` and `load_shared_state`.
     """
 
+    @functools.cached_property
+    def backend(self) -> Backend:
+        """How gradients, weights and checkpoints are reached on this way of training."""
+        return backend_for(self.accelerator)
+
     # What subclasses add
 
     def shared_state(self) -> dict[str, Any]:
         """State that all ranks have alike: tensors and plain Python values, read back with `weights_only=True`."""
+        return {}
+
+    def local_state(self) -> dict[str, Any]:
+        """State that each rank has of its own, of the same kinds."""
         return {}
 
     @property
@@ -38,8 +49,14 @@ class ResumableTrainer(GRPOTrainer):
     def load_shared_state(self, state: dict[str, Any]) -> None:
         """Take over what `shared_state` returned."""
 
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        """Take over what `local_state` returned, after `load_shared_state`."""
+
     def load_best_shared_state(self, state: dict[str, Any]) -> None:
         """Take over the weights of the best checkpoint, and no more, from what `shared_state` returned there."""
+
+    def load_best_local_state(self, state: dict[str, Any]) -> None:
+        """Take over the weights of the best checkpoint, and no more, from what `local_state` returned there."""
 
     def resume_requirements(self) -> dict[str, Any]:
         """Options that a resumed run must share with the checkpoint, as JSON values."""
@@ -92,6 +109,7 @@ class ResumableTrainer(GRPOTrainer):
             Path(output_dir),
             self.accelerator,
             local={
+                **self.local_state(),
                 "step": self._step,
                 "buffered_inputs": self._buffered_inputs,
                 "metrics": dict(self._metrics["train"]),
@@ -101,6 +119,7 @@ class ResumableTrainer(GRPOTrainer):
             shared=self.shared_state() if self.accelerator.is_main_process else {},
             requirements=self.resume_requirements(),
             step=self.state.global_step,
+            parts=self.backend.checkpoint_parts,
         )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -115,11 +134,19 @@ class ResumableTrainer(GRPOTrainer):
         self.entropy_coef = local["entropy_coef"]
         self._last_world_entropy = local["last_world_entropy"]
         self.load_shared_state(checkpoints.read_shared(folder))
+        self.load_local_state(local)
         self._advance_sampler(int(self.state.epoch or 0))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self.load_best_shared_state(checkpoints.read_shared(Path(str(self.state.best_model_checkpoint))))
+        best = Path(str(self.state.best_model_checkpoint))
+        self.load_best_shared_state(checkpoints.read_shared(best))
+        self.load_best_local_state(checkpoints.read_local(best, self.accelerator.process_index))
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        # What an exception left behind in an earlier call of `train` is not gone on with; a resume loads its own.
+        self._step, self._buffered_inputs, self._entropy_window_stats = 0, None, None
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The parent looks for the end after an update only: resuming a finished run would make one more.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import DistributedType, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset
 from torch import nn
 from transformers import (
@@ -20,7 +20,6 @@ from transformers import (
 from trl import GRPOConfig
 
 from .._upstream import add_demonstration_head, plain_copy, without_reference_model
-from .backend import Backend
 from .resume import ResumableTrainer
 from .rollouts import RolloutRecord
 
@@ -51,6 +50,8 @@ class StudentTrainer(ResumableTrainer):
     """
 
     config_class: type[GRPOConfig] = GRPOConfig
+    # Whether the update is tested where the weights are spread over the ranks (FSDP2, DeepSpeed).
+    shards = False
 
     def __init__(
         self,
@@ -101,7 +102,12 @@ class StudentTrainer(ResumableTrainer):
             raise NotImplementedError(
                 "The load-balancing loss of Mixture-of-Experts models is not supported. Set `router_aux_loss_coef=0`."
             )
-        self.backend = Backend(self.accelerator)
+        self.backend.check(args)
+        kind = self.accelerator.distributed_type
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and not self.shards:
+            raise NotImplementedError(
+                f"{owner} has not been tested with {kind.value}. Launch it on one device, or with DDP (torchrun)."
+            )
         plain: Any = self._plain_model
         head_owner = plain.get_base_model() if is_peft_model(plain) else plain
         add_demonstration_head(head_owner, args.cast_lm_head_to_fp32)
@@ -140,7 +146,7 @@ class StudentTrainer(ResumableTrainer):
         twin = plain_copy(self._plain_model, self.temperature, self.args.cast_lm_head_to_fp32, entropy=False)
         # TRL's own reference comes fresh from `from_pretrained`, without dropout.
         twin.requires_grad_(False).eval()
-        return self.accelerator.prepare_model(twin, evaluation_mode=True)
+        return self.backend.prepare_reference(twin)
 
     def _sum_over_ranks(self, value: float) -> float:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)

@@ -87,8 +87,6 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "it saves between the coordinator's step and the student's, and a resumed run would take one of them twice. "
         "Save often (`save_steps`) in place of it",
     ),
-    "fsdp": (_is_set, "sharded training is not built yet. Launch with DDP (torchrun) or on one device"),
-    "deepspeed": (_is_set, "DeepSpeed is not built yet. Launch with DDP (torchrun) or on one device"),
 }
 
 

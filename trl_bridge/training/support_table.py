@@ -79,6 +79,7 @@ _TESTED = {
     f"{_RUN}test_rollouts_in_the_datasets_order": "shuffle_dataset",
     "tests/demonstrations/test_render.py::test_template_and_its_arguments_are_those_of_generation": "chat_template_kwargs",
     f"{_RESUME}test_resume_is_exact": "save_strategy save_steps",
+    "tests/distributed/test_backends.py::test_two_ranks_equal_the_reference": "fsdp fsdp_config deepspeed",
     f"{_RESUME}test_best_model_brings_back_its_own_coordinator_and_shadow": "load_best_model_at_end",
     f"{_RESUME}test_interrupted_save_leaves_the_previous_one": "save_total_limit",
 }
@@ -91,6 +92,12 @@ _LIMITS = {
     "optim": "those whose step reads the weights' values, or that step inside the backward",
     "off_policy_mask_threshold": "with `cooperative_gain=True`",
     "save_only_model": "with `load_best_model_at_end=True`",
+    "fsdp": "with `cast_lm_head_to_fp32=True`",
+    "fsdp_config": "FSDP1, sharded state dicts, CPU offload, its own activation checkpointing, ignored modules",
+    "deepspeed": (
+        "an optimizer or a scheduler of its own, offload, fp16, stage 0, tensor parallelism, and with "
+        "`cast_lm_head_to_fp32=True` or `log_gradient_stats=True`"
+    ),
     "load_best_model_at_end": "with `save_only_model=True`",
 }
 
@@ -119,7 +126,7 @@ _NEUTRAL = {
     "read only with tools, which are refused": "max_tool_calling_iterations",
     "read only where `use_liger_kernel=True`, which is refused": "liger_kernel_config",
     "sets `torch_compile=True`, which is refused": "torch_compile_backend torch_compile_mode",
-    "read only with FSDP or DeepSpeed, which are refused": "fsdp_config ds3_gather_for_generation",
+    "gathers the student's weights for generation, one layer at a time or at once": "ds3_gather_for_generation",
     "GRPO's loss never asks for it: its labels and token counts are its own": (
         "label_smoothing_factor label_names average_tokens_across_devices include_num_input_tokens_seen"
     ),

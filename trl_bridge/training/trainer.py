@@ -269,18 +269,21 @@ class DemonstrationTrainer(StudentTrainer):
         return loss + done
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        self.backend.before_micro_batch(model)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self.end_of_window()
+            if not self.backend.steps_in_backward:
+                self.end_of_window()
             self._finish_window()
         return loss
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         # A window that an exception cut off in an earlier call of `train` is not gone on with.
         self._window = None
-        self._entropy_window_stats = None
         self.weighting.discard_window()
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.backend.attach(self.model_wrapped, self.end_of_window)
+        return prepared
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
@@ -350,7 +353,7 @@ class DemonstrationTrainer(StudentTrainer):
             if window.weighted:
                 values["sft/weight_mean"] = total["weight_sum"] / tokens
                 values["sft/weight_zero_fraction"] = total["zero_sum"] / tokens
-        record(self, {**values, **self.weighting.metrics()})
+        record(self, {**values, **(self.weighting.metrics() if self.demonstrations_due() else {})})
 
     # Saving and resuming
 

@@ -1,0 +1,124 @@
+"""What is run on two ranks, by way of training. Imported by the tests and by the script that torchrun starts."""
+
+import copy
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from tests.harness import small_model
+
+
+SGD = {"optim": "sgd", "learning_rate": 0.1}
+# What accelerate and DeepSpeed need to train on a CPU, or as TRL's own accelerate configs have it.
+SHARDED = {"use_cpu": False}
+FSDP = {**SHARDED, "fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": False}}
+
+
+def zero(stage, **changes):
+    config = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        # A torch optimizer on the CPU is not on DeepSpeed's list.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": stage,
+            **({"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {}),
+        },
+    }
+    config["zero_optimization"].update(changes)
+    return {**SHARDED, "deepspeed": config}
+
+
+DDP_CASES = {
+    "adamw": {},
+    "sgd, grpo, metrics": {**SGD, "loss_type": "grpo", "bridge_lambda": 0.3, "log_gradient_stats": True},
+    "pairing": {"sft_pairing": "prompt", "gradient_checkpointing": True},
+    "likelihood": {"sft_weighting": "likelihood"},
+    "judge and verdict": {"sft_weighting": "judge_verdict", "judge_window": 2},
+    # SGD: Adam turns the rounding of gradients that are zero (the KL at the start) into full steps.
+    "generation within a window": {"gradient_accumulation_steps": 4, "steps_per_generation": 2, "beta": 0.1, **SGD},
+}  # fmt: skip
+
+FSDP_CASES = {
+    "adamw, decay, weights on one rank": {
+        **FSDP, "weight_decay": 0.1, "max_grad_norm": 0.3, "model": {"absent": True},
+        "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True},
+    },
+    "sgd, metrics, uneven rows": {
+        **FSDP, **SGD, "loss_type": "grpo", "bridge_lambda": 0.3, "log_gradient_stats": True, "temperature": 0.7,
+        "model": {"odd_rows": True},
+    },
+    "reference, cosine": {**FSDP, **SGD, "beta": 0.1, "lr_scheduler_type": "cosine", "gradient_checkpointing": True},
+    "gain off, tied": {**FSDP, "cooperative_gain": False, "model": {"tie_word_embeddings": True}},
+    "reset, tied": {**FSDP, "shadow_reset_steps": 2, "model": {"tie_word_embeddings": True}},
+    "selective": {**FSDP, "preset": "selective", "gradient_accumulation_steps": 1},
+    "bf16": {**FSDP, **SGD, "bf16": True},
+    "reentrant": {**FSDP, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "by name, loaded by the main process": {
+        **FSDP, **SGD, "beta": 0.1, "model": {"by_name": True}, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True},
+    },
+}  # fmt: skip
+
+REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+
+ZERO_CASES = {
+    "zero-1": {**zero(1), "weight_decay": 0.1, "max_grad_norm": 0.3},
+    "zero-1, reference, reset": {**zero(1), **SGD, "beta": 0.1, "shadow_reset_steps": 2, "model": {"odd_rows": True}},
+    "zero-2, grpo, checkpointing": {
+        **zero(2), **SGD, "loss_type": "grpo", "bridge_lambda": 0.3, "temperature": 0.7, "gradient_checkpointing": True,
+    },
+    "zero-2, selective": {**zero(2), "preset": "selective", "gradient_accumulation_steps": 1},
+    "zero-3, reentrant": {**zero(3, stage3_param_persistence_threshold=0), **REENTRANT, "model": {"odd_rows": True}},
+    "zero-3, reference, tied": {
+        **zero(3), **SGD, "beta": 0.1, "lr_scheduler_type": "cosine", "model": {"tie_word_embeddings": True},
+    },
+    "zero-3, gain off": {**zero(3), "cooperative_gain": False, "weight_decay": 0.1, "max_grad_norm": 0.3},
+    "zero-3, by name": {
+        **zero(3, stage3_param_persistence_threshold=0), **SGD, "beta": 0.1, "model": {"by_name": True}, "gradient_checkpointing": True,
+    },
+    "zero-1, bf16": {**zero(1), **SGD, "bf16": True},
+    "zero-2, bf16": {**zero(2), **SGD, "bf16": True},
+    "zero-3, bf16": {**zero(3), **SGD, "bf16": True},
+}  # fmt: skip
+
+CASES = {"ddp": DDP_CASES, "fsdp": FSDP_CASES, "deepspeed": ZERO_CASES}
+
+_LATE = {"num_iterations": 2, "steps_per_generation": 4}
+RESUMES = {
+    "ddp": {"judge": {**_LATE, "sft_weighting": "judge_verdict"}},
+    "fsdp": {"judge": {**FSDP, **_LATE, "sft_weighting": "judge_verdict", "model": {"odd_rows": True}}},
+    "deepspeed": {"zero-2": {**zero(2), **_LATE}, "zero-3": {**zero(3, stage3_param_persistence_threshold=0)}},
+}
+
+
+def model_of(changes: dict, output_dir: Path | None = None):
+    """The model of a case, alike on all ranks; or the folder that it is to be loaded from (`by_name`), or nothing (`absent`)."""
+    changes = dict(changes)
+    by_name, odd, absent = (changes.pop(name, False) for name in ("by_name", "odd_rows", "absent"))
+    model = small_model(**changes)
+    if odd:
+        config = copy.deepcopy(model.config)
+        config.intermediate_size = 33
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            model = type(model)(config).eval()
+    if absent and output_dir is not None and os.environ["RANK"] != "0":
+        # What a rank may hold that waits for the main process's weights.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(torch.nan)
+    if not by_name or output_dir is None:
+        return model
+    folder = output_dir / "base"
+    if int(os.environ["RANK"]) == 0:
+        model.save_pretrained(folder)
+        (folder / "done").touch()
+    while not (folder / "done").exists():
+        time.sleep(0.1)
+    return str(folder)

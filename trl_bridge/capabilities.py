@@ -1,0 +1,206 @@
+"""
+What each method is, and in which ways of training it is tested, untested or refused.
+
+`docs/methods.md` is printed from here (`python -m trl_bridge.capabilities`); a method without an entry, or a test that
+does not exist, fails a test.
+"""
+
+import sys
+from typing import NamedTuple
+
+from .methods import FAMILIES, METHODS
+
+
+WAYS = ("full", "LoRA", "DDP", "FSDP2", "ZeRO-1/2/3", "vLLM", "resume")
+"""Full fine-tuning, a LoRA student (`peft_config`), backends, vLLM's rollouts (with a stand-in engine), exact resume."""
+
+REFUSED, UNTESTED = "refused", "untested"
+
+
+class Capability(NamedTuple):
+    """
+    A method's entry.
+
+    Attributes:
+        paper (`str`):
+            Where the method comes from.
+        extra_state (`str`):
+            What it keeps beside the student and its optimizer.
+        ways (`dict[str, str]`):
+            For each of [`WAYS`] the test (`path::function`) that covers it, or `"refused"` or `"untested"`. Every file
+            is below `tests/`.
+    """
+
+    paper: str
+    extra_state: str
+    ways: dict[str, str]
+
+
+_BACKENDS = "distributed/test_backends.py::test_two_ranks_equal_the_reference"
+_STREAMS = "distributed/test_streams.py::test_two_ranks_equal_the_reference"
+_GROUPS = "distributed/test_groups.py::test_two_ranks_equal_the_reference"
+_ALL_METHODS = "baselines/test_all_methods.py::"
+
+
+def _ways(file: str, **changes: str) -> dict[str, str]:
+    """Entries of a file that follows the others' names; `changes` by lower-case way (`zero` for ZeRO)."""
+    stream = file in ("naive_mix", "alternating", "chord")
+    equals = "test_updates_equal_reference" if file == "alternating" else "test_update_equals_reference"
+    own = f"baselines/test_{file}.py::"
+    ways = {
+        "full": own + (equals if stream else "test_update_equals_the_reference"),
+        "lora": own + "test_update_of_a_lora_student" if stream else _ALL_METHODS + "test_lora_student",
+        "ddp": _STREAMS if stream else _GROUPS,
+        "fsdp2": REFUSED,
+        "zero": REFUSED,
+        "vllm": _ALL_METHODS + "test_limits_are_grpo_with_vllm_to_the_bit",
+        "resume": own + ("test_stop_and_resume" if stream else "test_resume_is_exact"),
+    }
+    return dict(zip(WAYS, {**ways, **changes}.values(), strict=True))
+
+
+_ENTRIES = {
+    "bridge": Capability(
+        "arXiv 2509.06948",
+        "coordinator, shadow, stream",
+        {
+            "full": "bridge/test_update.py::test_update_equals_reference",
+            "LoRA": REFUSED,
+            "DDP": _BACKENDS,
+            "FSDP2": _BACKENDS,
+            "ZeRO-1/2/3": _BACKENDS,
+            "vLLM": "bridge/test_options_run.py::test_vllm_ratios_reach_the_shadow",
+            "resume": "bridge/test_resume.py::test_resume_is_exact",
+        },
+    ),
+    "naive-mix": Capability("baseline of arXiv 2504.14945", "stream", _ways("naive_mix")),
+    "alternating": Capability("baseline of arXiv 2509.06948", "stream", _ways("alternating")),
+    "chord": Capability("arXiv 2508.11408", "stream", _ways("chord")),
+    "luffy": Capability(
+        "arXiv 2504.14945",
+        "none",
+        _ways("luffy", vllm="baselines/test_luffy.py::test_vllm_corrects_own_tokens_alone"),
+    ),
+    "srft": Capability("arXiv 2506.19767", "none", _ways("srft", vllm="baselines/test_srft.py::test_vllm")),
+    "hpt": Capability(
+        "arXiv 2509.04419; SuperRL: 2506.01096",
+        "none",
+        _ways(
+            "hpt",
+            lora="baselines/test_hpt.py::test_lora_student",
+            vllm=_ALL_METHODS + "test_update_with_vllm_equals_the_reference",
+        ),
+    ),
+    "relift": Capability(
+        "arXiv 2506.07527",
+        "buffer, second optimizer",
+        _ways(
+            "relift",
+            lora="baselines/test_relift.py::test_lora_student_and_its_reference",
+            ddp="distributed/test_groups.py::test_relift_on_two_ranks_equals_the_reference",
+        ),
+    ),
+    "uft": Capability(
+        "arXiv 2505.16984",
+        "none",
+        _ways("uft", vllm=_ALL_METHODS + "test_update_with_vllm_equals_the_reference"),
+    ),
+    "prefix-rft": Capability(
+        "arXiv 2507.01679",
+        "none",
+        _ways("prefix_rft", vllm="baselines/test_prefix_rft.py::test_vllm_corrects_own_tokens_alone"),
+    ),
+    "actguide": Capability(
+        "arXiv 2605.12004",
+        "none",
+        _ways(
+            "actguide",
+            lora="baselines/test_actguide.py::test_lora_student_and_its_reference",
+            ddp="distributed/test_groups.py::test_actguide_on_two_ranks_equals_the_reference",
+            vllm="baselines/test_actguide.py::test_vllm_keeps_guided_rows",
+        ),
+    ),
+    "two-stage": Capability(
+        "cold start of arXiv 2501.12948",
+        "which stage is done",
+        dict(
+            zip(
+                WAYS,
+                (
+                    "test_two_stage.py::test_is_sft_and_then_grpo",
+                    "test_two_stage.py::test_one_adapter_goes_through_both_stages",
+                    UNTESTED,
+                    REFUSED,
+                    REFUSED,
+                    UNTESTED,
+                    "test_two_stage.py::test_a_run_that_is_cut_off_ends_as_one_that_is_not",
+                ),
+                strict=True,
+            )
+        ),
+    ),
+}
+
+
+def capabilities() -> dict[str, Capability]:
+    """
+    The entries of our methods, in the order of [`METHODS`].
+
+    Raises:
+        KeyError: a method has none.
+    """
+    ours = [name for name, method in METHODS.items() if method.trainer.startswith("trl_bridge.")]
+    return {name: _ENTRIES[name] for name in ours}
+
+
+def _cell(entry: str, tests: list[str]) -> str:
+    if entry in (REFUSED, UNTESTED):
+        return entry
+    if entry not in tests:
+        tests.append(entry)
+    return f"tested [{tests.index(entry) + 1}]"
+
+
+def as_markdown() -> str:
+    """The page `docs/methods.md`."""
+    lines = [
+        "# Methods",
+        "",
+        "One interface, one data schema, one set of metric names: every trainer is a `GRPOTrainer` with its own config, and "
+        "a verb of `trl-bridge`. The docstring of each holds its formula, its source and every deviation; "
+        "[baselines.md](baselines.md) says how to choose and how to compare them.",
+        "",
+        "This page is printed by `python -m trl_bridge.capabilities`.",
+        "",
+        "| verb | trainer | what | reads | source | state beside the student |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    table, tests = [], list[str]()
+    for name, entry in capabilities().items():
+        method = METHODS[name]
+        reads = FAMILIES[method.family].split(";")[0]
+        trainer = method.trainer.rpartition(".")[2]
+        lines.append(f"| `{name}` | `{trainer}` | {method.summary} | {reads} | {entry.paper} | {entry.extra_state} |")
+        table.append(f"| `{name}` | " + " | ".join(_cell(entry.ways[way], tests) for way in WAYS) + " |")
+    lines += [
+        "",
+        "TRL's own `grpo` and `sft` are verbs too.",
+        "",
+        "## What is tested",
+        "",
+        "*Tested*: the test with that number runs it and compares with the float64 reference, or bit for bit. *Refused*: an "
+        "error at start-up says so. *Untested*: nothing stands in the way that we know of, and nobody has looked. vLLM is "
+        "tested with a stand-in for the engine. `BridgeTrainer`'s `peft_config` is its coordinator, so its student is never "
+        "a LoRA.",
+        "",
+        "| method | " + " | ".join(WAYS) + " |",
+        "| --- " * (len(WAYS) + 1) + "|",
+        *table,
+        "",
+        *(f"{number}. `tests/{test}`" for number, test in enumerate(tests, start=1)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(as_markdown())

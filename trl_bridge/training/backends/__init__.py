@@ -1,0 +1,41 @@
+"""How gradients and weights are reached on each way of training. The only place that knows them."""
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from .base import Backend
+from .weights import Rows, RowWeights, Weights, copy_rows_, gradient_of
+
+
+__all__ = ["Backend", "RowWeights", "Rows", "Weights", "backend_for", "copy_rows_", "gradient_of"]
+
+
+def backend_for(accelerator: Accelerator) -> Backend:
+    """
+    The backend of a trainer.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator of the trainer.
+
+    Returns:
+        [`Backend`]: one process, DDP, FSDP2, or DeepSpeed ZeRO-1, 2 or 3.
+
+    Raises:
+        NotImplementedError: another way of training, or an option of this one, cannot be had; the message names it.
+    """
+    kind = accelerator.distributed_type
+    # Imported where used: DeepSpeed is an extra.
+    if kind == DistributedType.FSDP:
+        from .fsdp import FSDP2Backend
+
+        return FSDP2Backend(accelerator)
+    if kind == DistributedType.DEEPSPEED:
+        from .zero import ZeroBackend
+
+        return ZeroBackend(accelerator)
+    if kind in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        return Backend(accelerator)
+    raise NotImplementedError(
+        f"Training with {kind} is not supported. Launch on one device, or with DDP (torchrun), FSDP2 or DeepSpeed."
+    )

@@ -1,0 +1,195 @@
+"""One process and DDP: every pass but a window's last runs unsynced, and the last one averages the sum."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+
+from .sharding import shard, sharded_copy
+from .weights import Reducer, RowWeights, Weights, copy_rows_
+
+
+_FLAT_ELEMENTS = 2**25  # 128 MiB of float32 in each all-reduce: few launches, and a bounded extra copy
+
+
+class Backend(Reducer):
+    """
+    How gradients and weights are reached: one process, or DDP with a replica on each rank.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator of the trainer.
+    """
+
+    # Whether the engine steps inside the window's last backward.
+    steps_in_backward = False
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+
+    def check(self, args: Any) -> None:
+        """
+        Refuse options that cannot be had on this backend.
+
+        Args:
+            args ([`DemonstrationConfig`](training.config.DemonstrationConfig)):
+                Arguments of the trainer.
+
+        Raises:
+            NotImplementedError, ValueError: the option at fault is named, with what to change.
+        """
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.accelerator.num_processes
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+        return self.accelerator.process_index
+
+    @property
+    def keeps_master(self) -> bool:
+        """Whether weights in 16 bits have a float32 master that the optimizer steps on."""
+        return False
+
+    @property
+    def loads_everywhere(self) -> bool:
+        """Whether every rank holds the model's weights in the trainer's constructor."""
+        return True
+
+    @property
+    def shards_copies(self) -> bool:
+        """Whether the models that stand beside the student are spread over the ranks."""
+        return self.world_size > 1
+
+    # The student's passes
+
+    def attach(self, model: nn.Module, before_step: Callable[[], None]) -> None:
+        """
+        Once the student is prepared, and before each call of `train`.
+
+        Args:
+            model (`nn.Module`):
+                The wrapped student.
+            before_step (`Callable`):
+                What has to run between a window's last backward and the student's step; called here only by backends
+                that step in the backward.
+        """
+
+    def before_micro_batch(self, model: nn.Module) -> None:
+        """Before a micro-batch's first forward."""
+
+    @contextlib.contextmanager
+    def earlier_pass(self, model: nn.Module) -> Iterator[None]:
+        """Forward and backward of a pass that is not the micro-batch's last: gradients stay on their rank."""
+        with self.accelerator.no_sync(model):
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward of an earlier pass, outside the autocast that `compute_loss` is called under."""
+        with torch.autocast(device_type=loss.device.type, enabled=False):
+            self.accelerator.backward(loss)
+
+    def weights(self, model: nn.Module) -> Weights:
+        """The student's weights and gradients; `model` is the unwrapped student as it stands now."""
+        return Weights(model, self)
+
+    # Models beside the student
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """Forward and backward of a model that stands beside the student."""
+        yield
+
+    def backward_beside(self, loss: torch.Tensor) -> None:
+        """Backward of a model beside the student, outside the autocast that `compute_loss` is called under."""
+        with torch.autocast(device_type=loss.device.type, enabled=False):
+            loss.backward()
+
+    def outline(self, model: PreTrainedModel, copy: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+        """A copy of the unwrapped student without memory for weights, which `place` fills."""
+        return sharded_copy(model, copy)
+
+    def place(self, outline: PreTrainedModel, source: Weights) -> RowWeights:
+        """
+        Spread an outline over the ranks and fill it with the student's weights. Collective.
+
+        Args:
+            outline ([`~transformers.PreTrainedModel`]):
+                What `outline` returned; sharded in place.
+            source ([`Weights`]):
+                The prepared student's weights.
+
+        Returns:
+            [`RowWeights`]: the weights of the sharded copy.
+        """
+        return shard(outline, source, self, self.accelerator.device, self.sharding_policy())
+
+    def sharding_policy(self) -> Any:
+        """Precision of the sharded copies' passes (`MixedPrecisionPolicy`); `None` leaves it to autocast."""
+        return None
+
+    def prepare_reference(self, twin: PreTrainedModel) -> nn.Module:
+        """Prepare a frozen copy of the student for evaluation, as the parent prepares its reference."""
+        return self.accelerator.prepare_model(twin, evaluation_mode=True)
+
+    def fill_reference(self, reference: nn.Module, source: Weights) -> None:
+        """Overwrite a prepared reference with the student's weights. Collective."""
+        weights = Weights(self.accelerator.unwrap_model(reference), self)
+        copy_rows_(weights.held(), weights, source)
+
+    # Saving
+
+    def checkpoint_parts(self, checkpoint: Path) -> list[str]:
+        """
+        What the parent's checkpoint must hold for an exact resume beside the plain model, as paths inside it.
+
+        Args:
+            checkpoint (`Path`):
+                The `checkpoint-N` folder, with these parts written.
+        """
+        return [OPTIMIZER_NAME, SCHEDULER_NAME]
+
+    # Reductions
+
+    def average_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Average tensors over ranks, in place and in flat pieces."""
+        self._reduce(tensors, self.world_size)
+
+    def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Sum tensors over ranks, in place and in flat pieces."""
+        self._reduce(tensors, 1)
+
+    def broadcast_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give every rank the main process's values, in place."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor, src=0)
+
+    def _reduce(self, tensors: Iterable[torch.Tensor], divisor: int) -> None:
+        if self.world_size == 1:
+            return
+        piece: list[torch.Tensor] = []
+        for tensor in tensors:
+            if piece and sum(t.numel() for t in piece) + tensor.numel() > _FLAT_ELEMENTS:
+                _reduce_flat(piece, divisor)
+                piece = []
+            piece.append(tensor)
+        if piece:
+            _reduce_flat(piece, divisor)
+
+
+def _reduce_flat(tensors: list[torch.Tensor], divisor: int) -> None:
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    torch.distributed.all_reduce(flat)
+    flat /= divisor
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))

@@ -1,0 +1,90 @@
+"""FSDP2: every pass averages its rows, since unsynced ones would hold the full gradient on each rank."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.trainer import SCHEDULER_NAME
+from trl.models import prepare_fsdp
+
+from .base import Backend
+from .refusals import refuse_fsdp
+from .weights import RowWeights, Weights, copy_rows_
+
+
+class FSDP2Backend(Backend):
+    """
+    `fully_shard` through accelerate (`fsdp_version: 2`).
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator of the trainer.
+
+    Raises:
+        NotImplementedError: an FSDP option cannot be had; the message names it.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        super().__init__(accelerator)
+        refuse_fsdp(accelerator.state.fsdp_plugin)
+
+    def check(self, args: Any) -> None:
+        if args.cast_lm_head_to_fp32:
+            raise NotImplementedError(
+                "`cast_lm_head_to_fp32` is not supported under FSDP: the head shares the precision of its group. Set it "
+                "to False."
+            )
+
+    @property
+    def loads_everywhere(self) -> bool:
+        return not self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
+
+    @property
+    def shards_copies(self) -> bool:
+        return True
+
+    def before_micro_batch(self, model: Any) -> None:
+        # The parent's loop has switched it off for all micro-batches but the window's last.
+        model.set_requires_gradient_sync(True)
+
+    @contextlib.contextmanager
+    def earlier_pass(self, model: nn.Module) -> Iterator[None]:
+        yield
+
+    def weights(self, model: nn.Module) -> Weights:
+        prepared = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        return RowWeights(model, self) if prepared else _UnpreparedWeights(model, self)
+
+    def sharding_policy(self) -> Any:
+        return self.accelerator.state.fsdp_plugin.mixed_precision_policy
+
+    def prepare_reference(self, twin: PreTrainedModel) -> nn.Module:
+        reference: Any = prepare_fsdp(twin, self.accelerator)
+        return reference
+
+    def fill_reference(self, reference: nn.Module, source: Weights) -> None:
+        weights = RowWeights(reference, self)
+        copy_rows_(weights.held(), weights, source)
+
+    def checkpoint_parts(self, checkpoint: Path) -> list[str]:
+        return [f"{OPTIMIZER_NAME}.bin", f"{FSDP_MODEL_NAME}.bin", SCHEDULER_NAME]
+
+
+class _UnpreparedWeights(Weights):
+    """Before `prepare`: whole where they were loaded, which may be the main process alone."""
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        return self.whole(name)[first:last]
+
+    def whole(self, name: str) -> torch.Tensor:
+        # `prepare` gives every rank the main process's values, whatever the others hold.
+        value = self.parameters[name].detach().clone()
+        self.backend.broadcast_([value])
+        return value

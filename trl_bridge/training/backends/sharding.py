@@ -1,0 +1,75 @@
+"""A copy of the student that is spread over the ranks by hand, beside a student of any backend."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel
+
+from .weights import Reducer, RowWeights, Weights, copy_rows_
+
+
+def sharded_copy(model: PreTrainedModel, plain_copy: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """
+    Copy a model's modules and buffers, with weights that have shapes but no memory.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Unwrapped model, before its backend has prepared it. Under ZeRO-3 its weights may be partitioned already.
+        plain_copy (`Callable`):
+            Copies the model; called with `memo`, the table of objects that `copy.deepcopy` need not copy.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: the copy, its weights on the `meta` device, tied where the model's are.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        blank = torch.empty(shape, dtype=torch.float32, device="meta")
+        memo[id(parameter)] = nn.Parameter(blank, requires_grad=parameter.requires_grad)
+    return plain_copy(model, memo=memo)
+
+
+def shard(
+    outline: PreTrainedModel, source: Weights, backend: Reducer, device: torch.device, policy: Any
+) -> RowWeights:
+    """
+    Spread an outline over all ranks, layer by layer, and fill it. No rank ever holds more than one weight of it whole.
+
+    Args:
+        outline ([`~transformers.PreTrainedModel`]):
+            What `sharded_copy` returned; changed in place.
+        source ([`Weights`]):
+            Weights to fill it with.
+        backend ([`Reducer`]):
+            Reduces over ranks.
+        device (`torch.device`):
+            Where the rows are held.
+        policy ([`~torch.distributed.fsdp.MixedPrecisionPolicy`], *optional*):
+            Precision of forward and backward.
+
+    Returns:
+        [`RowWeights`]: the copy's weights, float32, filled.
+    """
+    buffers = {name: copy.deepcopy(buffer) for name, buffer in outline.named_buffers()}
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(device.type, (backend.world_size,)),
+        "mp_policy": policy or MixedPrecisionPolicy(),
+    }
+    layers = set(outline._no_split_modules or [])
+    for module in outline.modules():
+        if type(module).__name__ in layers:
+            fully_shard(module, **options)
+    fully_shard(outline, **options)
+    outline.to_empty(device=device)
+    outline.tie_weights()
+    with torch.no_grad():
+        for name, buffer in outline.named_buffers():
+            buffer.copy_(buffers[name])
+    weights = RowWeights(outline, backend)
+    copy_rows_(weights.held(), weights, source)
+    return weights

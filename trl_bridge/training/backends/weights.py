@@ -1,0 +1,191 @@
+"""The weights of a model and their gradients, as this rank holds them: whole, or some rows of each."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+# Rows first to last of an addition to a weight, in the weight's own orientation.
+Rows = Callable[[int, int], torch.Tensor]
+
+
+class Weights:
+    """
+    Whole on each rank: one process, or replicas that DDP keeps alike.
+
+    Args:
+        model (`nn.Module`):
+            Plain model, unwrapped.
+        backend:
+            Reduces over ranks (see [`Backend`](training.backends.base.Backend)).
+    """
+
+    # Whether each rank holds some rows only.
+    spread = False
+    # Whether gradients must be read as they come (`watch`), because the engine takes them away.
+    watched = False
+
+    def __init__(self, model: nn.Module, backend: "Reducer"):
+        self.backend = backend
+        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of the whole weight."""
+        return self.parameters[name].shape
+
+    def bounds(self, name: str) -> tuple[int, int]:
+        """First row that this rank holds, and the one after its last."""
+        return 0, self.parameters[name].size(0)
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Rows of a weight, not to be written to. Collective where weights are spread over ranks."""
+        return self.parameters[name].detach()[first:last]
+
+    def whole(self, name: str) -> torch.Tensor:
+        """A whole weight on every rank, not to be written to. Collective where weights are spread over ranks."""
+        return self.parameters[name].detach()
+
+    def held(self) -> dict[str, torch.Tensor]:
+        """The rows that this rank holds, by name, to be written to."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def gradient(self, name: str) -> torch.Tensor:
+        """Accumulated gradient of the rows that this rank holds; zero where no loss has reached them."""
+        return gradient_of(self.parameters[name])
+
+    def watch(self, name: str, hook: Callable[[torch.Tensor], None]) -> None:
+        """Call a function with each gradient of a whole weight, of this rank and before any reduction."""
+        self.parameters[name].register_hook(hook)
+
+    def leaves(self) -> dict[str, nn.Parameter]:
+        """What an ordinary optimizer steps on, by name."""
+        return self.parameters
+
+    def refresh(self, leaves: Mapping[str, nn.Parameter]) -> None:
+        """Bring rows and gradients into what `leaves` returned, before the optimizer steps."""
+
+    def clear_gradients(self) -> None:
+        """Forget the accumulated gradient."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def add_(self, name: str, rows: Rows) -> None:
+        """Add to a weight what a function of first and last row returns."""
+        weight = self.parameters[name].detach()
+        weight.add_(rows(*self.bounds(name)).to(weight.dtype))
+
+    def average_unsynced_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Average over ranks what was read off gradients before the window's last backward, in place."""
+        self.backend.average_(tensors)
+
+    def add_up_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Sum over ranks what was read off the rows that each of them holds, in place."""
+
+    def complete_(self, tensors: Iterable[torch.Tensor], synced: bool) -> None:
+        """
+        Make linear functions of the gradients on this rank those of the whole gradient, averaged over ranks.
+
+        Args:
+            tensors (`Iterable[torch.Tensor]`):
+                Contiguous tensors, changed in place.
+            synced (`bool`):
+                Whether the window's last backward is over.
+        """
+        tensors = list(tensors)
+        if not synced:
+            self.average_unsynced_(tensors)
+        self.add_up_(tensors)
+
+
+class RowWeights(Weights):
+    """Spread over ranks by rows, as `fully_shard` does; every backward leaves the average of this rank's rows."""
+
+    spread = True
+
+    def bounds(self, name: str) -> tuple[int, int]:
+        parameter = self.parameters[name]
+        # As `torch.chunk` cuts: the last ranks may hold fewer rows, or none.
+        size = -(-parameter.size(0) // self.backend.world_size)
+        first = min(self.backend.rank * size, parameter.size(0))
+        return first, min(first + size, parameter.size(0))
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        if (first, last) == self.bounds(name):
+            return local(self.parameters[name].detach())
+        return self.whole(name)[first:last]
+
+    def whole(self, name: str) -> torch.Tensor:
+        return self.parameters[name].detach().full_tensor()
+
+    def held(self) -> dict[str, torch.Tensor]:
+        return {name: local(parameter.detach()) for name, parameter in self.parameters.items()}
+
+    def gradient(self, name: str) -> torch.Tensor:
+        return local(gradient_of(self.parameters[name]))
+
+    def leaves(self) -> dict[str, nn.Parameter]:
+        return {name: nn.Parameter(piece) for name, piece in self.held().items()}
+
+    def refresh(self, leaves: Mapping[str, nn.Parameter]) -> None:
+        # FSDP may move its rows to other memory, at its first forward.
+        for name, piece in self.held().items():
+            leaves[name].data = piece
+            leaves[name].grad = self.gradient(name)
+
+    def add_(self, name: str, rows: Rows) -> None:
+        weight = local(self.parameters[name].detach())
+        weight.add_(rows(*self.bounds(name)).to(weight.dtype))
+
+    def average_unsynced_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Nothing: each backward has averaged already."""
+
+    def add_up_(self, tensors: Iterable[torch.Tensor]) -> None:
+        self.backend.sum_(tensors)
+
+
+class Reducer:
+    """What weights need of a backend."""
+
+    world_size: int
+    rank: int
+
+    def average_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Average tensors over ranks, in place."""
+        raise NotImplementedError
+
+    def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Sum tensors over ranks, in place."""
+        raise NotImplementedError
+
+    def broadcast_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give every rank the main process's values, in place."""
+        raise NotImplementedError
+
+
+def gradient_of(parameter: nn.Parameter) -> torch.Tensor:
+    """The gradient of a parameter; zero where no loss has reached it."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The rows of a tensor that this rank holds, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def copy_rows_(pieces: Mapping[str, torch.Tensor], holder: Weights, source: Weights) -> None:
+    """
+    Overwrite the rows that a rank holds of one model with those of another. Collective.
+
+    Args:
+        pieces (`Mapping[str, torch.Tensor]`):
+            What `holder.held()` returned.
+        holder ([`Weights`]):
+            Weights that are written to.
+        source ([`Weights`]):
+            Weights that are read, of the same names.
+    """
+    with torch.no_grad():
+        for name, piece in pieces.items():
+            piece.copy_(source.rows(name, *holder.bounds(name)))

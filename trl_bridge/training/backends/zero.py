@@ -1,0 +1,217 @@
+"""
+DeepSpeed ZeRO-1, 2 and 3: the engine steps inside a window's last backward and takes gradients away as they come.
+
+So the coordinator's projection is summed up by tensor hooks, what has to run before the student's step is run at the
+head of the engine's own `step`, and what is added to the weights is added to their float32 master, from which that step
+refreshes the working weights.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from accelerate import Accelerator
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param, safe_set_local_fp32_param
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import PreTrainedModel
+from transformers.trainer import SCHEDULER_NAME
+from trl.models import prepare_deepspeed
+
+from ..._upstream import outside_zero3, without_gradient_sync
+from .base import Backend
+from .refusals import refuse_deepspeed
+from .weights import Rows, Weights
+
+
+class ZeroBackend(Backend):
+    """
+    DeepSpeed ZeRO through accelerate, with an optimizer of torch.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator of the trainer.
+
+    Raises:
+        NotImplementedError: a DeepSpeed option cannot be had; the message names it.
+    """
+
+    steps_in_backward = True
+
+    def __init__(self, accelerator: Accelerator):
+        super().__init__(accelerator)
+        self.stage = accelerator.state.deepspeed_plugin.zero_stage
+        self.config = accelerator.state.deepspeed_plugin.deepspeed_config
+        self._before_step: Callable[[], None] = _nothing
+        refuse_deepspeed(self.stage, self.config)
+
+    def check(self, args: Any) -> None:
+        if args.cast_lm_head_to_fp32:
+            raise NotImplementedError(
+                "`cast_lm_head_to_fp32` is not supported under DeepSpeed: the engine casts the whole model. Set it to "
+                "False."
+            )
+        if getattr(args, "log_gradient_stats", False):
+            raise NotImplementedError(
+                "`log_gradient_stats` is not supported under DeepSpeed: the engine takes the gradients away. Set it to "
+                "False."
+            )
+
+    @property
+    def keeps_master(self) -> bool:
+        return bool(self.config.get("bf16", {}).get("enabled", False))
+
+    @property
+    def shards_copies(self) -> bool:
+        return True
+
+    def attach(self, model: nn.Module, before_step: Callable[[], None]) -> None:
+        self._before_step = before_step
+        if "step" in vars(model):  # an earlier call of `train`
+            return
+        engine: Any = model
+        engine_step = engine.step
+
+        @functools.wraps(engine_step)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self._before_step()
+            return engine_step(*args, **kwargs)
+
+        engine.step = step
+
+    @contextlib.contextmanager
+    def earlier_pass(self, model: nn.Module) -> Iterator[None]:
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # Around the backward alone: the parent's loss reads the flag too.
+        with torch.autocast(device_type=loss.device.type, enabled=False), without_gradient_sync(self.accelerator):
+            self.accelerator.backward(loss, scale_wrt_gas=False)
+
+    def weights(self, model: nn.Module) -> Weights:
+        parameters = list(model.parameters())
+        if any(hasattr(p, "_z3_optimizer") or hasattr(p, "_hp_mapping") for p in parameters):
+            return ZeroWeights(model, self)
+        return _PartitionedWeights(model, self) if _partitioned(parameters) else Weights(model, self)
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        with outside_zero3():
+            yield
+
+    def sharding_policy(self) -> Any:
+        # There is no autocast under DeepSpeed: the engine's model computes in bfloat16 throughout.
+        if not self.keeps_master:
+            return None
+        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+    def outline(self, model: PreTrainedModel, copy: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+        with outside_zero3():
+            return super().outline(model, copy)
+
+    def prepare_reference(self, twin: PreTrainedModel) -> nn.Module:
+        return prepare_deepspeed(twin, self.accelerator)
+
+    def fill_reference(self, reference: nn.Module, source: Weights) -> None:
+        for name, parameter in self.accelerator.unwrap_model(reference).named_parameters():
+            value = source.whole(name)
+            with _gathered(parameter, write=True), torch.no_grad():
+                if self.rank == 0 or not hasattr(parameter, "ds_id"):
+                    parameter.copy_(value)
+
+    def checkpoint_parts(self, checkpoint: Path) -> list[str]:
+        folder = (checkpoint / "latest").read_text().strip()
+        states = sorted(f"{folder}/{file.name}" for file in (checkpoint / folder).iterdir())
+        return ["latest", *states, SCHEDULER_NAME]
+
+
+class ZeroWeights(Weights):
+    """Of a prepared engine: read from and written to the float32 master; gradients pass by the hooks alone."""
+
+    watched = True
+
+    def shape(self, name: str) -> torch.Size:
+        return _shape(self.parameters[name])
+
+    def bounds(self, name: str) -> tuple[int, int]:
+        return 0, self.shape(name)[0]
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        return self.whole(name)[first:last]
+
+    def whole(self, name: str) -> torch.Tensor:
+        parameter = self.parameters[name]
+        if not hasattr(parameter, "ds_id") and parameter.dtype == torch.float32:
+            return parameter.detach()  # equal to the master between updates
+        return safe_get_full_fp32_param(parameter).detach().view(self.shape(name))
+
+    def held(self) -> dict[str, torch.Tensor]:
+        raise NotImplementedError("DeepSpeed's pieces are not rows.")
+
+    def gradient(self, name: str) -> torch.Tensor:
+        raise NotImplementedError("DeepSpeed keeps no gradients to read.")
+
+    def add_(self, name: str, rows: Rows) -> None:
+        parameter = self.parameters[name]
+        flat = rows(*self.bounds(name)).reshape(-1)
+        if hasattr(parameter, "ds_id"):
+            piece = safe_get_local_fp32_param(parameter)
+            first = min(self.backend.rank * piece.numel(), flat.numel())
+            mine = flat[first : first + piece.numel()]  # the last rank's piece is padded
+            changed = piece.detach().reshape(-1).clone()
+            changed[: mine.numel()] += mine
+            safe_set_local_fp32_param(parameter, changed)
+            return
+        mapping = parameter._hp_mapping
+        if mapping is not None:  # ranks without a piece of this weight have none
+            address = mapping.lp_fragment_address
+            mapping.hp_fragment.add_(flat.narrow(0, address.start, address.numel).view_as(mapping.hp_fragment))
+
+    def complete_(self, tensors: Iterable[torch.Tensor], synced: bool) -> None:
+        # The hooks see this rank's gradients, before any reduction.
+        self.backend.average_(tensors)
+
+
+class _PartitionedWeights(Weights):
+    """Loaded under `zero3_init_flag`, before the engine is made."""
+
+    def shape(self, name: str) -> torch.Size:
+        return _shape(self.parameters[name])
+
+    def bounds(self, name: str) -> tuple[int, int]:
+        return 0, self.shape(name)[0]
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        return self.whole(name)[first:last]
+
+    def whole(self, name: str) -> torch.Tensor:
+        with _gathered(self.parameters[name]):
+            return self.parameters[name].detach().clone()
+
+    def add_(self, name: str, rows: Rows) -> None:
+        parameter = self.parameters[name]
+        with _gathered(parameter, write=True):
+            if self.backend.rank == 0:
+                parameter.data.add_(rows(*self.bounds(name)).to(parameter.dtype))
+
+
+def _nothing() -> None:
+    """Before `attach`."""
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _partitioned(parameters: Iterable[nn.Parameter]) -> bool:
+    return any(hasattr(parameter, "ds_id") for parameter in parameters)
+
+
+def _gathered(parameter: nn.Parameter, write: bool = False) -> Any:
+    if not hasattr(parameter, "ds_id"):
+        return contextlib.nullcontext()
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if write else None)
