@@ -64,6 +64,12 @@ def test_quickstart(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "outputs" / "quickstart-bridge" / "model.safetensors").is_file()
 
 
+def test_consulting_a_helper(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_example("consult_a_helper.py", monkeypatch, "--steps", 2, "--sft_steps", 2)
+    assert "| 1 to 1 | " in capsys.readouterr().out
+
+
 def test_a_method_of_ones_own(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run_example("add_a_method.py", monkeypatch, "--steps", 2)

@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 _SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
 
 _LAZY = {
+    "ActGuideConfig": "trl_bridge.baselines.actguide_config",
+    "ActGuideTrainer": "trl_bridge.baselines.actguide",
     "AlternatingConfig": "trl_bridge.baselines.alternating",
     "AlternatingTrainer": "trl_bridge.baselines.alternating",
     "BridgeConfig": "trl_bridge.bridge.config",
@@ -47,6 +49,8 @@ _LAZY = {
 }
 
 __all__ = [
+    "ActGuideConfig",
+    "ActGuideTrainer",
     "AlternatingConfig",
     "AlternatingTrainer",
     "BridgeConfig",
@@ -79,6 +83,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from . import rewards
+    from .baselines.actguide import ActGuideTrainer
+    from .baselines.actguide_config import ActGuideConfig
     from .baselines.alternating import AlternatingConfig, AlternatingTrainer
     from .baselines.chord import CHORDConfig, CHORDTrainer
     from .baselines.expert_config import ExpertConfig

@@ -110,6 +110,16 @@ _ENTRIES = {
         "none",
         _ways("prefix_rft", vllm="baselines/test_prefix_rft.py::test_vllm_corrects_own_tokens_alone"),
     ),
+    "actguide": Capability(
+        "arXiv 2605.12004",
+        "none",
+        _ways(
+            "actguide",
+            lora="baselines/test_actguide.py::test_lora_student_and_its_reference",
+            ddp="distributed/test_groups.py::test_actguide_on_two_ranks_equals_the_reference",
+            vllm="baselines/test_actguide.py::test_vllm_keeps_guided_rows",
+        ),
+    ),
     "two-stage": Capability(
         "cold start of arXiv 2501.12948",
         "which stage is done",

@@ -115,6 +115,13 @@ _ALL = (
         "Prefix-RFT: one rollout of the group continues a prefix of the expert's",
     ),
     Method(
+        "actguide",
+        "trl_bridge.ActGuideTrainer",
+        "trl_bridge.ActGuideConfig",
+        "group",
+        "ActGuide: groups without a success are rolled out anew with as little guidance as works",
+    ),
+    Method(
         "two-stage",
         "trl_bridge.TwoStageTrainer",
         "trl_bridge.TwoStageConfig",

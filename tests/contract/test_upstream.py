@@ -21,6 +21,7 @@ from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_h
 import trl_bridge
 from tests.harness import small_config, small_model, small_trainer
 from trl_bridge import (
+    ActGuideTrainer,
     AlternatingTrainer,
     BridgeTrainer,
     CHORDTrainer,
@@ -51,6 +52,7 @@ GROUP = (
     ReLIFTTrainer,
     UFTTrainer,
     PrefixRFTTrainer,
+    ActGuideTrainer,
 )
 OURS = (ResumableTrainer, StudentTrainer, DemonstrationTrainer, _Bridge, *STREAM, *GROUP)
 
@@ -62,6 +64,7 @@ SIGNATURES = {
     "trl.GRPOTrainer.training_step": "(self, model, inputs, num_items_in_batch)",
     "trl.GRPOTrainer._prepare_inputs": "(self, generation_batch)",
     "trl.GRPOTrainer._generate_and_score_completions": "(self, inputs)",
+    "trl.GRPOTrainer._generate": "(self, prompts)",
     "trl.GRPOTrainer._generate_single_turn": "(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False)",
     "trl.GRPOTrainer._calculate_rewards": "(self, inputs, prompts, completions, completion_ids_list)",
     "trl.GRPOTrainer._get_per_token_logps_and_entropies": "(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, compute_aux_loss=False, pixel_values=None, image_grid_thw=None, num_images=None, pixel_attention_mask=None, spatial_shapes=None, num_tiles=None, image_sizes=None, token_type_ids=None, mm_token_type_ids=None, image_position_ids=None)",
@@ -116,12 +119,16 @@ OWN_NAMES = {
     "_finish_window",
     "_forked_rng",
     "_frozen_copy",
+    "_guided_log_probs",
+    "_guided_rows",
     "_log_update",
     "_measure",
+    "_parent_scores_old_policy",
     "_plain_model",
     "_put_among_rollouts",
     "_rate_factor",
     "_rate_group",
+    "_record_guidance",
     "_record_prefixes",
     "_record_rewards",
     "_rng_state",
@@ -130,6 +137,7 @@ OWN_NAMES = {
     "_score_completions",
     "_set_initial_mean",
     "_set_rng_state",
+    "_sft_share",
     "_sft_term",
     "_step_coordinator",
     "_sum_over_ranks",
@@ -171,6 +179,7 @@ OWN_NAMES = {
     "reduce",
     "resolve_weighting",
     "resume_requirements",
+    "sample_apart",
     "save_coordinator",
     "sft_coefficient",
     "sft_pass",

@@ -7,6 +7,7 @@ import torch
 
 import trl_bridge
 from tests.baselines.groups import StopAt, group_trainer, options, recording
+from tests.baselines.test_actguide import watching as watching_guidance
 from tests.baselines.test_relift import watching
 from tests.baselines.test_uft import hint_rows
 from trl_bridge.methods import METHODS
@@ -30,16 +31,20 @@ CASES = {
     "relift": {"buffer_size": 5, "sft_per_device_train_batch_size": 2, "success_threshold": 9.0, **SGD},
     "uft": {"hint_steps": 3, "hint_coef": 0.5, **SGD},
     "prefix-rft": {"scale_rewards": "group", **SGD},
+    # Hard groups on one rank, on both and on none, in different batches.
+    "actguide": {"hard_threshold": 2.0, "probe_rollouts": 6, "beta": 0.1, **SGD},
 }
-RESUMED = ("hpt", "relift")
+RESUMED = ("hpt", "relift", "actguide")
+WATCHING = {"relift": watching, "actguide": watching_guidance}
 
 
 def build(name, folder, recorded=False, **changes):
     trainer_class = getattr(trl_bridge, METHODS[name].trainer.rpartition(".")[2])
     if recorded:
-        trainer_class = watching() if name == "relift" else recording(trainer_class)
+        trainer_class = WATCHING[name]() if name in WATCHING else recording(trainer_class)
     options = {**ROWS, **CASES[name], **changes}
-    return group_trainer(folder, trainer_class, train_dataset=hint_rows(every=2), **options)
+    rows = hint_rows(every=2, steps=name == "actguide")
+    return group_trainer(folder, trainer_class, train_dataset=rows, **options)
 
 
 def main(folder: Path) -> None:
@@ -56,6 +61,7 @@ def main(folder: Path) -> None:
             "log": [entry for entry in trainer.state.log_history if "loss" in entry],
             "shared": trainer.shared_state(),
             "taken": getattr(trainer, "taken", None),
+            "born": getattr(trainer, "born", None),
         }
         torch.save(record, folder / f"{name}-{rank}.pt")
     for name in RESUMED:

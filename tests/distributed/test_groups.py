@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.baselines import test_relift
+from tests.baselines import test_actguide, test_relift
 from tests.baselines.groups import replay_recorded
 from tests.baselines.test_hpt import hpt_loss
 from tests.baselines.test_luffy import luffy_loss
@@ -62,6 +62,21 @@ def test_relift_on_two_ranks_equals_the_reference(folder):
     assert any(run.taken)
     errors, _ = test_relift.replay(run)
     assert max(errors) < TOLERANCE
+
+
+def test_actguide_on_two_ranks_equals_the_reference(folder):
+    ranks = load(folder, "actguide")
+    run = _joined(ranks)
+    steps = len(run.windows)
+    extra = {"delta": run.args.delta, "gamma": run.args.shaping_gamma, "world_size": 2}
+    o = {**run.options, **extra, "schedule": lambda step: (steps - step) / steps}
+    # Guided rows on either rank alone in some batch, and a group of them on both ranks.
+    guided = [
+        [int(batch["guided"].sum()) if "guided" in batch else 0 for window in rank["windows"] for batch in window]
+        for rank in ranks
+    ]
+    assert any(a != b for a, b in zip(*guided, strict=True)) and sum(map(sum, guided)) >= 8, guided
+    assert max(replay_recorded(run, run.initial_model, test_actguide.guide_loss(run), o)) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", CASES)

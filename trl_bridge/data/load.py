@@ -10,6 +10,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict,
 from .addition import addition_dataset, addition_pairs
 from .files import READERS, read_files
 from .reasoning_gym_tasks import reasoning_gym_dataset
+from .routes import routes_dataset
 from .sources import load_source
 
 
@@ -19,6 +20,7 @@ AnyDataset: TypeAlias = Dataset | IterableDataset
 AnyDatasetDict: TypeAlias = DatasetDict | IterableDatasetDict
 
 _ADDITION = "builtin:addition"
+_ROUTES = "builtin:routes"
 _REASONING_GYM = "reasoning-gym:"
 _SOURCE = "source:"
 
@@ -31,6 +33,7 @@ def load_named_dataset(name: str, config: str | None = None, streaming: bool = F
         name (`str`):
             One of
                 - `"builtin:addition"`: sums of two numbers, see [`~trl_bridge.data.addition.addition_dataset`];
+                - `"builtin:routes"`: routes of least cost, see [`~trl_bridge.data.routes.routes_dataset`];
                 - `"reasoning-gym:TASK"`: a reasoning-gym task, see
                   [`~trl_bridge.data.reasoning_gym_tasks.reasoning_gym_dataset`];
                 - `"source:NAME"`: a public dataset in one schema, and `"source:NAME@PATH"`: a local copy of it, see
@@ -53,6 +56,8 @@ def load_named_dataset(name: str, config: str | None = None, streaming: bool = F
     """
     if name == _ADDITION:
         return _call(_addition, name, config)
+    if name == _ROUTES:
+        return _call(routes_dataset, name, config)
     if name.startswith(_REASONING_GYM):
         return _call(reasoning_gym_dataset, name, config, task=name.removeprefix(_REASONING_GYM))
     if name.startswith(_SOURCE):

@@ -1,4 +1,4 @@
-"""`trl-bridge data`: list, show, check and prepare datasets."""
+"""`trl-bridge data`: list, show, check, prepare and generate datasets."""
 
 import argparse
 import sys
@@ -25,7 +25,7 @@ _SCHEMA = """Columns:
   expert      a string, messages, or a list of either: demonstrations, for the methods that take them row by row
 
 Generated, nothing is downloaded:
-  builtin:addition, reasoning-gym:TASK
+  builtin:addition, builtin:routes, reasoning-gym:TASK
 
 Sources (`source:NAME@PATH` reads a local copy of the raw data):"""
 
@@ -61,19 +61,20 @@ def main(argv: list[str] | None = None) -> int:
     shown = datasets.are_progress_bars_disabled() is False
     datasets.disable_progress_bars()
     try:
-        return {"show": _show, "check": _check, "prepare": _prepare}[options.action](options)
+        return {"show": _show, "check": _check, "prepare": _prepare, "routes": _routes}[options.action](options)
     finally:
         if shown:
             datasets.enable_progress_bars()
 
 
 def _parser() -> ToolParser:
-    parser = ToolParser(prog="trl-bridge data", description="List, show, check and prepare datasets.")
+    parser = ToolParser(prog="trl-bridge data", description="List, show, check, prepare and generate datasets.")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     actions.add_parser("ls", help="list the sources, and the columns that the trainers read")
     show = actions.add_parser("show", help="show a dataset's first rows, with --model as tokens")
     check = actions.add_parser("check", help="check a dataset: exit code 0 if it is sound, 1 if not")
     prepare = actions.add_parser("prepare", help="write a dataset as JSONL or Parquet")
+    routes = actions.add_parser("routes", help="generate route tasks: a training and a test file, no row in both")
     for action in (show, check, prepare):
         _add_dataset_options(action)
     for action in (show, check):
@@ -85,7 +86,9 @@ def _parser() -> ToolParser:
     prepare.add_argument(
         "--max_prompt_length", type=int, help="drop rows with longer prompts, in tokens (needs --model)"
     )
-    prepare.add_argument("--force", action="store_true", help="overwrite a file that exists")
+    _add_route_options(routes)
+    for action in (prepare, routes):
+        action.add_argument("--force", action="store_true", help="overwrite a file that exists")
     return parser
 
 
@@ -119,6 +122,24 @@ def _add_check_options(parser: argparse.ArgumentParser) -> None:
         help="benchmarks that the rows must not share questions with, as `eval` takes them: math500,mine.jsonl,...",
     )
     parser.add_argument("--ngram", type=int, default=13, help="shared run of words that counts as overlap (13)")
+
+
+def _add_route_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output_dir", required=True, metavar="FOLDER", help="where train and test are written")
+    parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="kind of the files (jsonl)")
+    for name, default, what in (
+        ("size", 500, "training rows"),
+        ("test_size", 100, "test rows"),
+        ("seed", 0, "seed of everything"),
+        ("min_lines", 2, "fewest lines of a network, from 2"),
+        ("max_lines", 4, "most lines of a network, up to 8"),
+        ("min_stops", 3, "fewest stops of a line, from 3"),
+        ("max_stops", 5, "most stops of a line, up to 10"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} ({default})")
+    parser.add_argument(
+        "--criteria", help="what counts, as in time+comfort, of time, price, comfort and reliability (drawn by row)"
+    )
 
 
 def _list() -> int:
@@ -193,13 +214,35 @@ def _prepare(options: argparse.Namespace) -> int:
             raise ValueError(f"no row of {options.name} is sound: run `trl-bridge data check`")
     if options.max_prompt_length is not None:
         rows = within_prompt_length(rows, loaded.tokenizer, options.max_prompt_length, options.name)
+    _write(rows, output)
+    lines.append(f"wrote {len(rows)} of {len(loaded.rows)} rows to {output}: {', '.join(rows.column_names)}")
+    return _say(lines)
+
+
+def _routes(options: argparse.Namespace) -> int:
+    from ..data.routes import routes_dataset
+
+    files = {split: Path(options.output_dir) / f"{split}.{options.format}" for split in ("train", "test")}
+    for path in files.values():
+        if path.exists() and not options.force:
+            raise UsageError(f"{path} exists; --force overwrites it")
+    names = "size test_size seed min_lines max_lines min_stops max_stops criteria".split()
+    splits = routes_dataset(**{name: getattr(options, name) for name in names})
+    lines = []
+    for split, path in files.items():
+        rows = splits[split]
+        _write(rows, path)
+        counts = ", ".join(f"{rows['difficulty'][:].count(level)} of {level}" for level in range(2, 7))
+        lines.append(f"wrote {len(rows)} rows to {path}; by difficulty {counts}")
+    return _say(lines)
+
+
+def _write(rows: "Dataset", output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".parquet":
         rows.to_parquet(output)
     else:
         rows.to_json(output, force_ascii=False)
-    lines.append(f"wrote {len(rows)} of {len(loaded.rows)} rows to {output}: {', '.join(rows.column_names)}")
-    return _say(lines)
 
 
 def _load(options: argparse.Namespace) -> _Loaded:
