@@ -321,3 +321,9 @@ def test_env_prints_versions(capsys):
     assert cli.main(["env"]) == 0
     shown = capsys.readouterr().out
     assert "TRL version" in shown and "trl-bridge version" in shown
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = f"{sys.executable} -m trl_bridge recipes ls | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""

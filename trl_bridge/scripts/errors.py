@@ -36,6 +36,10 @@ def user_errors(program: str, only_ours: bool = False) -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:
+        # The reader of a pipe has seen enough (`| head`). Python would write once more when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except _USER_ERRORS as error:
         if os.environ.get(DEBUG_VARIABLE) or (only_ours and not _raised_here(error.__traceback__)):
             raise
