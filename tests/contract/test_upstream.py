@@ -117,7 +117,6 @@ OWN_NAMES = {
     "_entropy",
     "_expert_term",
     "_finish_window",
-    "_forked_rng",
     "_frozen_copy",
     "_guided_log_probs",
     "_guided_rows",

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from .._upstream import decay_groups, isolated_bookkeeping, optimizer_for, plain_copy
 from ..training.backends import Weights
 from ..training.metrics import record
+from ..training.randomness import forked_torch_rng
 from ..training.trainer import DemonstrationTrainer
 from ..training.verdicts import missing_columns
 from .adapter import save_adapter
@@ -236,7 +237,11 @@ class BridgeTrainer(DemonstrationTrainer):
         shared = {"old_per_token_logps": student[0], **inputs}
         trained = shared if self.args.shadow_importance_sampling else _without_old(inputs)
         self.shadow.model.train(self.model.training)
-        with self._forked_rng(), isolated_bookkeeping(self, self._entropy_control), self.backend.beside():
+        with (
+            forked_torch_rng(self.accelerator.device),
+            isolated_bookkeeping(self, self._entropy_control),
+            self.backend.beside(),
+        ):
             self._set_rng_state(self._rng_before_policy)
             loss = self._compute_loss(self.shadow.model, trained)
             self.backend.backward_beside(loss)

@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..demonstrations.render import _Renderer
+from ..demonstrations.render import Renderer
 from ..demonstrations.rows import prompt_key
 from ..rewards import check_golds, knights_knaves_reward
 from .lengths import prompt_tokens
@@ -219,9 +219,9 @@ def _has_demonstrations(dataset: Dataset) -> bool:
     return bool({"prompt", "completion"} <= columns or columns & {"messages", "conversations", "text"})
 
 
-def _renderer(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> _Renderer:
+def _renderer(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> Renderer:
     # One row at a time: training stops at the first row that does not render, and here all of them are wanted.
-    return _Renderer(tokenizer, None, kwargs, [tokenizer.eos_token_id], "dataset", None)
+    return Renderer(tokenizer, None, kwargs, [tokenizer.eos_token_id], "dataset", None)
 
 
 def _demonstration_lengths(

@@ -87,7 +87,7 @@ def render_demonstrations(
             f"`sft_max_length` must be at least 2 (a prompt's token and a trained one), got {max_length}."
         )
     eos_token_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    renderer = _Renderer(
+    renderer = Renderer(
         processing_class, chat_template, chat_template_kwargs or {}, eos_token_ids, source, source_rows
     )
     rendered = dataset.with_format(None).map(
@@ -104,7 +104,7 @@ def render_demonstrations(
 
 
 @dataclasses.dataclass
-class _Renderer:
+class Renderer:
     """Renders one row: `(row, index) -> {"input_ids", "labels", "row", "prompt_key"}`."""
 
     processing_class: PreTrainedTokenizerBase | ProcessorMixin

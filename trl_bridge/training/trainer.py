@@ -1,7 +1,6 @@
 """The template: GRPO with a demonstration stream."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from ..objectives.sft import demonstration_loss
 from .config import DemonstrationConfig
 from .demonstrations import Demonstrations
 from .metrics import record
-from .randomness import forked_python_rng
+from .randomness import forked_python_rng, forked_torch_rng
 from .rollouts import RolloutObserver
 from .student import StudentTrainer
 from .verdicts import collect_verdicts, missing_columns
@@ -264,7 +263,7 @@ class DemonstrationTrainer(StudentTrainer):
             self.rollouts.observe(inputs)
             self.between_passes(model, inputs)
         # The stream's randomness (dropout) is its own: RL samples as if it were not there.
-        with self._forked_rng():
+        with forked_torch_rng(self.accelerator.device):
             loss = self.demonstration_weight() * self.demonstration_pass(model, window)
         return loss + done
 
@@ -303,7 +302,7 @@ class DemonstrationTrainer(StudentTrainer):
         window = Window(shares=shares, num_tokens=int(self._sum_over_ranks(float(tokens))), sums=sums)
         if self.weighting.needs_verdicts:
             # A reward function may draw random numbers; RL's own go on as if it had not been asked.
-            with self._forked_rng(), forked_python_rng():
+            with forked_torch_rng(self.accelerator.device), forked_python_rng():
                 collect_verdicts(self, [index for share in shares for index in share])
         self.weighting.begin_window()
         if self.weighting.needs_initial_mean:
@@ -324,7 +323,7 @@ class DemonstrationTrainer(StudentTrainer):
     def _set_initial_mean(self, model: nn.Module, shares: list[list[int]]) -> None:
         # The first window has no past to take the mean from: one more forward, this once, gives its own.
         total = torch.zeros(2, dtype=torch.float64)
-        with torch.no_grad(), self._forked_rng():
+        with torch.no_grad(), forked_torch_rng(self.accelerator.device):
             for share in shares:
                 log_probs, mask, _ = self._score(model, share)
                 raw: Any = self.weighting.raw(log_probs, mask)
@@ -401,10 +400,3 @@ class DemonstrationTrainer(StudentTrainer):
         with torch.no_grad(), self.accelerator.autocast():
             outputs = model(**self.demonstrations.batch(share), use_cache=False, fused_lm_head=True)
         return (outputs.log_probs * outputs.label_mask).sum(dim=1)
-
-    @contextlib.contextmanager
-    def _forked_rng(self) -> Iterator[None]:
-        device = self.accelerator.device
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices, enabled=True):
-            yield
