@@ -70,6 +70,23 @@ def test_the_hub_is_asked_for_the_pinned_revision(name, hub, caplog):
     assert warned == (source.revision is None)
 
 
+def test_a_commit_can_be_pinned(hub, caplog):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    load_named_dataset("source:limr", f"revision={commit}")
+    assert hub[0][1]["revision"] == commit
+    assert not any("not pinned" in record.message for record in caplog.records)
+    with pytest.raises(ValueError, match="local copy, which has no `revision`"):
+        load_named_dataset(f"source:limr@{FIXTURES / 'limr'}.raw.jsonl", f"revision={commit}")
+
+
+def test_the_commit_that_was_read_is_said(monkeypatch, caplog):
+    rows, commit = Dataset.from_list(raw("limr")), "89abcdef0123456789abcdef0123456789abcdef"
+    rows.info.download_checksums = {f"hf://datasets/GAIR/LIMR@{commit}/limr.json": {"num_bytes": 1}}
+    monkeypatch.setattr(sources, "load_dataset", lambda *_, **__: DatasetDict({"train": rows}))
+    load_named_dataset("source:limr")
+    assert any(f"`revision={commit}`" in record.message for record in caplog.records)
+
+
 def test_revisions_are_whole_commits():
     for source in SOURCES.values():
         assert source.revision is None or (len(source.revision) == 40 and int(source.revision, 16))

@@ -5,6 +5,7 @@ The datasets of the paper and of the methods it is compared with, by name and in
 """
 
 import difflib
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +34,8 @@ class Source(NamedTuple):
         hub_id (`str`):
             Dataset on the hub.
         revision (`str`, *optional*):
-            Commit on the hub; `None` where it is not known, which is said when the source is loaded.
+            Commit on the hub; `None` where it is not known: then the commit that was read is said when the source is
+            loaded, and `revision=` pins it.
         files (`dict[str, str]`):
             Pattern of the files of each split, with the parameters in braces; empty where the hub's own layout decides.
         columns (`tuple[str, ...]`):
@@ -174,7 +176,7 @@ def find_source(name: str) -> Source:
 
 
 def load_source(
-    name: str, streaming: bool = False, traces: int = 1, **parameters: Any
+    name: str, streaming: bool = False, traces: int = 1, revision: str | None = None, **parameters: Any
 ) -> DatasetDict | IterableDatasetDict:
     """
     Load a source from the hub or from a local copy of its raw data.
@@ -187,6 +189,8 @@ def load_source(
             Passed to [`~datasets.load_dataset`].
         traces (`int`, *optional*, defaults to `1`):
             With more than 1, the column `expert` holds up to so many right traces of each prompt.
+        revision (`str`, *optional*):
+            Commit on the hub to read, in place of the source's own.
         **parameters:
             The source's own parameters, such as `people=3`.
 
@@ -203,29 +207,47 @@ def load_source(
     source = find_source(name)
     for key in parameters:
         if key not in source.parameters:
-            known = ", ".join(["traces", *source.parameters])
+            known = ", ".join(["traces", "revision", *source.parameters])
             raise ValueError(f"source:{name} has no parameter {key!r}; it has: {known}")
     if traces < 1 or (traces > 1 and not source.has_traces):
         raise ValueError(f"source:{name}: `traces` must be 1{' or more' if source.has_traces else ''}, got {traces}")
     values = {**source.parameters, **parameters}
     files = {split: pattern.format(**values) for split, pattern in source.files.items()}
-    raw = _local(source, path, files, streaming) if path else _hub(source, files, streaming)
+    if path and revision is not None:
+        raise ValueError(f"source:{name}@{path} is a local copy, which has no `revision`; leave one of the two out")
+    commit = None if revision is None else str(revision)
+    raw = _local(source, path, files, streaming) if path else _hub(source, files, streaming, commit)
     return type(raw)({split: _converted(source, rows, traces) for split, rows in raw.items()})
 
 
-def _hub(source: Source, files: Mapping[str, str], streaming: bool) -> DatasetDict | IterableDatasetDict:
-    if source.revision is None:
-        warn(
-            f"source:{source.name}: the revision of {source.hub_id} is not pinned, so the rows may change under you. Keep "
-            f"a copy, and read it as source:{source.name}@PATH."
-        )
+def _hub(
+    source: Source, files: Mapping[str, str], streaming: bool, revision: str | None
+) -> DatasetDict | IterableDatasetDict:
+    revision = revision or source.revision
     try:
-        return load_dataset(source.hub_id, revision=source.revision, data_files=files or None, streaming=streaming)
+        raw = load_dataset(source.hub_id, revision=revision, data_files=files or None, streaming=streaming)
     except OSError as error:
         raise OSError(
             f"{source.hub_id} cannot be read from the hub ({error}). A local copy of its files can be given as "
             f"source:{source.name}@PATH."
         ) from error
+    if revision is None:
+        commit = _commit_of(raw)
+        pin = f"`revision={commit}` (the commit just read)" if commit else "`revision=` and the commit that you mean"
+        warn(
+            f"source:{source.name}: the revision of {source.hub_id} is not pinned, so the rows may change under you. Add "
+            f"{pin} to its parameters, or keep a copy, and read it as source:{source.name}@PATH."
+        )
+    return raw
+
+
+def _commit_of(raw: DatasetDict | IterableDatasetDict) -> str | None:
+    """The commit in the addresses of the files that were read: `hf://datasets/NAME@COMMIT/FILE`."""
+    for rows in raw.values():
+        for address in rows.info.download_checksums or {}:
+            if found := re.search(r"@([0-9a-f]{40})/", address):
+                return found[1]
+    return None
 
 
 def _local(source: Source, path: str, files: Mapping[str, str], streaming: bool) -> DatasetDict | IterableDatasetDict:
