@@ -37,7 +37,7 @@ from trl_bridge import (
 from trl_bridge._upstream import isolated_bookkeeping, policy_objective
 from trl_bridge.baselines.shaping import ShapedTrainer
 from trl_bridge.bridge.trainer import BridgeTrainer as _Bridge
-from trl_bridge.training.resume import ResumableTrainer
+from trl_bridge.training.resume import BufferResumable, Resumable, ResumableTrainer
 from trl_bridge.training.student import StudentTrainer
 from trl_bridge.training.trainer import DemonstrationTrainer
 
@@ -54,7 +54,8 @@ GROUP = (
     PrefixRFTTrainer,
     ActGuideTrainer,
 )
-OURS = (ResumableTrainer, StudentTrainer, DemonstrationTrainer, _Bridge, *STREAM, *GROUP)
+BASES = (Resumable, BufferResumable, ResumableTrainer, StudentTrainer, DemonstrationTrainer)
+OURS = (*BASES, _Bridge, *STREAM, *GROUP)
 
 # Parameters and defaults of what is overridden or called, without annotations.
 SIGNATURES = {
@@ -165,6 +166,7 @@ OWN_NAMES = {
     "load_best_local_state",
     "load_best_shared_state",
     "load_local_state",
+    "load_progress_state",
     "load_shared_state",
     "local_state",
     "policy_due",
@@ -173,6 +175,7 @@ OWN_NAMES = {
     "policy_pass",
     "policy_weight",
     "prefix_floor",
+    "progress_state",
     "prompts_differ_in_group",
     "reads_steps",
     "reduce",
@@ -291,8 +294,13 @@ def _subclasses(cls):
     return found
 
 
+def _parent(cls):
+    """The class upstream that a trainer stands on first."""
+    return next(base for base in cls.__mro__ if not base.__module__.startswith("trl_bridge."))
+
+
 def test_all_trainers_are_looked_at():
-    found = _subclasses(GRPOTrainer)
+    found = _subclasses(Trainer)
     rooms = {cls for cls in found if cls.__module__.split(".")[1] in ("training", "bridge", "baselines")}
     assert rooms == set(OURS)
 
@@ -304,7 +312,7 @@ def _defined(cls):
 
 @pytest.mark.parametrize("cls", OURS, ids=lambda cls: cls.__name__)
 def test_names_are_the_parents_or_our_own(cls):
-    unknown = {name for name in _defined(cls) if not hasattr(GRPOTrainer, name)} - OWN_NAMES
+    unknown = {name for name in _defined(cls) if not hasattr(_parent(cls), name)} - OWN_NAMES
     assert not unknown, f"{unknown}: overrides of nothing? If they are new, add them to OWN_NAMES"
 
 
@@ -325,7 +333,7 @@ def test_own_attributes(grpo, bridge):
 @pytest.mark.parametrize("cls", OURS, ids=lambda cls: cls.__name__)
 def test_overrides_take_what_the_parent_takes(cls):
     for name in _defined(cls):
-        ours, theirs = inspect.unwrap(vars(cls)[name]), getattr(GRPOTrainer, name, None)
+        ours, theirs = inspect.unwrap(vars(cls)[name]), getattr(_parent(cls), name, None)
         if not inspect.isfunction(ours) or not inspect.isfunction(theirs):
             continue
         taken = inspect.signature(ours).parameters
@@ -345,7 +353,7 @@ def _super_calls(cls):
 
 @pytest.mark.parametrize("cls", OURS, ids=lambda cls: cls.__name__)
 def test_overrides_and_super_calls_are_in_the_table(cls):
-    methods = {name for name in _defined(cls) if inspect.isfunction(getattr(GRPOTrainer, name, None))}
+    methods = {name for name in _defined(cls) if inspect.isfunction(getattr(_parent(cls), name, None))}
     used = methods | {name for name in _super_calls(cls) if name not in OWN_NAMES}
     missing = used - {name.rpartition(".")[2] for name in SIGNATURES}
     assert not missing, missing

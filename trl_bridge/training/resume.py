@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOTrainer
@@ -17,14 +18,16 @@ from .backends import Backend, backend_for
 logger = logging.get_logger(__name__)
 
 
-class ResumableTrainer(GRPOTrainer):
+class Resumable(Trainer):
     """
-    A `GRPOTrainer` that goes on from a checkpoint bit for bit.
+    The part of an exact resume that any TRL trainer can carry: `class Mine(Resumable, SFTTrainer)`.
 
-    The parent saves neither its generation buffer nor its micro-batch counter, forgets the order of a second epoch,
-    and writes its entropy controller after old checkpoints are gone; all of it is kept here, with what subclasses add
-    through `shared_state` and `load_shared_state`.
+    A side folder in the checkpoint with what subclasses add through `shared_state` and `load_shared_state`, a marker of
+    completeness written last, refusals of checkpoints that cannot be gone on with exactly, and the metrics gathered
+    since the last log.
     """
+
+    _metrics: dict[str, Any]
 
     @functools.cached_property
     def backend(self) -> Backend:
@@ -67,10 +70,17 @@ class ResumableTrainer(GRPOTrainer):
             "seed": args.seed,
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "steps_per_generation": args.steps_per_generation,
-            "num_generations": args.num_generations,
-            "num_iterations": args.num_iterations,
         }
+
+    # What the bases below add for the parent
+
+    def progress_state(self) -> dict[str, Any]:
+        """What the parent has on each rank between two updates and does not save itself."""
+        return {"metrics": dict(self._metrics["train"])}
+
+    def load_progress_state(self, state: dict[str, Any]) -> None:
+        """Take over what `progress_state` returned, before `load_shared_state`."""
+        self._metrics["train"] = defaultdict(list, state["metrics"])
 
     # The parent's methods
 
@@ -108,14 +118,7 @@ class ResumableTrainer(GRPOTrainer):
         checkpoints.write(
             Path(output_dir),
             self.accelerator,
-            local={
-                **self.local_state(),
-                "step": self._step,
-                "buffered_inputs": self._buffered_inputs,
-                "metrics": dict(self._metrics["train"]),
-                "entropy_coef": self.entropy_coef,
-                "last_world_entropy": self._last_world_entropy,
-            },
+            local={**self.local_state(), **self.progress_state()},
             shared=self.shared_state() if self.accelerator.is_main_process else {},
             requirements=self.resume_requirements(),
             step=self.state.global_step,
@@ -128,25 +131,15 @@ class ResumableTrainer(GRPOTrainer):
             return
         folder = Path(checkpoint)
         local = checkpoints.read_local(folder, self.accelerator.process_index)
-        self._step = local["step"]
-        self._buffered_inputs = _to_device(local["buffered_inputs"], self.accelerator.device)
-        self._metrics["train"] = defaultdict(list, local["metrics"])
-        self.entropy_coef = local["entropy_coef"]
-        self._last_world_entropy = local["last_world_entropy"]
+        self.load_progress_state(local)
         self.load_shared_state(checkpoints.read_shared(folder))
         self.load_local_state(local)
-        self._advance_sampler(int(self.state.epoch or 0))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         best = Path(str(self.state.best_model_checkpoint))
         self.load_best_shared_state(checkpoints.read_shared(best))
         self.load_best_local_state(checkpoints.read_local(best, self.accelerator.process_index))
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        # What an exception left behind in an earlier call of `train` is not gone on with; a resume loads its own.
-        self._step, self._buffered_inputs, self._entropy_window_stats = 0, None, None
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The parent looks for the end after an update only: resuming a finished run would make one more.
@@ -155,8 +148,33 @@ class ResumableTrainer(GRPOTrainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
-        self._train_sampler = super()._get_train_sampler(dataset)
+
+class BufferResumable(Resumable):
+    """
+    [`Resumable`] for TRL's trainers that generate for several micro-batches at once (GRPO, distillation).
+
+    They save neither their generation buffer nor their micro-batch counter, and forget the order of a second epoch.
+    """
+
+    _step: int
+    _buffered_inputs: Any
+
+    def progress_state(self) -> dict[str, Any]:
+        return {**super().progress_state(), "step": self._step, "buffered_inputs": self._buffered_inputs}
+
+    def load_progress_state(self, state: dict[str, Any]) -> None:
+        super().load_progress_state(state)
+        self._step = state["step"]
+        self._buffered_inputs = _to_device(state["buffered_inputs"], self.accelerator.device)
+        self._advance_sampler(int(self.state.epoch or 0))
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        # What an exception left behind in an earlier call of `train` is not gone on with; a resume loads its own.
+        self._step, self._buffered_inputs = 0, None
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._train_sampler = super()._get_train_sampler(*args, **kwargs)
         return self._train_sampler
 
     def _advance_sampler(self, epochs: int) -> None:
@@ -165,6 +183,39 @@ class ResumableTrainer(GRPOTrainer):
         if sampler is not None and sampler.shuffle:
             for _ in range(epochs):
                 torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+
+class ResumableTrainer(BufferResumable, GRPOTrainer):
+    """
+    A `GRPOTrainer` that goes on from a checkpoint bit for bit.
+
+    The parent writes its entropy controller after old checkpoints are gone; it is kept here too.
+    """
+
+    def resume_requirements(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            **super().resume_requirements(),
+            "steps_per_generation": args.steps_per_generation,
+            "num_generations": args.num_generations,
+            "num_iterations": args.num_iterations,
+        }
+
+    def progress_state(self) -> dict[str, Any]:
+        return {
+            **super().progress_state(),
+            "entropy_coef": self.entropy_coef,
+            "last_world_entropy": self._last_world_entropy,
+        }
+
+    def load_progress_state(self, state: dict[str, Any]) -> None:
+        super().load_progress_state(state)
+        self.entropy_coef = state["entropy_coef"]
+        self._last_world_entropy = state["last_world_entropy"]
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._entropy_window_stats = None
+        return super()._prepare_for_training(*args, **kwargs)
 
 
 def _to_device(batches: Any, device: torch.device) -> Any:
