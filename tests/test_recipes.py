@@ -88,14 +88,17 @@ def test_dots_in_a_models_name_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "_PACKAGE", tmp_path)
     assert recipes.list_recipes() == ["qwen2.5-3b/bridge"]
     assert recipes.find_recipe("qwen2.5-3b/bridge").read_text() == "# one\n"
-    assert recipes.recipe_summary("qwen2.5-3b/bridge") == "one"
+    assert recipes.summary_line(recipes.find_recipe("qwen2.5-3b/bridge")) == "one"
 
 
 def test_ls_and_cp(tmp_path, capsys):
     assert cli.main(["recipes", "ls"]) == 0
-    listed = capsys.readouterr().out.splitlines()
+    listed, configs = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
     assert [line.split()[0] for line in listed] == NAMES
     assert all(len(line.split(maxsplit=1)[1]) > 20 for line in listed)
+    assert "--accelerate_config" in configs[0]
+    assert [line.split()[0] for line in configs[1:]] == list(recipes.accelerate_configs())
+    assert all(len(line.split(maxsplit=1)[1]) > 20 for line in configs[1:])
 
     target = tmp_path / "new" / "mine.yaml"
     assert cli.main(["recipes", "cp", "smoke/bridge", str(target)]) == 0

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from . import __version__
 from .methods import METHODS
-from .recipes import copy_recipe, list_recipes, recipe_summary
+from .recipes import accelerate_configs, copy_recipe, find_recipe, list_recipes, summary_line
 from .scripts.errors import UsageError, user_errors
 
 
@@ -107,19 +107,23 @@ def recipes(argv: list[str]) -> int:
     """
     parser = _Parser(prog="trl-bridge recipes", description="Recipes shipped with trl-bridge.", allow_abbrev=False)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    actions.add_parser("ls", help="list the recipes")
-    copy = actions.add_parser("cp", help="copy a recipe to a file of your own", allow_abbrev=False)
-    copy.add_argument("name", metavar="NAME", help="name of the recipe, such as smoke/bridge")
+    actions.add_parser("ls", help="list the recipes, and the configs for `--accelerate_config`")
+    copy = actions.add_parser("cp", help="copy a recipe or a config to a file of your own", allow_abbrev=False)
+    copy.add_argument("name", metavar="NAME", help="recipe or config, such as smoke/bridge or bridge/zero3")
     copy.add_argument("file", metavar="FILE", help="file to write, or a folder that exists")
     copy.add_argument("--force", action="store_true", help="overwrite a file that exists")
     arguments = parser.parse_args(argv)
     if arguments.action == "cp":
         print(f"wrote {copy_recipe(arguments.name, arguments.file, arguments.force)}")
         return 0
-    names = list_recipes()
-    width = max(map(len, names), default=0)
-    for name in names:
-        print(f"{name:{width}}  {recipe_summary(name)}")
+    recipe_files = {name: find_recipe(name) for name in list_recipes()}
+    config_files = accelerate_configs()
+    width = max(map(len, [*recipe_files, *config_files]), default=0)
+    for name, path in recipe_files.items():
+        print(f"{name:{width}}  {summary_line(path)}")
+    print("\nFor `--accelerate_config`, beside TRL's own:")
+    for name, path in config_files.items():
+        print(f"{name:{width}}  {summary_line(path)}")
     return 0
 
 

@@ -9,11 +9,19 @@ import shutil
 from pathlib import Path
 
 
-__all__ = ["RecipeNotFoundError", "copy_recipe", "find_recipe", "list_recipes", "recipe_folder", "recipe_summary"]
+__all__ = [
+    "RecipeNotFoundError",
+    "accelerate_configs",
+    "copy_recipe",
+    "find_recipe",
+    "list_recipes",
+    "recipe_folder",
+    "summary_line",
+]
 
 _PACKAGE = Path(__file__).parent
 # Accelerate's configs are named by `--accelerate_config`, they are no recipes.
-ACCELERATE_CONFIGS = "accelerate_configs"
+_ACCELERATE_CONFIGS = "accelerate_configs"
 
 
 class RecipeNotFoundError(FileNotFoundError):
@@ -40,7 +48,19 @@ def list_recipes() -> list[str]:
     """
     folder = recipe_folder()
     paths = (path.relative_to(folder) for path in folder.rglob("*.yaml"))
-    return sorted(path.with_suffix("").as_posix() for path in paths if path.parts[0] != ACCELERATE_CONFIGS)
+    return sorted(path.with_suffix("").as_posix() for path in paths if path.parts[0] != _ACCELERATE_CONFIGS)
+
+
+def accelerate_configs() -> dict[str, Path]:
+    """
+    Configs for `accelerate launch`. Each is in a folder, so that none has the name of one of TRL's.
+
+    Returns:
+        `dict[str, Path]`: from the name, such as `bridge/zero3`, to its file; sorted.
+    """
+    folder = recipe_folder() / _ACCELERATE_CONFIGS
+    paths = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
+    return dict(sorted(paths.items()))
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -69,29 +89,29 @@ def find_recipe(name: str | Path) -> Path:
     raise RecipeNotFoundError(f"no file and no recipe is called {str(name)!r} ({hint})")
 
 
-def recipe_summary(name: str) -> str:
+def summary_line(path: Path) -> str:
     """
-    First line of a recipe's header.
+    First line of a file's header.
 
     Args:
-        name (`str`):
-            Name of a shipped recipe.
+        path (`Path`):
+            A recipe's file, or an accelerate config's.
 
     Returns:
         `str`: the line without its `#`, empty if the file does not start with a comment.
     """
-    with find_recipe(name).open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8") as file:
         first = file.readline()
     return first.lstrip("# ").rstrip() if first.startswith("#") else ""
 
 
 def copy_recipe(name: str, target: str | Path, force: bool = False) -> Path:
     """
-    Copy a recipe to a file of your own.
+    Copy a recipe, or a config for `accelerate launch`, to a file of your own.
 
     Args:
         name (`str`):
-            Name of a shipped recipe.
+            Name of a shipped recipe or config.
         target (`str` or `Path`):
             File to write, or a folder that exists.
         force (`bool`, *optional*, defaults to `False`):
@@ -104,7 +124,7 @@ def copy_recipe(name: str, target: str | Path, force: bool = False) -> Path:
         RecipeNotFoundError: no such recipe.
         FileExistsError: the target exists and `force` is not set.
     """
-    source = find_recipe(name)
+    source = accelerate_configs().get(name.removesuffix(".yaml")) or find_recipe(name)
     path = Path(target)
     if path.is_dir():
         path = path / source.name

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from .._upstream_cli import launch_command, launch_parser, trl_accelerate_config
 from ..methods import Method
-from ..recipes import ACCELERATE_CONFIGS, recipe_folder
+from ..recipes import accelerate_configs
 from .errors import UsageError
 
 
@@ -62,12 +62,12 @@ def _with_config_file(options: list[str]) -> list[str]:
 
 
 def _accelerate_config(name: str) -> Path:
-    ours = recipe_folder() / ACCELERATE_CONFIGS / f"{name}.yaml"
-    found = Path(name) if Path(name).is_file() else ours if ours.is_file() else trl_accelerate_config(name)
+    shipped = accelerate_configs()
+    found = Path(name) if Path(name).is_file() else shipped.get(name) or trl_accelerate_config(name)
     if found is None:
         raise UsageError(
-            f"`--accelerate_config {name}` is neither a file nor a shipped config (single_gpu, multi_gpu, fsdp1, fsdp2, "
-            "zero1, zero2, zero3)"
+            f"`--accelerate_config {name}` is neither a file nor a shipped config ({', '.join(shipped)}, and TRL's "
+            "single_gpu, multi_gpu, fsdp1, fsdp2, zero1, zero2, zero3)"
         )
     return found
 
