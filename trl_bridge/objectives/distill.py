@@ -1,0 +1,147 @@
+"""On-policy distillation: losses of tokens that the student sampled, from its own and a teacher's log-probabilities."""
+
+from typing import NamedTuple
+
+import torch
+
+
+AGGREGATIONS = ("token", "sequence")
+
+
+class PolicyTerm(NamedTuple):
+    """
+    The policy-gradient loss of tokens, and what it is made of.
+
+    Attributes:
+        loss (`torch.Tensor` of shape `(N,)`):
+            Loss of each token; carries the graph.
+        advantages (`torch.Tensor` of shape `(N,)`):
+            `log P_T - log P_S` of each token, before clipping, without graph.
+        clipped (`torch.Tensor` of shape `(N,)`):
+            Whether the advantage was clipped.
+    """
+
+    loss: torch.Tensor
+    advantages: torch.Tensor
+    clipped: torch.Tensor
+
+
+def policy_term(
+    student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor, clip: float | None = None
+) -> PolicyTerm:
+    """
+    `-A log P_S(y)` with the detached advantage `A = log P_T(y) - log P_S(y)`.
+
+    Over tokens drawn from the student its expected gradient is that of the reverse KL divergence `KL(P_S || P_T)` at
+    each position (on-policy distillation; Lightning OPD, arXiv 2604.13010, with stored teacher scores).
+
+    Args:
+        student_log_probs (`torch.Tensor` of shape `(N,)`):
+            Log-probability of each token, in nats; carries the graph.
+        teacher_log_probs (`torch.Tensor` of shape `(N,)`):
+            The teacher's.
+        clip (`float`, *optional*):
+            `c`: advantages are clamped to `[-c, c]`. `None` leaves them.
+
+    Returns:
+        [`PolicyTerm`]: losses and advantages.
+    """
+    advantages = teacher_log_probs - student_log_probs.detach()
+    used = advantages if clip is None else advantages.clamp(-clip, clip)
+    return PolicyTerm(-used * student_log_probs, advantages, used != advantages)
+
+
+def imitation_term(
+    student_log_probs: torch.Tensor,
+    teacher_log_probs: torch.Tensor,
+    normalize_by_k: bool = False,
+    generalized: bool = False,
+) -> torch.Tensor:
+    """
+    Forward KL divergence on the teacher's K likeliest tokens, `sum_S P_T (log P_T - log P_S)`; nothing is renormalised
+    (AOPD, arXiv 2605.06387).
+
+    With `Z` the teacher's mass on `S`, its gradient by the student's logits is `Z P_S(v) - P_T(v) [v in S]`, which is
+    not zero at `P_S = P_T`: the term draws the student into `S`. The generalised divergence
+    `sum_S P_T log(P_T / P_S) - P_T + P_S` has none there.
+
+    Args:
+        student_log_probs (`torch.Tensor` of shape `(N, K)`):
+            The student's log-probabilities of the teacher's likeliest tokens, in nats; carries the graph.
+        teacher_log_probs (`torch.Tensor` of shape `(N, K)`):
+            The teacher's, without graph; `-inf` entries count for nothing.
+        normalize_by_k (`bool`, *optional*, defaults to `False`):
+            Whether to divide by `K`.
+        generalized (`bool`, *optional*, defaults to `False`):
+            Whether to add `P_S - P_T` on `S`.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: the divergences, with graph.
+    """
+    p = teacher_log_probs.exp()
+    terms = torch.where(p > 0, p * (teacher_log_probs - student_log_probs), 0.0)
+    if generalized:
+        terms = terms + torch.where(teacher_log_probs.isfinite(), student_log_probs.exp() - p, 0.0)
+    total = terms.sum(-1)
+    return total / max(1, teacher_log_probs.size(-1)) if normalize_by_k else total
+
+
+def imitation_gate(
+    student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor, tau: float, ties: bool
+) -> torch.Tensor:
+    """
+    Tokens that are imitated instead of reinforced: `P_T(y) - P_S(y) < tau`, in probabilities (AOPD, arXiv 2605.06387).
+
+    Args:
+        student_log_probs (`torch.Tensor` of shape `(N,)`):
+            The student's log-probability of each token, in nats.
+        teacher_log_probs (`torch.Tensor` of shape `(N,)`):
+            The teacher's.
+        tau (`float`):
+            Threshold between -1 (no token) and 1 (every token).
+        ties (`bool`):
+            Whether tokens at the threshold count: the paper's `<=`, not the released code's `<`.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: `True` where a token is imitated.
+    """
+    gap = teacher_log_probs.exp() - student_log_probs.detach().exp()
+    return gap <= tau if ties else gap < tau
+
+
+def aggregate(
+    per_token: torch.Tensor,
+    mask: torch.Tensor,
+    how: str,
+    *,
+    num_items: torch.Tensor | float | None = None,
+    num_rows: float | None = None,
+) -> torch.Tensor:
+    """
+    One loss of many tokens.
+
+    Args:
+        per_token (`torch.Tensor` of shape `(B, T)`):
+            Loss of each token.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            1 at tokens that count.
+        how (`str`):
+            `"token"`: mean over tokens. `"sequence"`: mean over rows of the mean over their tokens.
+        num_items (`torch.Tensor` or `float`, *optional*):
+            For `"token"`: tokens of one window on one rank, on average over ranks. `None` takes those at hand.
+        num_rows (`float`, *optional*):
+            For `"sequence"`: rows of one window on one rank. `None` takes those at hand.
+
+    Returns:
+        `torch.Tensor`: scalar, scaled for the accumulation window.
+
+    Raises:
+        ValueError: there is no such aggregation.
+    """
+    masked = per_token.masked_fill(mask == 0, 0.0)
+    if how == "token":
+        return masked.sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)
+    if how == "sequence":
+        means = masked.sum(-1) / mask.sum(-1).clamp(min=1)
+        return means.sum() / (per_token.size(0) if num_rows is None else num_rows)
+    raise ValueError(f"`loss_aggregation` must be one of {', '.join(map(repr, AGGREGATIONS))}, got {how!r}.")
