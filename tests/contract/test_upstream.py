@@ -133,12 +133,10 @@ OWN_NAMES = {
     "_record_guidance",
     "_record_prefixes",
     "_record_rewards",
-    "_rng_state",
     "_run_passes",
     "_score",
     "_score_completions",
     "_set_initial_mean",
-    "_set_rng_state",
     "_sft_share",
     "_sft_term",
     "_step_coordinator",
@@ -201,11 +199,10 @@ OWN_NAMES = {
 
 # Attributes of an instance that the parents' instances do not have.
 OWN_ATTRIBUTES = {
-    "_entropy_control",
     "_gain",
     "_outline",
     "_probe",
-    "_rng_before_policy",
+    "_shadow_pass",
     "_student",
     "_train_sampler",
     "_window",

@@ -41,6 +41,10 @@ DDP_CASES = {
     "pairing": {"sft_pairing": "prompt", "gradient_checkpointing": True},
     "likelihood": {"sft_weighting": "likelihood"},
     "judge and verdict": {"sft_weighting": "judge_verdict", "judge_window": 2},
+    # One group on each rank, so that one of them has no row for the shadow.
+    "half of the rollouts": {
+        **SGD, "shadow_rollout_fraction": 0.5, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "entropy_coef": 0.05,
+    },
     # SGD: Adam turns the rounding of gradients that are zero (the KL at the start) into full steps.
     "generation within a window": {"gradient_accumulation_steps": 4, "steps_per_generation": 2, "beta": 0.1, **SGD},
 }  # fmt: skip

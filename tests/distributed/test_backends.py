@@ -52,6 +52,7 @@ def replayed(ranks, case):
         "world_size": len(ranks),
         "schedule": lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)) if cosine else (steps - step) / steps,
         "lam": lambda step: case.get("bridge_lambda", 0.5),
+        "rows": (lambda batch: batch["shadow_weight"]) if "shadow_rollout_fraction" in case else None,
     }
     theta = main["start"]["theta"]
     if case.get("bf16") and "deepspeed" in case:

@@ -103,6 +103,8 @@ class Reference:
             if not o["gain"]:
                 continue
             log_p_hat, entropy_hat = objectives.scores(self.model, shadow, batch, o["temperature"])
+            if o.get("rows"):
+                batch = {**batch, "row_weight": o["rows"](batch)}
             trained_old = old if o["ratio"] else log_p_hat.detach()
             rl_hat = rl_hat + self.objective(log_p_hat, entropy_hat, trained_old, batch, window) / world
             plain = {"beta": 0.0, "entropy_coef": 0.0}

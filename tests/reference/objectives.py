@@ -18,12 +18,14 @@ def policy_loss(log_p, entropy, old_log_p, batch, o, window):
     """
     GRPO's loss of one micro-batch, as it enters the window's sum.
 
+    `batch["row_weight"]`, (B,), multiplies what each row adds, and leaves every divisor as it is.
     `o`: options (loss_type, level, eps_low, eps_high, beta, entropy_coef, max_completion_length);
     `window`: number of micro-batches, and generation batch's steps.
     """
     mask = batch["completion_mask"].double()
     if "tool_mask" in batch:
         mask = mask * batch["tool_mask"].double()
+    counted = mask * batch["row_weight"].double().unsqueeze(1) if "row_weight" in batch else mask
     advantages = batch["advantages"].double()
     advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
     log_ratio = log_p - old_log_p
@@ -50,24 +52,26 @@ def policy_loss(log_p, entropy, old_log_p, batch, o, window):
         per_token = per_token + o["beta"] * (delta.exp() - delta - 1) * (ratio if o["bias_corrected_kl"] else 1)
     steps, generation_steps = window
     if kind in ("grpo", "sapo"):
-        loss = ((per_token * mask).sum(1) / mask.sum(1).clamp(min=1)).mean() / steps
+        loss = ((per_token * counted).sum(1) / mask.sum(1).clamp(min=1)).mean() / steps
     elif kind == "bnpo":
-        loss = (per_token * mask).sum() / mask.sum() / steps
+        loss = (per_token * counted).sum() / mask.sum() / steps
     elif kind == "dr_grpo":
-        loss = (per_token * mask).sum() / (mask.size(0) * o["max_completion_length"]) / steps
+        loss = (per_token * counted).sum() / (mask.size(0) * o["max_completion_length"]) / steps
     elif kind == "luspo":
-        loss = (per_token * mask).sum(1).mean() / steps
+        loss = (per_token * counted).sum(1).mean() / steps
     else:
         tokens = batch["num_items_in_batch"].double() * steps / generation_steps / o.get("world_size", 1)
-        loss = (per_token * mask).sum() / tokens
+        loss = (per_token * counted).sum() / tokens
     if o.get("entropy_coef"):
-        loss = loss - o["entropy_coef"] * (entropy * mask).sum() / mask.sum() / steps
+        loss = loss - o["entropy_coef"] * (entropy * counted).sum() / mask.sum() / steps
     return loss
 
 
 def clip_statistics(log_p, old_log_p, batch, o):
     """Sum of the ratio, of clipped tokens, and number of tokens."""
     mask = batch["completion_mask"].double()
+    if "row_weight" in batch:
+        mask = mask * (batch["row_weight"] > 0).unsqueeze(1)
     advantages = batch["advantages"].double().unsqueeze(1)
     ratio = (log_p - old_log_p).exp()
     outside = ((ratio < 1 - o["eps_low"]) & (advantages < 0)) | ((ratio > 1 + o["eps_high"]) & (advantages > 0))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from ..objectives.schedules import linear_ramp
 from ..training.config import DemonstrationConfig
 from ..training.support import check_side_optimizer
+from .cost_options import check_cost_options
 
 
 PRESETS = ("paper", "selective")
@@ -52,6 +53,13 @@ class BridgeConfig(DemonstrationConfig):
             Every so many updates the shadow is set back to the base weights and its optimizer state is cleared. `None`
             never resets, as in the paper.
 
+    > Parameters that trade exactness of the shadow for cost (`docs/bridge.md` has the error of each)
+
+    Parameters:
+        shadow_rollout_fraction (`float`, *optional*, defaults to `1.0`):
+            Part of the rollouts that the shadow is trained on, in whole groups (rounded, at least one of each
+            generation batch). Its gradient is scaled to that of all rollouts.
+
     > Parameters that control logging
 
     Parameters:
@@ -97,6 +105,10 @@ class BridgeConfig(DemonstrationConfig):
         default=None,
         metadata={"help": "Set the shadow back to the base weights every so many updates. None never does."},
     )
+    shadow_rollout_fraction: float = field(
+        default=1.0,
+        metadata={"help": "Part of the rollouts that the shadow is trained on, in whole groups. 1 is exact."},
+    )
     log_gradient_stats: bool = field(
         default=False,
         metadata={"help": "Log norms and cosine of the SFT and RL gradients (one more copy of the gradient)."},
@@ -137,6 +149,7 @@ class BridgeConfig(DemonstrationConfig):
         check_side_optimizer("optim", self.optim)
         if self.shadow_optim is not None:
             check_side_optimizer("shadow_optim", self.shadow_optim)
+        check_cost_options(self)
         if self.off_policy_mask_threshold is not None and self.cooperative_gain:
             raise NotImplementedError(
                 "`off_policy_mask_threshold` is not supported with the cooperative gain: the mask would drop other "

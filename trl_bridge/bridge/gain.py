@@ -17,7 +17,8 @@ class GainMeter:
     Accumulates `bridge/gain`, `bridge/shadow_ratio` and `bridge/shadow_clip_fraction` over a window.
 
     The gain is L_RL(theta_hat, w) - L_RL(theta, w) at the iterate, on the shared rollouts, always with the ratio
-    (without it the two values are equal by construction), without KL and entropy terms.
+    (without it the two values are equal by construction), without KL and entropy terms. With `shadow_rollout_fraction`
+    below 1 it is estimated from the rollouts that the shadow scores, scaled as its gradient is.
 
     Args:
         trainer ([`BridgeTrainer`]):
@@ -38,11 +39,13 @@ class GainMeter:
             student (`Scores`):
                 The student's scores on it, detached.
             shadow (`Scores`):
-                The shadow's.
+                The shadow's; the student's in rows that were not taken.
         """
         trainer = self.trainer
+        weight = trainer._shadow_pass.share.weight_of(inputs)
         gain = policy_objective(trainer, inputs, shadow) - policy_objective(trainer, inputs, student)
-        mask = inputs["completion_mask"]
+        gain = weight.max() * gain  # rows that were not taken have the student's scores, and cancel
+        mask = inputs["completion_mask"] * (weight > 0).unsqueeze(1)
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
         log_ratio = shadow[0] - inputs["old_per_token_logps"]

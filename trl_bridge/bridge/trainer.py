@@ -10,10 +10,9 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from .._upstream import decay_groups, isolated_bookkeeping, optimizer_for, plain_copy
+from .._upstream import decay_groups, optimizer_for, plain_copy
 from ..training.backends import Weights
 from ..training.metrics import record
-from ..training.randomness import forked_torch_rng
 from ..training.trainer import DemonstrationTrainer
 from ..training.verdicts import missing_columns
 from .adapter import save_adapter
@@ -23,6 +22,7 @@ from .gain import GainMeter
 from .gradients import GradientProbe
 from .projection import ProjectedGradient
 from .shadow import Shadow
+from .shadow_pass import ShadowPass
 from .targets import check_base_model, check_initial_values
 
 
@@ -145,8 +145,7 @@ class BridgeTrainer(DemonstrationTrainer):
         self._outline: PreTrainedModel | None = None
         self._gain = GainMeter(self)
         self._probe = GradientProbe(self)
-        self._rng_before_policy: list[torch.Tensor] = []
-        self._entropy_control = (self.entropy_coef, self._last_world_entropy)
+        self._shadow_pass = ShadowPass(self)
 
     # Parts beside the student
 
@@ -223,29 +222,14 @@ class BridgeTrainer(DemonstrationTrainer):
 
     def policy_pass(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         self._probe.before_policy()
-        self._rng_before_policy = self._rng_state()
-        self._entropy_control = (self.entropy_coef, self._last_world_entropy)
+        self._shadow_pass.before_policy()
         loss = super().policy_pass(model, inputs)
         self._probe.after_policy(self.policy_weight())
         return loss
 
     def between_passes(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        if self.shadow is None:
-            return
-        student = self.rollouts.scores
-        # The rollouts were drawn with the student's probabilities, so those are what the shadow's ratio divides by.
-        shared = {"old_per_token_logps": student[0], **inputs}
-        trained = shared if self.args.shadow_importance_sampling else _without_old(inputs)
-        self.shadow.model.train(self.model.training)
-        with (
-            forked_torch_rng(self.accelerator.device),
-            isolated_bookkeeping(self, self._entropy_control),
-            self.backend.beside(),
-        ):
-            self._set_rng_state(self._rng_before_policy)
-            loss = self._compute_loss(self.shadow.model, trained)
-            self.backend.backward_beside(loss)
-        self._gain.observe(shared, student, self.rollouts.scores)
+        if self.shadow is not None:
+            self._shadow_pass.run(inputs)
 
     def end_of_window(self) -> None:
         weight = self.policy_weight()
@@ -313,6 +297,12 @@ class BridgeTrainer(DemonstrationTrainer):
             self.shadow.clear_gradients()
         return prepared
 
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            output.update(self._shadow_pass.share.mark(len(inputs)))
+        return output
+
     # Saving and resuming
 
     def shared_state(self) -> dict[str, Any]:
@@ -360,6 +350,7 @@ class BridgeTrainer(DemonstrationTrainer):
             "shadow_optim": str(args.shadow_optim or args.optim),
             "shadow_reset_steps": args.shadow_reset_steps,
             "shadow_importance_sampling": args.shadow_importance_sampling,
+            "shadow_rollout_fraction": args.shadow_rollout_fraction,
             # Optimizers bring their base rates back with their state, so a changed one would be ignored.
             "coordinator_learning_rate": args.coordinator_rate,
             "shadow_learning_rate": args.shadow_rate,
@@ -411,19 +402,3 @@ class BridgeTrainer(DemonstrationTrainer):
         if self.accelerator.is_main_process:
             save_adapter(self.coordinator, Path(output_dir))
         self.accelerator.wait_for_everyone()
-
-    # Random state
-
-    def _rng_state(self) -> list[torch.Tensor]:
-        device = self.accelerator.device
-        states = [torch.get_rng_state()]
-        return states if device.type != "cuda" else [*states, torch.cuda.get_rng_state(device)]
-
-    def _set_rng_state(self, states: list[torch.Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        if len(states) > 1:
-            torch.cuda.set_rng_state(states[1], self.accelerator.device)
-
-
-def _without_old(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name != "old_per_token_logps"}

@@ -1,0 +1,108 @@
+"""The shadow's pass over a micro-batch: the parent's RL loss at (theta_hat, w), on all of the rollouts or a part."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .._upstream import isolated_bookkeeping
+from ..training.randomness import forked_torch_rng
+from ..training.rollouts import Scores
+from .rollout_share import RolloutShare
+
+
+if TYPE_CHECKING:
+    from .trainer import BridgeTrainer
+
+
+class ShadowPass:
+    """
+    Forward and backward of the shadow, beside the student's and without a trace in the trainer's books.
+
+    Args:
+        trainer ([`BridgeTrainer`]):
+            Trainer whose shadow it is.
+    """
+
+    def __init__(self, trainer: "BridgeTrainer"):
+        self.trainer = trainer
+        self.share = RolloutShare(trainer)
+        self._rng: list[torch.Tensor] = []
+        self._entropy_control = (trainer.entropy_coef, trainer._last_world_entropy)
+
+    def before_policy(self) -> None:
+        """Before a micro-batch's policy pass: keep what the shadow's pass must find as the student's did."""
+        trainer = self.trainer
+        device = trainer.accelerator.device
+        self._rng = [torch.get_rng_state()]
+        if device.type == "cuda":
+            self._rng.append(torch.cuda.get_rng_state(device))
+        self._entropy_control = (trainer.entropy_coef, trainer._last_world_entropy)
+
+    def run(self, inputs: dict[str, Any]) -> None:
+        """
+        The micro-batch's loss and its backward.
+
+        Args:
+            inputs (`dict[str, Any]`):
+                The micro-batch that the policy has just scored.
+        """
+        trainer: Any = self.trainer
+        student = trainer.rollouts.scores
+        # The rollouts were drawn with the student's probabilities, so those are what the shadow's ratio divides by.
+        shared = {"old_per_token_logps": student[0], **inputs}
+        trained = shared if trainer.args.shadow_importance_sampling else _without_old(inputs)
+        trainer.shadow.model.train(trainer.model.training)
+        with (
+            forked_torch_rng(trainer.accelerator.device),
+            isolated_bookkeeping(trainer, self._entropy_control),
+            trainer.backend.beside(),
+        ):
+            self._restore_rng()
+            if self.share.whole:
+                loss = trainer._compute_loss(trainer.shadow.model, trained)
+                scores = trainer.rollouts.scores
+            else:
+                loss, scores = self._loss_of_part(trained, student)
+            if loss is not None:
+                trainer.backend.backward_beside(loss)
+        trainer._gain.observe(shared, student, scores)
+
+    def _loss_of_part(self, inputs: dict[str, Any], student: Scores) -> tuple[torch.Tensor | None, Scores]:
+        """
+        The loss of the taken rows, times the number of groups over that of taken ones, and detached scores.
+
+        The other rows enter the parent's loss with the student's scores, which carry no gradient: so every divisor of
+        every `loss_type`, of the KL and of the entropy bonus is the whole micro-batch's.
+        """
+        trainer: Any = self.trainer
+        weight = self.share.weight_of(inputs)
+        rows = weight.nonzero().squeeze(1)
+        if not len(rows) and not trainer.shadow.held.spread:
+            return None, student
+        # A spread shadow's pass and the loss are collective: a rank without a taken row runs one that trains on nothing.
+        scored = rows if len(rows) else torch.zeros(1, dtype=torch.long, device=weight.device)
+        ids = [torch.cat([inputs[f"prompt_{k}"], inputs[f"completion_{k}"]], dim=1)[scored] for k in ("ids", "mask")]
+        log_probs, entropies, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.shadow.model, *ids, inputs["completion_ids"].size(1), compute_entropy=True
+        )
+        scores = (_placed(student[0], rows, log_probs), _placed(student[1], rows, entropies), None)
+        with trainer.rollouts.replay(scores):
+            loss = weight.max() * trainer._compute_loss(trainer.shadow.model, inputs)
+        return loss, (scores[0].detach(), scores[1].detach(), None)
+
+    def _restore_rng(self) -> None:
+        torch.set_rng_state(self._rng[0])
+        if len(self._rng) > 1:
+            torch.cuda.set_rng_state(self._rng[1], self.trainer.accelerator.device)
+
+
+def _placed(whole: torch.Tensor | None, rows: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    if whole is None:
+        raise RuntimeError("The policy's pass left no entropies.")
+    if not len(rows):
+        return whole + 0.0 * part.sum()  # no number changes, and the pass has a backward
+    return whole.index_copy(0, rows, part.to(whole.dtype))
+
+
+def _without_old(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name != "old_per_token_logps"}
