@@ -10,6 +10,7 @@ import trl_bridge
 from trl_bridge import capabilities as module
 from trl_bridge.capabilities import REFUSED, UNTESTED, WAYS, as_markdown, capabilities
 from trl_bridge.methods import METHODS
+from trl_bridge.survey import survey_table
 
 
 ROOT = Path(__file__).parents[1]
@@ -40,3 +41,12 @@ def test_page_is_up_to_date():
     assert (ROOT / "docs" / "methods.md").read_text() == as_markdown(), (
         f"{sys.executable} -m {module.__name__} > docs/methods.md"
     )
+
+
+def test_every_method_has_a_place_on_the_map(monkeypatch):
+    cells = [line.split(" | ")[1] for line in survey_table()[2:]]
+    listed = [name for cell in cells if cell != "-" for name in cell.split(", ")]
+    assert sorted(listed) == sorted(f"`{name}`" for name in METHODS)
+    monkeypatch.setitem(METHODS, "new", METHODS["bridge"]._replace(name="new", place="nowhere"))
+    with pytest.raises(KeyError, match="nowhere"):
+        survey_table()

@@ -9,6 +9,7 @@ import sys
 from typing import NamedTuple
 
 from .methods import FAMILIES, METHODS
+from .survey import survey_table
 
 
 WAYS = ("full", "LoRA", "DDP", "FSDP2", "ZeRO-1/2/3", "vLLM", "resume")
@@ -198,6 +199,14 @@ def as_markdown() -> str:
         *table,
         "",
         *(f"{number}. `tests/{test}`" for number, test in enumerate(tests, start=1)),
+        "",
+        "## On the map of the field",
+        "",
+        "The places are the components and problems of *A Survey of Reinforcement Learning for Large Reasoning Models* "
+        "([arXiv 2509.08827](https://arxiv.org/abs/2509.08827)); which method belongs where is our reading, and most would "
+        "fit two.",
+        "",
+        *survey_table(),
     ]
     return "\n".join(lines) + "\n"
 

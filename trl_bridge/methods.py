@@ -35,6 +35,8 @@ class Method(NamedTuple):
             Key of [`FAMILIES`].
         summary (`str`):
             One line for `trl-bridge --help`.
+        place (`str`):
+            Key of [`trl_bridge.survey.PLACES`]: where a survey of the field would have it.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Method(NamedTuple):
     config: str
     family: str
     summary: str
+    place: str
 
     @property
     def module(self) -> str:
@@ -50,13 +53,21 @@ class Method(NamedTuple):
 
 
 _ALL = (
-    Method("bridge", "trl_bridge.BridgeTrainer", "trl_bridge.BridgeConfig", "bridge", "BRIDGE: SFT supervises RL"),
+    Method(
+        "bridge",
+        "trl_bridge.BridgeTrainer",
+        "trl_bridge.BridgeConfig",
+        "bridge",
+        "BRIDGE: SFT supervises RL",
+        "off-policy",
+    ),
     Method(
         "naive-mix",
         "trl_bridge.NaiveMixTrainer",
         "trl_bridge.NaiveMixConfig",
         "stream",
         "GRPO plus a weighted SFT loss",
+        "off-policy",
     ),
     Method(
         "alternating",
@@ -64,6 +75,7 @@ _ALL = (
         "trl_bridge.AlternatingConfig",
         "stream",
         "SFT updates and GRPO updates by turns",
+        "off-policy",
     ),
     Method(
         "chord",
@@ -71,6 +83,7 @@ _ALL = (
         "trl_bridge.CHORDConfig",
         "stream",
         "CHORD: SFT as an auxiliary loss that fades",
+        "off-policy",
     ),
     Method(
         "luffy",
@@ -78,6 +91,7 @@ _ALL = (
         "trl_bridge.LUFFYConfig",
         "group",
         "LUFFY: the expert as one rollout of its group",
+        "off-policy",
     ),
     Method(
         "srft",
@@ -85,6 +99,7 @@ _ALL = (
         "trl_bridge.SRFTConfig",
         "group",
         "SRFT: LUFFY's expert, SFT on it and self-exploration, weighted by entropy",
+        "off-policy",
     ),
     Method(
         "hpt",
@@ -92,6 +107,7 @@ _ALL = (
         "trl_bridge.HPTConfig",
         "group",
         "HPT: SFT in place of RL where no rollout is right; SuperRL as a preset",
+        "off-policy",
     ),
     Method(
         "relift",
@@ -99,6 +115,7 @@ _ALL = (
         "trl_bridge.ReLIFTConfig",
         "group",
         "ReLIFT: GRPO, and SFT steps on the questions it could not solve",
+        "off-policy",
     ),
     Method(
         "uft",
@@ -106,6 +123,7 @@ _ALL = (
         "trl_bridge.UFTConfig",
         "group",
         "UFT: rollouts continue a hint that gets shorter, and learn its likelihood",
+        "sampling",
     ),
     Method(
         "prefix-rft",
@@ -113,6 +131,7 @@ _ALL = (
         "trl_bridge.PrefixRFTConfig",
         "group",
         "Prefix-RFT: one rollout of the group continues a prefix of the expert's",
+        "sampling",
     ),
     Method(
         "actguide",
@@ -120,6 +139,7 @@ _ALL = (
         "trl_bridge.ActGuideConfig",
         "group",
         "ActGuide: groups without a success are rolled out anew with as little guidance as works",
+        "sampling",
     ),
     Method(
         "two-stage",
@@ -127,9 +147,10 @@ _ALL = (
         "trl_bridge.TwoStageConfig",
         "stream",
         "cold start: TRL's SFT, then TRL's GRPO, in one run",
+        "sft",
     ),
-    Method("grpo", "trl.GRPOTrainer", "trl.GRPOConfig", "rl", "TRL's GRPO"),
-    Method("sft", "trl.SFTTrainer", "trl.SFTConfig", "sft", "TRL's SFT"),
+    Method("grpo", "trl.GRPOTrainer", "trl.GRPOConfig", "rl", "TRL's GRPO", "critic-free"),
+    Method("sft", "trl.SFTTrainer", "trl.SFTConfig", "sft", "TRL's SFT", "sft"),
 )
 
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
