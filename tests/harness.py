@@ -162,6 +162,7 @@ def reference_options(trainer, **changes):
         "gain": args.cooperative_gain,
         "ratio": args.shadow_importance_sampling,
         "reset": args.shadow_reset_steps,
+        "every": args.shadow_update_steps,
         "temperature": args.temperature,
         "loss_type": args.loss_type,
         "level": args.importance_sampling_level,
@@ -213,9 +214,9 @@ def replay(trainer, scaling=1.0, **changes):
         got = {"theta": state["theta"], "a": got_a, "b": got_b, "hat": state["hat"]}
         want = {"theta": reference.theta, "a": reference.a, "b": reference.b, "hat": reference.hat}
         names = ["theta", "a", "b"] + (["hat"] if options["gain"] else [])
-        errors.append({n: movement_error(got[n], want[n], start[n]) for n in names if _moves(want[n], start[n])})
+        errors.append({n: movement_error(got[n], want[n], start[n]) for n in names if moves(want[n], start[n])})
     return errors, metrics
 
 
-def _moves(want, start):
+def moves(want, start):
     return any(not torch.equal(want[n].double(), start[n].double()) for n in want)

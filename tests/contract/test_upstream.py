@@ -203,6 +203,7 @@ OWN_ATTRIBUTES = {
     "_outline",
     "_probe",
     "_shadow_pass",
+    "_shadow_schedule",
     "_student",
     "_train_sampler",
     "_window",

@@ -45,6 +45,7 @@ DDP_CASES = {
     "half of the rollouts": {
         **SGD, "shadow_rollout_fraction": 0.5, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "entropy_coef": 0.05,
     },
+    "shadow in every second update": {**SGD, "shadow_update_steps": 2},
     # SGD: Adam turns the rounding of gradients that are zero (the KL at the start) into full steps.
     "generation within a window": {"gradient_accumulation_steps": 4, "steps_per_generation": 2, "beta": 0.1, **SGD},
 }  # fmt: skip
@@ -64,6 +65,10 @@ FSDP_CASES = {
     "selective": {**FSDP, "preset": "selective", "gradient_accumulation_steps": 1},
     "bf16": {**FSDP, **SGD, "bf16": True},
     "reentrant": {**FSDP, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "half of the rollouts, every second update": {
+        **FSDP, **SGD, "shadow_rollout_fraction": 0.5, "shadow_update_steps": 2, "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+    },
     "by name, loaded by the main process": {
         **FSDP, **SGD, "beta": 0.1, "model": {"by_name": True}, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True},
     },
@@ -86,6 +91,9 @@ ZERO_CASES = {
     "zero-3, by name": {
         **zero(3, stage3_param_persistence_threshold=0), **SGD, "beta": 0.1, "model": {"by_name": True}, "gradient_checkpointing": True,
     },
+    "zero-2, half of the rollouts, every second update": {
+        **zero(2), **SGD, "shadow_rollout_fraction": 0.5, "shadow_update_steps": 2,
+    },
     "zero-1, bf16": {**zero(1), **SGD, "bf16": True},
     "zero-2, bf16": {**zero(2), **SGD, "bf16": True},
     "zero-3, bf16": {**zero(3), **SGD, "bf16": True},
@@ -95,7 +103,7 @@ CASES = {"ddp": DDP_CASES, "fsdp": FSDP_CASES, "deepspeed": ZERO_CASES}
 
 _LATE = {"num_iterations": 2, "steps_per_generation": 4}
 RESUMES = {
-    "ddp": {"judge": {**_LATE, "sft_weighting": "judge_verdict"}},
+    "ddp": {"judge, every second update": {**_LATE, "sft_weighting": "judge_verdict", "shadow_update_steps": 2}},
     "fsdp": {"judge": {**FSDP, **_LATE, "sft_weighting": "judge_verdict", "model": {"odd_rows": True}}},
     "deepspeed": {"zero-2": {**zero(2), **_LATE}, "zero-3": {**zero(3, stage3_param_persistence_threshold=0)}},
 }

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from tests.bridge.test_resume import assert_same
 from tests.distributed.cases import CASES, RESUMES, model_of
 from tests.distributed.launch import launch, load
-from tests.harness import adapters, movement_error
+from tests.harness import adapters, movement_error, moves
 from tests.reference.bridge import Reference
 
 
@@ -69,7 +69,7 @@ def replayed(ranks, case):
         got_a, got_b = adapters(state["w"])
         got = {"theta": state["theta"], "a": got_a, "b": got_b, "hat": state["hat"]}
         want = {"theta": reference.theta, "a": reference.a, "b": reference.b, "hat": reference.hat}
-        names = [name for name in got if got[name] is not None]
+        names = [name for name in got if got[name] is not None and moves(want[name], start[name])]
         yield {n: movement_error(got[n], want[n], start[n]) for n in names}, metrics, main["log"][step]
 
 

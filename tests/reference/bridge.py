@@ -62,6 +62,7 @@ class Reference:
         self.opt = Optimizer(kind, len(self.theta))
         self.opt_hat = Optimizer(o.get("shadow_optim") or kind, len(self.theta))
         self.opt_w = Optimizer(kind, 2 * len(self.a))
+        self.last_hat_w = None
 
     def policy(self, base, a, b):
         return {n: t + self.scaling * (b[n] @ a[n]) if n in a else t for n, t in base.items()}
@@ -138,15 +139,20 @@ class Reference:
             "bridge/grad_cosine": cosine(sft_theta, rl_theta),
         }
         w_grads = [(1 - lam) * s + lam * r for s, r in zip(sft_w, rl_w, strict=True)]
+        # The shadow's turn: every so many updates; between, its last gradient over w, and none is a bracket of zero.
+        due = (step + 1) % o.get("every", 1) == 0
         if o["gain"]:
-            hat_theta, hat_w = self.gradients(rl_hat, shadow_base, shadow_a, shadow_b)
+            if due:
+                hat_theta, self.last_hat_w = self.gradients(rl_hat, shadow_base, shadow_a, shadow_b)
+            hat_w = rl_w if self.last_hat_w is None else self.last_hat_w
             bracket = [r - h for r, h in zip(rl_w, hat_w, strict=True)]
             w_grads = [(1 - lam) * s + lam * g for s, g in zip(sft_w, bracket, strict=True)]
             difference = [self.hat[n] - self.theta[n] for n in self.theta]
+            metrics["bridge/gain_grad_norm"] = norm(bracket)
+            metrics["bridge/shadow_distance"] = norm(difference) / norm(self.theta.values())
+        if o["gain"] and due:
             metrics |= {
                 "bridge/gain": gain,
-                "bridge/gain_grad_norm": norm(bracket),
-                "bridge/shadow_distance": norm(difference) / norm(self.theta.values()),
                 "bridge/shadow_ratio": float(counts[0] / counts[2]),
                 "bridge/shadow_clip_fraction": float(counts[1] / counts[2]),
             }
@@ -154,12 +160,13 @@ class Reference:
         self._step_w(w_grads, factor)
         fused, metrics["grad_norm"] = clip(fused, o["max_grad_norm"])
         self._step_base(self.theta, self.opt, fused, o["lr"] * factor)
-        if o["gain"]:
+        if o["gain"] and due:
             hat_theta, _ = clip(hat_theta, o["max_grad_norm"])
             self._step_base(self.hat, self.opt_hat, hat_theta, o["shadow_lr"] * factor)
-            if o.get("reset") and (step + 1) % o["reset"] == 0:
-                self.hat = {n: t.clone() for n, t in self.theta.items()}
-                self.opt_hat.clear()
+        if o["gain"] and o.get("reset") and (step + 1) % o["reset"] == 0:
+            self.hat = {n: t.clone() for n, t in self.theta.items()}
+            self.opt_hat.clear()
+            self.last_hat_w = None
         return metrics
 
     def _step_w(self, gradients, factor):

@@ -59,6 +59,9 @@ class BridgeConfig(DemonstrationConfig):
         shadow_rollout_fraction (`float`, *optional*, defaults to `1.0`):
             Part of the rollouts that the shadow is trained on, in whole groups (rounded, at least one of each
             generation batch). Its gradient is scaled to that of all rollouts.
+        shadow_update_steps (`int`, *optional*, defaults to `1`):
+            The shadow runs and steps in every so many-th update. Between them the coordinator's gradient takes the
+            projection of the shadow's last gradient; before the first one the bracket is zero.
 
     > Parameters that control logging
 
@@ -108,6 +111,10 @@ class BridgeConfig(DemonstrationConfig):
     shadow_rollout_fraction: float = field(
         default=1.0,
         metadata={"help": "Part of the rollouts that the shadow is trained on, in whole groups. 1 is exact."},
+    )
+    shadow_update_steps: int = field(
+        default=1,
+        metadata={"help": "The shadow runs in every so many-th update; its last gradient serves between. 1 is exact."},
     )
     log_gradient_stats: bool = field(
         default=False,

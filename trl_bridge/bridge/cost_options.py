@@ -3,6 +3,10 @@
 from typing import Any
 
 
+# Cost option -> the value that costs what the exact rule does.
+COST_OPTIONS: dict[str, Any] = {"shadow_rollout_fraction": 1.0, "shadow_update_steps": 1}
+
+
 def check_cost_options(args: Any) -> None:
     """
     Refuse cost options of the shadow that cannot be had.
@@ -29,13 +33,11 @@ def check_cost_options(args: Any) -> None:
             "`shadow_rollout_fraction` below 1 is not supported with `top_entropy_quantile`: which tokens are of high "
             "entropy is known of all rollouts alone. Set `top_entropy_quantile=1.0`, or `shadow_rollout_fraction=1.0`."
         )
-    changed = [name for name, default in _DEFAULTS.items() if getattr(args, name) != default]
+    if args.shadow_update_steps < 1:
+        raise ValueError(f"`shadow_update_steps` must be at least 1, got {args.shadow_update_steps}.")
+    changed = [name for name, default in COST_OPTIONS.items() if getattr(args, name) != default]
     if changed and not args.cooperative_gain:
         raise ValueError(
             f"`{changed[0]}` has no effect without the cooperative gain, where there is no shadow. Set it to "
-            f"{_DEFAULTS[changed[0]]}, or `cooperative_gain=True`."
+            f"{COST_OPTIONS[changed[0]]}, or `cooperative_gain=True`."
         )
-
-
-# Cost option -> the value that costs what the exact rule does.
-_DEFAULTS: dict[str, Any] = {"shadow_rollout_fraction": 1.0}

@@ -28,17 +28,30 @@ class GradientProbe:
     def __init__(self, trainer: "BridgeTrainer"):
         self.trainer = trainer
         self._policy_w: Projection | None = None
+        self._complete = False
         self._policy_theta: dict[str, torch.Tensor] | None = None
 
     def before_policy(self) -> None:
         """Before a micro-batch's policy pass."""
-        if is_logged_update(self.trainer):
+        if self._reads():
             self._add(-1.0)
 
     def after_policy(self, weight: float) -> None:
         """After a micro-batch's policy pass."""
-        if is_logged_update(self.trainer):
+        if self._reads():
             self._add(1.0)
+
+    def _reads(self) -> bool:
+        return is_logged_update(self.trainer) or self.trainer._shadow_schedule.needs_policy_part
+
+    def policy_part(self) -> Projection:
+        """At the end of a window that was read: the projection of lambda times RL's gradient. Collective."""
+        if self._policy_w is None:
+            raise RuntimeError("The window's policy passes were not read.")
+        if not self._complete:
+            self.trainer.student_gradient.complete_(self._policy_w, synced=False)
+            self._complete = True
+        return self._policy_w
 
     def _add(self, sign: float) -> None:
         trainer = self.trainer
@@ -48,7 +61,7 @@ class GradientProbe:
         for (total_a, total_b), (a, b) in zip(self._policy_w, projected, strict=True):
             total_a.add_(a, alpha=sign)
             total_b.add_(b, alpha=sign)
-        if trainer.args.log_gradient_stats:
+        if trainer.args.log_gradient_stats and is_logged_update(trainer):
             weights = trainer.student_gradient.weights
             gradients = {name: weights.gradient(name) for name in weights.parameters}
             if self._policy_theta is None:
@@ -66,16 +79,16 @@ class GradientProbe:
             fused (`list[tuple[torch.Tensor, torch.Tensor]]`):
                 Projection of the student's accumulated gradient, averaged over ranks.
             shadow (`list[tuple[torch.Tensor, torch.Tensor]]`, *optional*):
-                The shadow's, likewise.
+                The shadow's, likewise, or what stands in for it.
 
         Returns:
             `dict[str, float]`: empty on updates that are not logged. NaN (left out of TRL's averages) for a part whose
             weight is 0, since its backward then leaves nothing to read.
         """
-        if self._policy_w is None:
+        if not is_logged_update(self.trainer):
+            self._policy_w, self._complete = None, False
             return {}
-        self.trainer.student_gradient.complete_(self._policy_w, synced=False)
-        total, policy = _flat(fused), _flat(self._policy_w)
+        total, policy = _flat(fused), _flat(self.policy_part())
         rl, sft = _divide(policy, weight), _divide(total - policy, 1.0 - weight)
         values = {
             "bridge/coordinator_grad_norm_sft": sft.norm().item(),
@@ -84,7 +97,7 @@ class GradientProbe:
         }
         if shadow is not None:
             values["bridge/gain_grad_norm"] = (rl - _flat(shadow)).norm().item()
-        self._policy_w = None
+        self._policy_w, self._complete = None, False
         if self._policy_theta is not None:
             values.update(self._over_theta(weight, self._policy_theta))
             self._policy_theta = None

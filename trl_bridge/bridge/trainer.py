@@ -18,11 +18,13 @@ from ..training.verdicts import missing_columns
 from .adapter import save_adapter
 from .config import BridgeConfig
 from .coordinator import Coordinator, Projection
+from .cost_options import COST_OPTIONS
 from .gain import GainMeter
 from .gradients import GradientProbe
 from .projection import ProjectedGradient
 from .shadow import Shadow
 from .shadow_pass import ShadowPass
+from .shadow_schedule import ShadowSchedule
 from .targets import check_base_model, check_initial_values
 
 
@@ -146,6 +148,7 @@ class BridgeTrainer(DemonstrationTrainer):
         self._gain = GainMeter(self)
         self._probe = GradientProbe(self)
         self._shadow_pass = ShadowPass(self)
+        self._shadow_schedule = ShadowSchedule(self)
 
     # Parts beside the student
 
@@ -228,20 +231,20 @@ class BridgeTrainer(DemonstrationTrainer):
         return loss
 
     def between_passes(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        if self.shadow is not None:
+        if self._shadow_schedule.due:
             self._shadow_pass.run(inputs)
 
     def end_of_window(self) -> None:
         weight = self.policy_weight()
         fused = self.student_gradient.whole()
-        shadow = None if self.shadow_gradient is None else self.shadow_gradient.whole()
+        shadow = self._shadow_schedule.projection(weight)
         self._log_update(weight, fused, shadow)
         self.coordinator.pull(fused, shadow, weight)
         old = self.coordinator.snapshot()
         self._step_coordinator()
         self.coordinator.push(old, [self.student] if self.shadow is None else [self.student, self.shadow.held])
         self.student_gradient.clear()
-        if self.shadow is not None:
+        if self._shadow_schedule.due:
             self.shadow.step(self._rate_factor())
 
     def after_step(self) -> None:
@@ -249,6 +252,7 @@ class BridgeTrainer(DemonstrationTrainer):
         every = self.args.shadow_reset_steps
         if self.shadow is not None and every is not None and (self.state.global_step + 1) % every == 0:
             self.shadow.reset(self.student)
+            self._shadow_schedule.forget()
 
     def _step_coordinator(self) -> None:
         if self.args.max_grad_norm > 0:
@@ -277,7 +281,8 @@ class BridgeTrainer(DemonstrationTrainer):
         values = {"bridge/lambda": weight, "bridge/coordinator_norm": self.coordinator.norm()}
         if self.shadow is not None:
             values["bridge/shadow_distance"] = self.shadow.distance(self.student, self.coordinator)
-            values.update(self._gain.finish())
+            if self._shadow_schedule.due:
+                values.update(self._gain.finish())
         values.update(self._probe.finish(weight, fused, shadow))
         record(self, values)
 
@@ -311,6 +316,7 @@ class BridgeTrainer(DemonstrationTrainer):
             "coordinator": self.coordinator.state_dict(),
             "coordinator_optimizer": self.coordinator_optimizer.state_dict(),
             "shadow": None if self.shadow is None or self.shadow.held.spread else self.shadow.state_dict(),
+            "shadow_schedule": self._shadow_schedule.state_dict(),
         }
 
     def local_state(self) -> dict[str, Any]:
@@ -323,6 +329,7 @@ class BridgeTrainer(DemonstrationTrainer):
         super().load_shared_state(state)
         self.coordinator.load_state_dict(state["coordinator"])
         self.coordinator_optimizer.load_state_dict(state["coordinator_optimizer"])
+        self._shadow_schedule.load_state_dict(state["shadow_schedule"])
         if state["shadow"] is not None:
             self.shadow.load_state_dict(state["shadow"])
 
@@ -333,6 +340,7 @@ class BridgeTrainer(DemonstrationTrainer):
 
     def load_best_shared_state(self, state: dict[str, Any]) -> None:
         self.coordinator.load_state_dict(state["coordinator"])
+        self._shadow_schedule.load_state_dict(state["shadow_schedule"])
         if state["shadow"] is not None:
             self.shadow.load_weights(state["shadow"]["weights"])
 
@@ -350,7 +358,7 @@ class BridgeTrainer(DemonstrationTrainer):
             "shadow_optim": str(args.shadow_optim or args.optim),
             "shadow_reset_steps": args.shadow_reset_steps,
             "shadow_importance_sampling": args.shadow_importance_sampling,
-            "shadow_rollout_fraction": args.shadow_rollout_fraction,
+            **{name: getattr(args, name) for name in COST_OPTIONS},
             # Optimizers bring their base rates back with their state, so a changed one would be ignored.
             "coordinator_learning_rate": args.coordinator_rate,
             "shadow_learning_rate": args.shadow_rate,
