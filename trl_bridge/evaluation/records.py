@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .lines import append_lines, read_lines
+
 
 __all__ = ["Store"]
 
@@ -81,7 +83,7 @@ class Store:
         """
         found: dict[tuple[int, int], Record] = {}
         for path in self._files():
-            for record in _read(path):
+            for record in read_lines(path):
                 found.setdefault((record["question"], record["sample"]), record)
         return [found[key] for key in sorted(found)]
 
@@ -94,10 +96,7 @@ class Store:
                 Records with `question` and `sample`.
         """
         path = self.path if self.rank == 0 else self.folder / f"{_NAME}-{self.rank}.jsonl"
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        _cut_torn_line(path)
-        with open(path, "ab") as file:
-            file.write(lines.encode("utf-8"))
+        append_lines(path, records)
 
     def finish(self) -> list[Record]:
         """
@@ -115,28 +114,6 @@ class Store:
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob(f"{_NAME}*.jsonl"))
-
-
-def _read(path: Path) -> list[Record]:
-    *lines, rest = path.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"`output_dir`: line {number} of {path} is no JSON: {error}") from error
-    # `rest` is what follows the last newline: empty, or a line that was being written when the process was killed.
-    return records
-
-
-def _cut_torn_line(path: Path) -> None:
-    if not path.is_file() or not path.stat().st_size:
-        return
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        whole = file.read() == b"\n"
-    if not whole:
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def _replace(path: Path, text: str) -> None:

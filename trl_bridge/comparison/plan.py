@@ -1,0 +1,190 @@
+"""Which runs a comparison has, which of them are done, and which come next. Pure: no training here."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from .config import Comparison, Row, Setting
+
+
+__all__ = [
+    "Run",
+    "all_runs",
+    "best_rate",
+    "next_runs",
+    "number_of_runs",
+    "runs_of",
+    "tuning_runs",
+    "validation_scores",
+]
+
+Records = Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """
+    One training.
+
+    Attributes:
+        row ([`~trl_bridge.comparison.config.Row`]):
+            The method.
+        setting ([`~trl_bridge.comparison.config.Setting`]):
+            Where it is trained.
+        phase (`str`):
+            `"validation"` (scored on the validation rows, to choose a learning rate) or `"test"`.
+        seed (`int`):
+            Seed of data, base model and trainer.
+        learning_rate (`float`):
+            Rate.
+        steps (`int`):
+            Updates.
+        points (`int`):
+            Points of the curve after its start; 0 in a validation run.
+        trainer (`dict[str, Any]`):
+            Config fields of all methods.
+    """
+
+    row: Row
+    setting: Setting
+    phase: str
+    seed: int
+    learning_rate: float
+    steps: int
+    points: int
+    trainer: dict[str, Any]
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """
+        All that the result depends on, as JSON values.
+
+        Neither names nor what the method does not read: GRPO among good demonstrations and among wrong ones is one run.
+        """
+        task = dataclasses.asdict(self.setting.task)
+        unread = () if self.row.reads_demonstrations else self.setting.task.demonstration_fields
+        unread += () if self.row.reads_rewards else self.setting.task.reward_fields
+        return {
+            "method": self.row.method,
+            "fields": self.row.fields,
+            "times_learning_rate": self.row.times_learning_rate,
+            "trainer": self.trainer,
+            "task": [type(self.setting.task).__name__, {k: v for k, v in task.items() if k not in unread}],
+            "phase": self.phase,
+            "seed": self.seed,
+            "learning_rate": self.learning_rate,
+            "steps": self.steps,
+            "points": self.points,
+        }
+
+    @property
+    def key(self) -> str:
+        """Hash of the content, by which a finished run is known again."""
+        content = json.dumps(self.content, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def tuning_runs(comparison: Comparison, row: Row, setting: Setting) -> list[Run]:
+    """Runs that choose a row's learning rate in a setting."""
+    return [
+        Run(row, setting, "validation", seed, rate, comparison.steps, 0, comparison.trainer)
+        for rate in comparison.learning_rates
+        for seed in comparison.validation_seeds
+    ]
+
+
+def runs_of(comparison: Comparison, row: Row, setting: Setting, rate: float) -> list[Run]:
+    """Test runs of a row in a setting, one for each seed."""
+    return [
+        Run(row, setting, "test", seed, rate, comparison.steps, comparison.points, comparison.trainer)
+        for seed in comparison.seeds
+    ]
+
+
+def validation_scores(comparison: Comparison, row: Row, setting: Setting, records: Records) -> dict[float, float]:
+    """
+    Mean validation score of each rate whose runs are done. A run that diverged counts as 0.
+
+    Returns:
+        `dict[float, float]`: from the rate to the score.
+    """
+    scores: dict[float, list[float]] = {}
+    for run in tuning_runs(comparison, row, setting):
+        if run.key in records:
+            final = records[run.key].get("scores", {}).get("validation", {})
+            scores.setdefault(run.learning_rate, []).append(final.get(setting.task.metric, 0.0))
+    full = len(comparison.validation_seeds)
+    return {rate: sum(values) / full for rate, values in scores.items() if len(values) == full}
+
+
+def best_rate(comparison: Comparison, row: Row, setting: Setting, records: Records) -> float | None:
+    """
+    The learning rate with the best mean validation score; among equals the smallest.
+
+    Args:
+        comparison ([`~trl_bridge.comparison.config.Comparison`]):
+            The comparison.
+        row, setting:
+            Row and setting.
+        records (`Mapping[str, Mapping]`):
+            Records of finished runs by key.
+
+    Returns:
+        `float`, *optional*: `None` while validation runs are missing.
+    """
+    scores = validation_scores(comparison, row, setting, records)
+    if len(scores) < len(comparison.learning_rates):
+        return None
+    return min(scores, key=lambda rate: (-scores[rate], rate))
+
+
+def next_runs(comparison: Comparison, records: Records, busy: Collection[str] = ()) -> Iterator[Run]:
+    """
+    Runs that can start now, in order: setting by setting, and there row by row, each row's test runs once its learning
+    rate is chosen.
+
+    Args:
+        comparison ([`~trl_bridge.comparison.config.Comparison`]):
+            The comparison.
+        records (`Mapping[str, Mapping]`):
+            Records of finished runs by key.
+        busy (`Collection[str]`, *optional*):
+            Keys of runs under way.
+
+    Yields:
+        [`Run`]: each key once.
+    """
+    given = set(busy)
+    for run in all_runs(comparison, records):
+        if run.key not in records and run.key not in given:
+            given.add(run.key)
+            yield run
+
+
+def all_runs(comparison: Comparison, records: Records) -> Iterator[Run]:
+    """All runs whose learning rate is known, done or not, in order. One key can come more than once."""
+    for setting in comparison.settings:
+        for row in comparison.rows:
+            yield from tuning_runs(comparison, row, setting)
+            rate = best_rate(comparison, row, setting, records)
+            if rate is not None:
+                yield from runs_of(comparison, row, setting, rate)
+
+
+def number_of_runs(comparison: Comparison, records: Records) -> int:
+    """
+    How many different runs there are in all, those of unknown rate included.
+
+    Returns:
+        `int`: the number.
+    """
+    keys = set()
+    for setting in comparison.settings:
+        for row in comparison.rows:
+            keys |= {run.key for run in tuning_runs(comparison, row, setting)}
+            rate = best_rate(comparison, row, setting, records)
+            # Any rate does to count: rows and settings that share their runs share their rate too.
+            keys |= {run.key for run in runs_of(comparison, row, setting, -1.0 if rate is None else rate)}
+    return len(keys)

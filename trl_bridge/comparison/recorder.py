@@ -1,0 +1,139 @@
+"""What a run leaves behind: points of its learning curve, what it cost, and the quantities that explain it."""
+
+import math
+import time
+from typing import Any
+
+from transformers import TrainerCallback
+from trl import SFTConfig
+
+from .addition import Task
+
+
+__all__ = ["Recorder"]
+
+_FIRST_STEPS = 3
+_FIRST = (
+    "loss",
+    "grad_norm",
+    "reward",
+    "rollouts/reward",
+    "sft/loss",
+    "bridge/gain",
+    "bridge/coordinator_grad_cosine",
+)
+# Logged quantities that are kept as series, each number the mean over a part of the run.
+_SERIES = (
+    "reward",
+    "rollouts/reward",
+    "sft/loss",
+    "sft/weight_mean",
+    "bridge/gain",
+    "bridge/gain_grad_norm",
+    "bridge/coordinator_grad_norm_sft",
+    "bridge/coordinator_grad_norm_rl",
+    "bridge/coordinator_grad_cosine",
+    "bridge/grad_cosine",
+    "bridge/coordinator_norm",
+    "bridge/shadow_distance",
+)
+_PARTS = 20
+
+
+class Recorder(TrainerCallback):
+    """
+    Follows a training with `logging_steps=1`, both stages of a cold start.
+
+    Args:
+        task ([`~trl_bridge.comparison.addition.Task`]):
+            Gives the validation rows that the curve's points are measured on.
+        points (`int`):
+            Points of the curve after its start; 0 measures none.
+        cold_start (`bool`, *optional*, defaults to `False`):
+            Whether an SFT stage goes before. Its curve then starts where that ends.
+        stop_after (`int`, *optional*):
+            Updates after which training stops, with the schedule of the full run.
+    """
+
+    def __init__(self, task: Task, points: int, cold_start: bool = False, stop_after: int | None = None):
+        self.task, self.points, self.cold_start, self.stop_after = task, points, cold_start, stop_after
+        self.curve: list[dict[str, float]] = []
+        self.first: list[dict[str, float]] = []
+        self.logs: list[dict[str, float]] = []
+        self.rollouts = self.generated_tokens = 0
+        self.sft_tokens = 0.0
+        self.updates = {"rl": 0, "sft": 0}
+        self.away = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not self._in_first_stage(args):
+            self._measure(0, model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stop_after is not None and state.global_step >= self.stop_after:
+            control.should_training_stop = True
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, model: Any = None, **kwargs: Any
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return  # the summary at the end
+        values = {name: float(value) for name, value in logs.items() if _is_number(value)}
+        if len(self.first) < _FIRST_STEPS:
+            self.first.append({name: values[name] for name in _FIRST if name in values})
+        supervised = isinstance(args, SFTConfig)
+        self.updates["sft" if supervised else "rl"] += 1
+        if supervised:
+            self.sft_tokens += args.per_device_train_batch_size * self._mean_demonstration()
+        elif "completions/mean_length" in values:
+            rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+            self.rollouts += rows
+            self.generated_tokens += round(rows * values["completions/mean_length"])
+        self.logs.append({name: values[name] for name in _SERIES if name in values})
+        if "sft/num_tokens" in values:
+            self.sft_tokens = values["sft/num_tokens"]
+        due = {-(-state.max_steps * part // self.points) for part in range(1, self.points + 1)} if self.points else ()
+        if state.global_step in due and not self._in_first_stage(args):
+            self._measure(state.global_step, model)
+
+    def series(self) -> dict[str, list[float]]:
+        """Means of the logged quantities over equal parts of the run; a quantity that was never logged is left out."""
+        parts = min(_PARTS, len(self.logs))
+        cuts = [len(self.logs) * part // parts for part in range(parts + 1)] if parts else []
+        found: dict[str, list[float]] = {}
+        for name in _SERIES:
+            means = []
+            for start, end in zip(cuts, cuts[1:], strict=False):
+                values = [logs[name] for logs in self.logs[start:end] if name in logs]
+                if values:
+                    means.append(_short(sum(values) / len(values)))
+            if means:
+                found[name] = means
+        return found
+
+    def _measure(self, step: int, model: Any) -> None:
+        if not self.points:
+            return
+        start = time.perf_counter()
+        scores = {name: _short(value) for name, value in self.task.score(model, "validation").items()}
+        self.curve.append({"step": step, "rollouts": self.rollouts, **scores})
+        self.away += time.perf_counter() - start
+
+    def _mean_demonstration(self) -> float:
+        if not hasattr(self, "_mean"):
+            tokenizer = self.task.tokenizer
+            rows = self.task.demonstrations["completion"]
+            texts = [row if isinstance(row, str) else row[0]["content"] for row in rows]
+            self._mean = sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts) / len(texts)
+        return self._mean
+
+    def _in_first_stage(self, args: Any) -> bool:
+        return self.cold_start and isinstance(args, SFTConfig)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,149 @@
+"""What a comparison's tasks are, as fields that a YAML file sets. No torch is imported before one is built."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+
+if TYPE_CHECKING:
+    from .addition import Task
+
+
+__all__ = ["TASKS", "AdditionSpec", "ReasoningGymSpec", "TaskSpec"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSpec:
+    """
+    Fields of every task.
+
+    Attributes:
+        wrong_share (`float`):
+            Share of the demonstrations that are wrong.
+        reward_flip (`float`):
+            Probability with which a reward of training is flipped. Evaluation is never flipped.
+    """
+
+    wrong_share: float = 0.0
+    reward_flip: float = 0.0
+
+    # Fields that a method without demonstrations, or without rollouts, does not see.
+    demonstration_fields: ClassVar[tuple[str, ...]] = ("wrong_share",)
+    reward_fields: ClassVar[tuple[str, ...]] = ("reward_flip",)
+    # Score by which learning rates are chosen and methods compared.
+    metric: ClassVar[str] = "accuracy"
+
+    def __post_init__(self) -> None:
+        for name in ("wrong_share", "reward_flip"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
+
+    def build(self, seed: int, cache: Path | None = None) -> "Task":
+        """
+        Generate the rows and make the base model.
+
+        Args:
+            seed (`int`):
+                Seed of both.
+            cache (`Path`, *optional*):
+                Folder for base models, which several runs share.
+
+        Returns:
+            [`~trl_bridge.comparison.addition.Task`]: the task.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class AdditionSpec(TaskSpec):
+    """
+    Sums of two numbers by a character model of 126k weights, trained here until it half knows the answers.
+
+    Attributes:
+        max_number (`int`):
+            Largest number. The out-of-distribution rows have one number above it.
+        known_size (`int`):
+            Pairs that the base model learns from.
+        train_size (`int`):
+            Prompts of RL, the first of the known pairs.
+        demonstrations_size (`int`):
+            Prompts with a demonstration, the first of those.
+        validation_size, test_size, ood_size (`int`):
+            Rows that are in none of the others.
+        base_steps (`int`):
+            AdamW steps of the base model, at most.
+        base_probability (`float`, *optional*):
+            Mean probability of the right answer on the validation rows at which the base model's training stops.
+        base_rate (`float`):
+            Learning rate of the base model.
+    """
+
+    max_number: int = 49
+    known_size: int = 2000
+    train_size: int = 2000
+    demonstrations_size: int = 400
+    validation_size: int = 250
+    test_size: int = 250
+    ood_size: int = 250
+    base_steps: int = 600
+    base_probability: float | None = None
+    base_rate: float = 1e-3
+
+    metric: ClassVar[str] = "probability"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.demonstrations_size <= self.train_size <= self.known_size:
+            raise ValueError(
+                f"`demonstrations_size` ({self.demonstrations_size}), `train_size` ({self.train_size}) and `known_size` "
+                f"({self.known_size}) must grow in this order, from 1."
+            )
+        pairs = (self.max_number + 1) ** 2
+        used = self.known_size + self.validation_size + self.test_size
+        if used > pairs:
+            raise ValueError(f"`max_number: {self.max_number}` has {pairs} pairs, and {used} are asked for.")
+        if self.base_steps < 1:
+            raise ValueError(f"`base_steps` must be at least 1, got {self.base_steps}.")
+
+    def build(self, seed: int, cache: Path | None = None) -> "Task":
+        from .addition import make_task
+
+        return make_task(self, seed, cache)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReasoningGymSpec(TaskSpec):
+    """
+    A reasoning-gym task with worked solutions, by an instruction-tuned model.
+
+    Attributes:
+        task (`str`):
+            Name of the task in reasoning-gym, such as `"chain_sum"`.
+        parameters, ood_parameters (`dict`):
+            The task's own parameters; those of the out-of-distribution rows.
+        model (`str`):
+            `builtin:smollm2-135m`, or a name or directory that transformers loads.
+        train_size, validation_size, test_size, ood_size (`int`):
+            Numbers of rows. Every training row has a demonstration.
+        max_new_tokens (`int`):
+            Longest answer in evaluation.
+    """
+
+    task: str = "chain_sum"
+    parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ood_parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
+    model: str = "builtin:smollm2-135m"
+    train_size: int = 1000
+    validation_size: int = 100
+    test_size: int = 200
+    ood_size: int = 100
+    max_new_tokens: int = 64
+
+    def build(self, seed: int, cache: Path | None = None) -> "Task":
+        from .reasoning_gym import make_task
+
+        return make_task(self, seed)
+
+
+TASKS: dict[str, type[TaskSpec]] = {"addition": AdditionSpec, "reasoning-gym": ReasoningGymSpec}
+"""Tasks by the name that a YAML file gives."""

@@ -1,0 +1,77 @@
+"""`trl-bridge compare`: methods on the same data, rollouts, seeds and tuned learning rates."""
+
+import sys
+from pathlib import Path
+
+from ..comparison.config import Comparison, load_comparison
+from .errors import UsageError
+from .tool_parser import ToolParser
+
+
+__all__ = ["main"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Run what is missing of a comparison, then write its table and pictures.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            Arguments after the verb. `None` takes `sys.argv`.
+
+    Returns:
+        `int`: exit code.
+
+    Raises:
+        UsageError, ValueError, FileNotFoundError, NotImplementedError: the comparison or an option cannot be used.
+        ImportError: matplotlib is not installed.
+    """
+    parser = _parser()
+    options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if options.workers < 1:
+        raise UsageError(f"`--workers` must be at least 1, got {options.workers}")
+    comparison = load_comparison(options.config).only(_names(options.methods), _names(options.settings))
+    folder = Path(options.output_dir or comparison.output_dir)
+    from ..comparison.workers import read_records
+
+    if options.report:
+        records = read_records(folder)
+        if not records:
+            raise UsageError(f"`--report`: {folder} holds no runs")
+    else:
+        from ..comparison.workers import run_all
+
+        _check(comparison, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        records = run_all(comparison, folder, options.workers)
+    return 0
+
+
+def _parser() -> ToolParser:
+    parser = ToolParser(
+        prog="trl-bridge compare",
+        description="Train methods on the same data, rollouts, seeds and tuned learning rates; write a table and pictures.",
+        epilog="A killed comparison goes on where it stopped when the same command is given again.",
+    )
+    parser.add_argument("--config", required=True, help="YAML file, or name of a recipe, such as comparison/addition")
+    parser.add_argument("--output_dir", help="folder for the results; default: the file's")
+    parser.add_argument("--workers", type=int, default=1, help="processes; they take GPUs by turns, or a core each")
+    parser.add_argument("--methods", help="only these rows, separated by commas")
+    parser.add_argument("--settings", help="only these settings, separated by commas")
+    parser.add_argument(
+        "--report", action="store_true", help="train nothing: table and pictures of the runs there are"
+    )
+    return parser
+
+
+def _names(option: str | None) -> list[str] | None:
+    return None if option is None else [name.strip() for name in option.split(",") if name.strip()]
+
+
+def _check(comparison: Comparison, folder: Path) -> None:
+    from ..comparison.plan import runs_of
+    from ..comparison.trainers import check_run
+
+    for row in comparison.rows:
+        run = runs_of(comparison, row, comparison.settings[0], comparison.learning_rates[0])[0]
+        check_run(run, comparison.rows, str(folder))
