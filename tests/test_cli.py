@@ -95,7 +95,7 @@ def test_help_of_every_method_exits_0(name, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["demo"], ["env"], ["eval"], ["data"], ["merge"], ["recipes"], ["recipes", "cp"], []]
+    "arguments", [["demo"], ["env"], ["eval"], ["data"], ["merge"], ["recipes"], ["recipes", "cp"], ["compare"], []]
 )
 def test_help_of_tools_exits_0(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -135,6 +135,11 @@ def test_every_method_names_what_exists():
         (["recipes", "cp", "smoke/bridg", "x"], "did you mean `smoke/bridge`?"),
         (["demo", "--steps", "0"], "`--steps`"),
         (["env", "--x"], "--x"),
+        (["compare", "--config", "comparison/adition"], "did you mean `comparison/addition`?"),
+        (["compare", "--config", "comparison/addition-smoke", "--methods", "gripo"], "did you mean `grpo`?"),
+        (["compare", "--config", "comparison/addition-smoke", "--settings", "x"], "there are: half-wrong"),
+        (["compare", "--config", "comparison/addition-smoke", "--workers", "0"], "`--workers` must be at least 1"),
+        (["compare"], "--config"),
     ],
 )
 def test_refused_before_anything_starts(capsys, arguments, said):

@@ -21,6 +21,10 @@ from .scripts.errors import UsageError, user_errors
 __all__ = ["TOOLS", "main"]
 
 TOOLS: dict[str, tuple[str, str]] = {
+    "compare": (
+        "trl_bridge.scripts.compare:main",
+        "train methods on the same data, rollouts, seeds and tuned rates; write a table and pictures",
+    ),
     "data": ("trl_bridge.scripts.data:main", "list, show, check and prepare datasets"),
     "demo": ("trl_bridge.demo.run:main", "compare GRPO, cold start and BRIDGE on a small task, in minutes on a CPU"),
     "env": ("trl_bridge.cli:env", "print versions, for bug reports"),

@@ -63,7 +63,8 @@ class Recorder(TrainerCallback):
         self.rollouts = self.generated_tokens = 0
         self.sft_tokens = 0.0
         self.updates = {"rl": 0, "sft": 0}
-        self.away = 0.0
+        # Wall-clock and processor time of evaluation.
+        self.away = (0.0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not self._in_first_stage(args):
@@ -114,10 +115,10 @@ class Recorder(TrainerCallback):
     def _measure(self, step: int, model: Any) -> None:
         if not self.points:
             return
-        start = time.perf_counter()
+        wall, cpu = time.perf_counter(), time.process_time()
         scores = {name: _short(value) for name, value in self.task.score(model, "validation").items()}
         self.curve.append({"step": step, "rollouts": self.rollouts, **scores})
-        self.away += time.perf_counter() - start
+        self.away = (self.away[0] + time.perf_counter() - wall, self.away[1] + time.process_time() - cpu)
 
     def _mean_demonstration(self) -> float:
         if not hasattr(self, "_mean"):

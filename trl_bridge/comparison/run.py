@@ -49,7 +49,7 @@ def execute(run: Run, cache: str | None = None, stop_after: int | None = None) -
     _reset_peak()
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(run, task, folder, [recorder])
-        start = time.perf_counter()
+        clocks = time.perf_counter(), time.process_time()
         diverged = None
         try:
             trainer.train()
@@ -57,7 +57,8 @@ def execute(run: Run, cache: str | None = None, stop_after: int | None = None) -
             if _is_finite(_policy(trainer)):
                 raise
             diverged = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        seconds = time.perf_counter() - start - recorder.away
+        seconds = time.perf_counter() - clocks[0] - recorder.away[0]
+        cpu_seconds = time.process_time() - clocks[1] - recorder.away[1]
         peak = _peak()
         policy = _policy(trainer)
         if diverged is None and not _is_finite(policy):
@@ -80,6 +81,7 @@ def execute(run: Run, cache: str | None = None, stop_after: int | None = None) -
         # The group methods do not log how many tokens of their experts they train on.
         "sft_tokens": None if run.row.family == "group" else round(recorder.sft_tokens),
         "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu_seconds, 2),
         "peak_memory_mb": peak,
         "curve": recorder.curve,
         "series": recorder.series() if run.points else {},

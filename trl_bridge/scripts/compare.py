@@ -4,11 +4,17 @@ import sys
 from pathlib import Path
 
 from ..comparison.config import Comparison, load_comparison
+from ..comparison.pictures import check_matplotlib, draw_all
+from ..comparison.plan import all_runs, runs_of
+from ..comparison.table import report
+from ..comparison.workers import read_records, run_all
 from .errors import UsageError
 from .tool_parser import ToolParser
 
 
-__all__ = ["main"]
+__all__ = ["TABLE_FILE", "main"]
+
+TABLE_FILE = "table.md"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,18 +38,22 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"`--workers` must be at least 1, got {options.workers}")
     comparison = load_comparison(options.config).only(_names(options.methods), _names(options.settings))
     folder = Path(options.output_dir or comparison.output_dir)
-    from ..comparison.workers import read_records
-
+    check_matplotlib()
     if options.report:
         records = read_records(folder)
-        if not records:
-            raise UsageError(f"`--report`: {folder} holds no runs")
     else:
-        from ..comparison.workers import run_all
-
         _check(comparison, folder)
         folder.mkdir(parents=True, exist_ok=True)
         records = run_all(comparison, folder, options.workers)
+    # Runs of rows and settings that are not asked for, or no longer there, are left out.
+    keys = {run.key for run in all_runs(comparison, records)}
+    wanted = {key: record for key, record in records.items() if key in keys}
+    if not wanted:
+        raise UsageError(f"`--report`: {folder} holds no runs of this comparison")
+    table = report(comparison, wanted)
+    (folder / TABLE_FILE).write_text(table, encoding="utf-8")
+    draw_all(comparison, wanted, folder)
+    sys.stdout.write(f"{table}\nRuns, table and pictures: {folder}\n")
     return 0
 
 
@@ -69,7 +79,7 @@ def _names(option: str | None) -> list[str] | None:
 
 
 def _check(comparison: Comparison, folder: Path) -> None:
-    from ..comparison.plan import runs_of
+    # Imports TRL, so after everything that can be refused without it.
     from ..comparison.trainers import check_run
 
     for row in comparison.rows:

@@ -1,0 +1,185 @@
+"""The tables of a comparison, in Markdown."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .config import Comparison, Setting
+from .plan import tuning_runs, validation_scores
+from .results import Difference, Result, mean_and_deviation, results_of
+
+
+__all__ = ["report"]
+
+Records = Mapping[str, Mapping[str, Any]]
+
+
+def report(comparison: Comparison, records: Records) -> str:
+    """
+    All tables: results, cost and the choice of learning rates, setting by setting.
+
+    Args:
+        comparison ([`~trl_bridge.comparison.config.Comparison`]):
+            The comparison.
+        records (`Mapping[str, Mapping]`):
+            Records of finished runs by key.
+
+    Returns:
+        `str`: Markdown. Runs that are missing are missing in it: a row without a test run has no numbers.
+    """
+    parts = [_how(comparison, records)]
+    for setting in comparison.settings:
+        results = results_of(comparison, setting, records)
+        if any(result.records or result.diverged for result in results.values()):
+            parts += [
+                f"## {setting.name}",
+                *_summary(comparison, setting, results),
+                _scores(comparison, setting, results),
+                _cost(comparison, results),
+            ]
+    parts += ["## Learning rates", _RATES, _rates(comparison, records)]
+    return "\n\n".join(parts) + "\n"
+
+
+_RATES = (
+    "Mean score on the validation rows, which no other number here is from. Bold: chosen. An asterisk at a rate in the tables above: "
+    "the chosen one is an end of the grid, so a better one may lie beyond it."
+)
+
+
+def _how(comparison: Comparison, records: Records) -> str:
+    used = list(records.values())
+    dates = sorted({record["date"] for record in used})
+    machines = sorted({_machine(record["machine"]) for record in used})
+    commits = sorted({str(record["commit"])[:10] for record in used})
+    versions = sorted({", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in used})
+    lines = [
+        f"- {len(used)} runs, {comparison.steps} updates each unless a row says otherwise, seeds "
+        f"{_listed(comparison.seeds)}; learning rates {_listed(f'{rate:g}' for rate in comparison.learning_rates)} tried on "
+        f"{'seed' if len(comparison.validation_seeds) == 1 else 'seeds'} {_listed(comparison.validation_seeds)}.",
+        f"- Machine: {'; '.join(machines)}. Date: {_span(dates)}. Commit: {', '.join(commits)}.",
+        f"- {'; '.join(versions)}.",
+        "- Differences are taken seed by seed, with a 95 % bootstrap interval over the seeds. With five seeds such an interval is too "
+        "narrow: read it as a rough guide. Bold: the interval does not contain 0.",
+    ]
+    return "\n".join(lines)
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''} a run"
+    return machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores, {threads}"
+
+
+def _summary(comparison: Comparison, setting: Setting, results: dict[str, Result]) -> list[str]:
+    """Who leads, and which rows are above and below each reference."""
+    means = {
+        name: mean_and_deviation(list(values.values()))[0] for name, r in results.items() if (values := r.values())
+    }
+    if not means:
+        return []
+    best = max(means, key=lambda name: means[name])
+    lines = [f"Highest {setting.task.metric}: `{best}`, {means[best]:.3f}."]
+    for reference in comparison.references:
+        above, below = [], []
+        for name, result in results.items():
+            difference = None if name == reference else result.against(results[reference])
+            if difference is not None and difference.interval is not None:
+                low, high = difference.interval
+                (above if low > 0 else below if high < 0 else []).append(f"`{name}`")
+        lines.append(f"Above `{reference}`: {', '.join(above) or 'none'}. Below it: {', '.join(below) or 'none'}.")
+    return ["\n".join(lines)]
+
+
+def _scores(comparison: Comparison, setting: Setting, results: dict[str, Result]) -> str:
+    names = [setting.task.metric] + (["accuracy"] if setting.task.metric != "accuracy" else [])
+    head = ["method", "rate", *names, "seeds", *(f"{names[0]} against `{name}`" for name in comparison.references)]
+    head.append(f"out of distribution, {names[0]}")
+    rows = []
+    for name, result in results.items():
+        cells = [f"`{name}`", _rate(comparison, result)]
+        cells += [_spread(result.values(score)) for score in names]
+        cells.append(str(len(result.records)) + (f" ({result.diverged} diverged)" if result.diverged else ""))
+        for reference in comparison.references:
+            cells.append("" if name == reference else _difference(result.against(results[reference])))
+        rows.append([*cells, _spread(result.values(split="ood"))])
+    return _markdown(head, rows)
+
+
+def _cost(comparison: Comparison, results: dict[str, Result]) -> str:
+    """Processor time, which other programs on the machine change little, beside the clock's."""
+    reference = next((name for name in comparison.references if results[name].records), None)
+    base = None if reference is None else results[reference].mean("cpu_seconds")
+    head = ["cost of a run", "seconds", "CPU seconds"] + ([f"times `{reference}`"] if base else [])
+    head += ["generated tokens", "SFT tokens", "peak memory, MB"]
+    rows = []
+    for name, result in results.items():
+        cpu = result.mean("cpu_seconds")
+        if cpu is not None:
+            cells = [f"`{name}`", f"{result.mean('seconds'):.1f}", f"{cpu:.1f}"] + (
+                [f"{cpu / base:.2f}"] if base else []
+            )
+            fields = ("generated_tokens", "sft_tokens", "peak_memory_mb")
+            rows.append(cells + [_whole(result.mean(field)) for field in fields])
+    return _markdown(head, rows)
+
+
+def _rates(comparison: Comparison, records: Records) -> str:
+    rates = comparison.learning_rates
+    rows = []
+    for setting in comparison.settings:
+        for row in comparison.rows:
+            scores = validation_scores(comparison, row, setting, records)
+            if not scores:
+                continue
+            best = max(scores.values()) if len(scores) == len(rates) else None
+            diverged = {
+                r.learning_rate for r in tuning_runs(comparison, row, setting) if "diverged" in records.get(r.key, {})
+            }
+            cells, chosen = [], False
+            for rate in rates:
+                text = f"{scores[rate]:.3f}" if rate in scores else ""
+                if rate in scores and scores[rate] == best and not chosen:
+                    text, chosen = f"**{text}**", True
+                cells.append(text + (" (diverged)" if rate in diverged else ""))
+            rows.append([setting.name, f"`{row.name}`", *cells])
+    return _markdown(["setting", "method", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def _rate(comparison: Comparison, result: Result) -> str:
+    if result.learning_rate is None:
+        return ""
+    ends = {min(comparison.learning_rates), max(comparison.learning_rates)}
+    return f"{result.learning_rate:g}{'*' if result.learning_rate in ends else ''}"
+
+
+def _spread(values: Mapping[int, float]) -> str:
+    if not values:
+        return ""
+    mean, deviation = mean_and_deviation(list(values.values()))
+    return f"{mean:.3f}" + ("" if deviation is None else f" ({deviation:.3f})")
+
+
+def _difference(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    if difference.interval is None:
+        return f"{difference.mean:+.3f}"
+    low, high = difference.interval
+    mean = f"**{difference.mean:+.3f}**" if low > 0 or high < 0 else f"{difference.mean:+.3f}"
+    return f"{mean} [{low:+.3f}, {high:+.3f}]"
+
+
+def _whole(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(map(str, values))
+
+
+def _span(dates: Sequence[str]) -> str:
+    return "" if not dates else dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines)
