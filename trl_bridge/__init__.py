@@ -33,6 +33,8 @@ _LAZY = {
     "HPTTrainer": "trl_bridge.baselines.hpt",
     "LUFFYConfig": "trl_bridge.baselines.luffy",
     "LUFFYTrainer": "trl_bridge.baselines.luffy",
+    "LightningOPDConfig": "trl_bridge.distillation.lightning_config",
+    "LightningOPDTrainer": "trl_bridge.distillation.lightning",
     "NaiveMixConfig": "trl_bridge.baselines.naive_mix",
     "NaiveMixTrainer": "trl_bridge.baselines.naive_mix",
     "PrefixRFTConfig": "trl_bridge.baselines.prefix_rft",
@@ -65,6 +67,8 @@ __all__ = [
     "HPTTrainer",
     "LUFFYConfig",
     "LUFFYTrainer",
+    "LightningOPDConfig",
+    "LightningOPDTrainer",
     "NaiveMixConfig",
     "NaiveMixTrainer",
     "PrefixRFTConfig",
@@ -100,6 +104,8 @@ if TYPE_CHECKING:
     from .baselines.uft import UFTConfig, UFTTrainer
     from .bridge.config import BridgeConfig
     from .bridge.trainer import BridgeTrainer
+    from .distillation.lightning import LightningOPDTrainer
+    from .distillation.lightning_config import LightningOPDConfig
     from .training.config import DemonstrationConfig
     from .training.trainer import DemonstrationTrainer
 

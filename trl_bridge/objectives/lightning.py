@@ -2,11 +2,10 @@
 
 import torch
 
+from .distill import policy_term
 
-AGGREGATIONS = ("sequence", "token")
 
-
-def stored_teacher_objective(
+def stored_teacher_terms(
     log_probs: torch.Tensor,
     teacher_log_probs: torch.Tensor,
     mask: torch.Tensor,
@@ -14,16 +13,15 @@ def stored_teacher_objective(
     aggregation: str,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
-    What each token adds to the objective of Lightning OPD (arXiv 2604.13010).
+    What each token adds to the loss of Lightning OPD (arXiv 2604.13010), before the division by a count.
 
-    `A_t = sg[clamp(log p_T(y_t) - log p(y_t), -c, c)]` of the current policy `p`, times the ratio `p / sg[p]`, which is one
-    and carries the gradient: the term's gradient is `A_t grad log p(y_t)`. Minus the mean of the terms is the loss; its
-    value is the estimate of the reverse KL on these rollouts, clamped. The released program's clipping of the ratio never
-    acts with one update per batch of rollouts, and is left out.
+    `-A_t log p(y_t)` with `A_t = sg[clamp(log p_T(y_t) - log p(y_t), -c, c)]` of the current policy `p`: its gradient is that
+    of the paper's ratio `p / sg[p]`, which is one with one update per batch. The released program's clipping of that ratio
+    then never acts, and is left out.
 
     Args:
         log_probs (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each token under the policy, in nats.
+            Log-probability of each token under the policy, in nats; carries the graph.
         teacher_log_probs (`torch.Tensor` of shape `(B, T)`):
             The teacher's.
         mask (`torch.Tensor` of shape `(B, T)`):
@@ -31,7 +29,8 @@ def stored_teacher_objective(
         clip (`float`, *optional*):
             `c`. `None` does not clamp.
         aggregation (`str`):
-            `"token"` weighs all tokens alike, `"sequence"` has a weight of one for each sequence.
+            `"token"` weighs all tokens alike and wants the number of tokens as count; `"sequence"` weighs all sequences
+            alike and wants the number of sequences.
 
     Returns:
         `tuple[torch.Tensor, dict[str, torch.Tensor]]`: the terms `(B, T)`, 0 outside of the mask, and detached scalar sums
@@ -39,18 +38,18 @@ def stored_teacher_objective(
         clamped), `teacher_logprob`, `reverse_kl` (before the clamp) and `tokens`.
     """
     mask = mask.bool()
-    teacher = teacher_log_probs.detach().to(log_probs.dtype)
-    gap = (teacher - log_probs.detach()).masked_fill(~mask, 0.0)  # (B, T)
+    teacher = teacher_log_probs.detach().to(log_probs.dtype).masked_fill(~mask, 0.0)
+    term = policy_term(log_probs, teacher, clip)
+    gap = term.advantages.masked_fill(~mask, 0.0)  # (B, T)
     advantage = gap if clip is None else gap.clamp(-clip, clip)
-    ratio = (log_probs - log_probs.detach()).exp()
-    terms = advantage * ratio
+    terms = term.loss.masked_fill(~mask, 0.0)
     if aggregation == "sequence":
         terms = terms / mask.sum(dim=1, keepdim=True).clamp(min=1)
     sums = {
         "advantage": advantage.sum(),
         "advantage_abs": advantage.abs().sum(),
-        "clipped": (advantage != gap).sum(),
-        "teacher_logprob": teacher.masked_fill(~mask, 0.0).sum(),
+        "clipped": (term.clipped & mask).sum(),
+        "teacher_logprob": teacher.sum(),
         "reverse_kl": -gap.sum(),
         "tokens": mask.sum(),
     }

@@ -1,0 +1,127 @@
+"""Rows of scored rollouts as the trainer reads them, and their batches."""
+
+import sys
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from ..data.cache import code_of
+from ..data.log import warn
+from . import scoring
+from .identity import check_identity
+from .scoring import Rollout, check_scores
+
+
+__all__ = ["SCORES", "ScoredCollator", "scored_rows"]
+
+SCORES = ("teacher_logprobs", "reference_logprobs")
+"""Columns with one number for each token of a row; the second one may be absent."""
+
+_NEEDED = ("prompt_ids", "completion_ids", "teacher_logprobs", "scored_with")
+
+
+def scored_rows(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    require_same_teacher: bool,
+    max_length: int | None = None,
+    num_proc: int | None = None,
+    what: str = "train_dataset",
+) -> tuple[Dataset, list[dict[str, Any]]]:
+    """
+    Check the rows that `trl-bridge data score-rollouts` writes, and lay them out as tokens, labels and scores.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Columns `prompt_ids`, `completion_ids`, `teacher_logprobs` (one for each completion token), `scored_with`, and
+            optionally `reference_logprobs`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The student's.
+        require_same_teacher (`bool`):
+            As in [`LightningOPDConfig`].
+        max_length (`int`, *optional*):
+            Longest row; the end of longer ones is cut off. A row of which no completion token is left is dropped, and their
+            number is logged.
+        num_proc (`int`, *optional*):
+            Number of processes.
+        what (`str`, *optional*, defaults to `"train_dataset"`):
+            Name of the dataset, for the messages.
+
+    Returns:
+        `tuple[Dataset, list[dict]]`: columns `input_ids`, `labels` and those of [`SCORES`], each as long as the row, 0 at
+        prompt tokens; and who sampled and scored.
+
+    Raises:
+        TypeError: no [`~datasets.Dataset`].
+        ValueError: a missing column, another tokenizer, template or teacher, a row whose scores do not fit its tokens, or
+            no row is left.
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"`{what}` must be a `Dataset`, whose rows can be checked, got {type(dataset).__name__}.")
+    missing = [name for name in _NEEDED if name not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"`{what}` has no column {', '.join(map(repr, missing))}; it has: {', '.join(dataset.column_names)}. Make the "
+            "rows with `trl-bridge data score-rollouts`."
+        )
+    if not len(dataset):
+        raise ValueError(f"`{what}` is empty.")
+    identities = check_identity(dataset.unique("scored_with"), tokenizer, require_same_teacher, what)
+    names = [name for name in SCORES if name in dataset.column_names]
+    with PartialState().main_process_first():
+        rows = dataset.with_format(None).map(
+            _lay_out,
+            with_indices=True,
+            fn_kwargs={
+                "names": names,
+                "max_length": max_length,
+                "what": what,
+                **code_of(sys.modules[__name__], scoring),
+            },
+            remove_columns=dataset.column_names,
+            num_proc=num_proc,
+            desc=f"Laying out {what}",
+        )
+        kept = rows.filter(
+            lambda row: row["labels"][-1] != -100, num_proc=num_proc, desc="Dropping rows cut to prompts"
+        )
+    if not len(kept):
+        raise ValueError(f"every prompt of `{what}` fills `max_length={max_length}` alone.")
+    if len(kept) < len(rows):
+        warn(
+            f"{len(rows) - len(kept)} of {len(rows)} rows of `{what}` have no completion within `max_length={max_length}`."
+        )
+    return kept, identities
+
+
+def _lay_out(
+    row: dict[str, Any], index: int, names: list[str], max_length: int | None, what: str, code: str
+) -> dict[str, Any]:
+    prompt, completion = row["prompt_ids"], row["completion_ids"]
+    where = f"row {index} of `{what}`"
+    if not prompt:
+        raise ValueError(f"{where} has an empty prompt.")
+    made = {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
+    for name in names:
+        check_scores(Rollout(prompt, completion), row[name], f"{where}, `{name}`:")
+        made[name] = [0.0] * len(prompt) + row[name]
+    return {name: values[:max_length] for name, values in made.items()}
+
+
+class ScoredCollator(DataCollatorForLanguageModeling):
+    """TRL's collator, with the scores padded beside the tokens: `(B, L)`, 0 at prompts and padding."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        for name in SCORES:
+            if name in examples[0]:
+                padded = torch.zeros(batch["input_ids"].shape, dtype=torch.float32)
+                for row, example in zip(padded, examples, strict=True):
+                    row[: len(example[name])] = torch.tensor(example[name])
+                batch[name] = padded
+        return batch
