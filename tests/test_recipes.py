@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_bridge import cli, recipes
 from trl_bridge.methods import METHODS
+from trl_bridge.models import tiny_model, tiny_tokenizer
 from trl_bridge.scripts.parsing import parse_command_line
 
 
@@ -62,7 +64,7 @@ def test_every_recipe_has_a_header_and_states_what_changes(name):
         assert part in header
     assert f"trl-bridge {method_of(name).name} --config {name}\n" in header + "\n"
     stated = set(yaml.safe_load(path.read_text()))
-    if method_of(name).family != "sft":
+    if method_of(name).family not in ("sft", "scored"):
         assert stated >= STATED
 
 
@@ -119,11 +121,37 @@ def test_ls_and_cp(tmp_path, capsys):
 SMOKE = [name for name in NAMES if name.startswith("smoke/")]
 
 
+def scored_rollouts(folder):
+    """What the recipe of lightning-opd says to run before it, with a model made in memory for the one of smoke/sft."""
+    teacher = folder / "teacher"
+    tokenizer = tiny_tokenizer(chat_template=True)
+    tiny_model(tokenizer, seed=1).save_pretrained(teacher)
+    tokenizer.save_pretrained(teacher)
+    header = recipes.find_recipe("smoke/lightning-opd").read_text()
+    command = header.split("trl-bridge data ")[1].split("\n# Run:")[0].replace("\\\n#", " ")
+    command = command.replace("outputs/smoke-sft", str(teacher)).replace(
+        "outputs/smoke-rollouts", str(folder / "rows")
+    )
+    assert cli.main(["data", *shlex.split(command)]) == 0
+    return ["--dataset_name", str(folder / "rows" / "train.parquet")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMOKE)
 def test_smoke_recipe_trains_through_the_command(name, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "trl_bridge",
+        method_of(name).name,
+        "--config",
+        name,
+        "--output_dir",
+        str(tmp_path),
+    ]
+    more = scored_rollouts(tmp_path / "before") if name == "smoke/lightning-opd" else []
     done = subprocess.run(
-        [sys.executable, "-m", "trl_bridge", method_of(name).name, "--config", name, "--output_dir", str(tmp_path)],
+        [*command, *more],
         capture_output=True,
         text=True,
         timeout=300,

@@ -121,6 +121,19 @@ _ENTRIES = {
             vllm="baselines/test_actguide.py::test_vllm_keeps_guided_rows",
         ),
     ),
+    "lightning-opd": Capability(
+        "arXiv 2604.13010",
+        "none",
+        {
+            "full": "distillation/test_lightning.py::test_update_equals_an_online_teacher",
+            "LoRA": "distillation/test_lightning.py::test_lora_student",
+            "DDP": "distributed/test_lightning.py::test_two_ranks_equal_the_reference",
+            "FSDP2": UNTESTED,
+            "ZeRO-1/2/3": UNTESTED,
+            "vLLM": "distillation/test_scoring.py::test_vllm_samples",
+            "resume": "distillation/test_lightning.py::test_resume_is_exact",
+        },
+    ),
     "two-stage": Capability(
         "cold start of arXiv 2501.12948",
         "which stage is done",
@@ -167,8 +180,8 @@ def as_markdown() -> str:
     lines = [
         "# Methods",
         "",
-        "One interface, one data schema, one set of metric names: every trainer is a `GRPOTrainer` with its own config, and "
-        "a verb of `trl-bridge`. The docstring of each holds its formula, its source and every deviation; "
+        "One interface, one data schema, one set of metric names: every trainer is a `GRPOTrainer` (for distillation "
+        "TRL's distillation or SFT trainer) with its own config, and a verb of `trl-bridge`. The docstring of each holds its formula, its source and every deviation; "
         "[baselines.md](baselines.md) says how to choose and how to compare them.",
         "",
         "This page is printed by `python -m trl_bridge.capabilities`.",

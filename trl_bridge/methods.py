@@ -15,6 +15,7 @@ FAMILIES = {
     "stream": "RL rows and demonstrations",
     "group": "RL rows with an `expert` column",
     "rl": "RL rows",
+    "scored": "rollouts with a teacher's scores (`trl-bridge data score-rollouts`)",
     "sft": "demonstrations",
 }
 """What a method reads, by family. The family decides which script arguments a method has."""
@@ -148,6 +149,14 @@ _ALL = (
         "stream",
         "cold start: TRL's SFT, then TRL's GRPO, in one run",
         "sft",
+    ),
+    Method(
+        "lightning-opd",
+        "trl_bridge.LightningOPDTrainer",
+        "trl_bridge.LightningOPDConfig",
+        "scored",
+        "Lightning OPD: distillation from a teacher that scored the student's rollouts once, before training",
+        "dense",
     ),
     Method("grpo", "trl.GRPOTrainer", "trl.GRPOConfig", "rl", "TRL's GRPO", "critic-free"),
     Method("sft", "trl.SFTTrainer", "trl.SFTConfig", "sft", "TRL's SFT", "sft"),

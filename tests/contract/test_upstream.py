@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_head
 
 import trl_bridge
@@ -27,6 +27,7 @@ from trl_bridge import (
     CHORDTrainer,
     ExpertTrainer,
     HPTTrainer,
+    LightningOPDTrainer,
     LUFFYTrainer,
     NaiveMixTrainer,
     PrefixRFTTrainer,
@@ -55,7 +56,9 @@ GROUP = (
     ActGuideTrainer,
 )
 BASES = (Resumable, BufferResumable, ResumableTrainer, StudentTrainer, DemonstrationTrainer)
-OURS = (*BASES, _Bridge, *STREAM, *GROUP)
+DISTILLATION = (LightningOPDTrainer,)
+OURS = (*BASES, _Bridge, *STREAM, *GROUP, *DISTILLATION)
+ROOMS = ("training", "bridge", "baselines", "distillation")
 
 # Parameters and defaults of what is overridden or called, without annotations.
 SIGNATURES = {
@@ -74,6 +77,11 @@ SIGNATURES = {
     "trl.GRPOTrainer._load_optimizer_and_scheduler": "(self, checkpoint)",
     "trl.GRPOTrainer.create_model_card": "(self, model_name=None, dataset_name=None, tags=None)",
     "trl.GRPOTrainer.log": "(self, logs, start_time=None)",
+    "trl.SFTTrainer.__init__": "(self, model, args=None, data_collator=None, train_dataset=None, eval_dataset=None, processing_class=None, compute_loss_func=None, compute_metrics=None, callbacks=None, optimizers=(None, None), optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None, quantization_config=None, peft_config=None, formatting_func=None)",
+    "trl.SFTTrainer.compute_loss": "(self, model, inputs, return_outputs=False, num_items_in_batch=None)",
+    "trl.SFTTrainer._prepare_dataset": "(self, dataset, processing_class, args, packing, formatting_func, dataset_name)",
+    "trl.SFTTrainer._set_signature_columns_if_needed": "(self)",
+    "transformers.Trainer._get_num_items_in_batch": "(self, batch_samples, device)",
     "transformers.Trainer.train": "(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)",
     "transformers.Trainer.training_step": "(self, model, inputs, num_items_in_batch=None)",
     "transformers.Trainer.hyperparameter_search": "(self, hp_space=None, compute_objective=None, n_trials=20, direction='minimize', backend=None, hp_name=None, **kwargs)",
@@ -130,6 +138,7 @@ OWN_NAMES = {
     "_put_among_rollouts",
     "_rate_factor",
     "_rate_group",
+    "_record",
     "_record_guidance",
     "_record_prefixes",
     "_record_rewards",
@@ -142,6 +151,7 @@ OWN_NAMES = {
     "_step_coordinator",
     "_sum_over_ranks",
     "_tempered_sequence_log_probs",
+    "_terms",
     "_untempered_log_probs",
     "_weights",
     "_window_share",
@@ -280,7 +290,7 @@ def test_signature(name):
 
 
 def _subclasses(cls):
-    rooms = ("trl_bridge.training", "trl_bridge.bridge", "trl_bridge.baselines")
+    rooms = tuple(f"trl_bridge.{room}" for room in ROOMS)
     for module in pkgutil.walk_packages(trl_bridge.__path__, "trl_bridge."):
         # DeepSpeed is an extra; no trainer is defined beside it.
         if module.name.startswith(rooms) and not module.name.endswith(("__main__", "backends.zero")):
@@ -301,7 +311,7 @@ def _parent(cls):
 
 def test_all_trainers_are_looked_at():
     found = _subclasses(Trainer)
-    rooms = {cls for cls in found if cls.__module__.split(".")[1] in ("training", "bridge", "baselines")}
+    rooms = {cls for cls in found if cls.__module__.split(".")[1] in ROOMS}
     assert rooms == set(OURS)
 
 
@@ -546,6 +556,30 @@ def test_generation_batch_is_split_as_pairing_expects():
         "split_tensor_dict(",
         "self._buffered_inputs[self._step % self.args.steps_per_generation]",
     )
+
+
+# Lightning OPD
+
+
+def test_sft_loss_is_minus_the_sum_of_the_log_probabilities_over_a_count():
+    _in_order(
+        SFTTrainer.compute_loss,
+        "outputs = model(**inputs, fused_lm_head=True)",
+        "per_token_loss = -outputs.log_probs",
+        "num_tokens = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch",
+        "loss = per_token_loss.sum() / ",
+        "loss * (self.accelerator.num_processes // self.get_tp_size())",
+        "outputs.entropy",
+    )
+    # Read in that place alone; the second one is DFT's.
+    assert _source(SFTTrainer.compute_loss).count("outputs.log_probs") == 2
+    assert "self._prepare_dataset(" in _source(SFTTrainer.__init__) and "self._total_train_tokens" in _source(
+        SFTTrainer.compute_loss
+    )
+
+
+def test_items_are_counted_by_labels():
+    _in_order(Trainer._get_num_items_in_batch, 'batch["labels"][..., 1:]', "labels.ne(-100).sum()", ".gather(")
 
 
 # The model card

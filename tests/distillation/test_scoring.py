@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -250,3 +252,25 @@ def test_needs_a_model_and_one_process(models, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main(line)
     assert "--teacher_url" in capsys.readouterr().err
+
+
+def test_vllm_samples(models, tmp_path, monkeypatch):
+    class LLM:
+        def __init__(self, **options):
+            assert options["model"] == str(models / "student") and options["max_model_len"] == 4 + 6
+
+        def generate(self, prompts, sampling_params, use_tqdm):
+            # Text that would be tokenised otherwise: the ids are what counts.
+            answers = [
+                ([7, 2, 1], "stop") if params["seed"] % 2 else ([7] * 6, "length") for params in sampling_params
+            ]
+            assert all(params["temperature"] == 1.0 and params["max_tokens"] == 6 for params in sampling_params)
+            outputs = (types.SimpleNamespace(text="?", token_ids=ids, finish_reason=why) for ids, why in answers)
+            return [types.SimpleNamespace(outputs=[output]) for output in outputs]
+
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=LLM, SamplingParams=dict))
+    assert cli.main(arguments(models, tmp_path, "--use_vllm")) == 0
+    rows = read(tmp_path / "train.parquet")
+    assert {tuple(row["completion_ids"]) for row in rows} == {(7, 2, 1), (7,) * 6}
+    assert all(row["truncated"] is (row["completion_ids"][-1] != 1) for row in rows)
+    assert json.loads(rows[0]["scored_with"])["sampling"]["engine"] == "vllm"

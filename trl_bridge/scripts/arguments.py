@@ -12,6 +12,7 @@ __all__ = [
     "DatasetArguments",
     "GroupArguments",
     "RewardArguments",
+    "ScoredArguments",
     "StreamArguments",
     "SupervisedArguments",
 ]
@@ -72,6 +73,14 @@ class SupervisedArguments(DatasetArguments):
         default=None,
         metadata={"help": "Column that holds the demonstrations' completions. None means 'completion'."},
     )
+
+
+@dataclass
+class ScoredArguments(DatasetArguments):
+    """
+    Arguments of methods that read rollouts which a teacher has scored. These are tokens already: what changes prompts is
+    refused, and belongs to `trl-bridge data score-rollouts`.
+    """
 
 
 @dataclass
@@ -200,6 +209,7 @@ FAMILY_ARGUMENTS: dict[str, tuple[type[DatasetArguments], type[ModelConfig]]] = 
     "stream": (StreamArguments, ModelConfig),
     "group": (GroupArguments, ModelConfig),
     "rl": (RewardArguments, ModelConfig),
+    "scored": (ScoredArguments, ModelConfig),
     "sft": (SupervisedArguments, ModelConfig),
 }
 """Script and model arguments of each family in `trl_bridge.methods.FAMILIES`."""

@@ -7,7 +7,14 @@ from trl import DatasetMixtureConfig, ModelConfig, get_dataset
 from ..data.lengths import within_prompt_length
 from ..data.load import AnyDataset, AnyDatasetDict, load_named_dataset, map_columns, with_system_prompt
 from ..data.templates import find_template, with_prompt_template
-from .arguments import DatasetArguments, GroupArguments, RewardArguments, StreamArguments, SupervisedArguments
+from .arguments import (
+    DatasetArguments,
+    GroupArguments,
+    RewardArguments,
+    ScoredArguments,
+    StreamArguments,
+    SupervisedArguments,
+)
 
 
 __all__ = ["load_splits", "load_tokenizer"]
@@ -102,6 +109,13 @@ def load_tokenizer(model: ModelConfig, trust_remote_code: bool = False) -> Any:
 
 
 def _check_prompts(script: DatasetArguments) -> None:
+    if isinstance(script, ScoredArguments):
+        for name in ("prompt_column", "prompt_template", "max_prompt_length", "system_prompt"):
+            if getattr(script, name) is not None:
+                raise ValueError(
+                    f"`{name}`: scored rollouts are tokens already. Give it to `trl-bridge data score-rollouts`, which makes "
+                    "the rows"
+                )
     if script.max_prompt_length is not None and script.max_prompt_length < 1:
         raise ValueError(f"`max_prompt_length` must be at least 1, got {script.max_prompt_length}")
     if script.prompt_template is not None and find_template(script.prompt_template).plain and script.system_prompt:

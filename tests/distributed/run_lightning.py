@@ -1,0 +1,40 @@
+"""Trains Lightning OPD on the ranks that torchrun starts, recorded. Usage: run_lightning.py FOLDER"""
+
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.distillation.rows import StopAt, make, recording, scored
+
+
+# Twelve rows, eight to an update: the second window of an epoch is a short one.
+ROWS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3}
+SAVING = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-3}
+
+
+def main(folder: Path) -> None:
+    for aggregation in ("sequence", "token"):
+        trainer = make(folder / aggregation, cls=recording, rows=scored(12), loss_aggregation=aggregation, **ROWS)
+        trainer.train()
+        rank = trainer.accelerator.process_index
+        record = {
+            "windows": trainer.windows,
+            "states": trainer.states,
+            "start": trainer.start,
+            "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        }
+        torch.save(record, folder / f"{aggregation}-{rank}.pt")
+    straight = make(folder / "straight", rows=scored(12), **ROWS, **SAVING)
+    straight.train()
+    make(folder / "halves", rows=scored(12), callbacks=[StopAt(2)], **ROWS, **SAVING).train()
+    resumed = make(folder / "halves", rows=scored(12), **ROWS, **SAVING)
+    resumed.train(resume_from_checkpoint=True)
+    both = [dict(each.model.state_dict()) for each in (straight, resumed)]
+    torch.save(both, folder / f"resume-{rank}.pt")
+
+
+if __name__ == "__main__":
+    importlib.import_module("tests.conftest")  # offline, one thread
+    main(Path(sys.argv[1]))
