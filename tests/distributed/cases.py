@@ -45,7 +45,8 @@ DDP_CASES = {
     "half of the rollouts": {
         **SGD, "shadow_rollout_fraction": 0.5, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "entropy_coef": 0.05,
     },
-    "shadow in every second update": {**SGD, "shadow_update_steps": 2},
+    "shadow in every second update, offloaded": {**SGD, "shadow_update_steps": 2, "shadow_offload": True},
+    "shadow in bf16": {**SGD, "shadow_dtype": "bfloat16"},
     # SGD: Adam turns the rounding of gradients that are zero (the KL at the start) into full steps.
     "generation within a window": {"gradient_accumulation_steps": 4, "steps_per_generation": 2, "beta": 0.1, **SGD},
 }  # fmt: skip
@@ -69,6 +70,8 @@ FSDP_CASES = {
         **FSDP, **SGD, "shadow_rollout_fraction": 0.5, "shadow_update_steps": 2, "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 1,
     },
+    "offload, reset": {**FSDP, "shadow_offload": True, "shadow_reset_steps": 2, "model": {"odd_rows": True}},
+    "shadow in bf16, offload": {**FSDP, **SGD, "shadow_dtype": "bfloat16", "shadow_offload": True},
     "by name, loaded by the main process": {
         **FSDP, **SGD, "beta": 0.1, "model": {"by_name": True}, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True},
     },
@@ -91,6 +94,8 @@ ZERO_CASES = {
     "zero-3, by name": {
         **zero(3, stage3_param_persistence_threshold=0), **SGD, "beta": 0.1, "model": {"by_name": True}, "gradient_checkpointing": True,
     },
+    "zero-3, offload": {**zero(3, stage3_param_persistence_threshold=0), "shadow_offload": True},
+    "zero-1, shadow in bf16": {**zero(1), **SGD, "shadow_dtype": "bfloat16"},
     "zero-2, half of the rollouts, every second update": {
         **zero(2), **SGD, "shadow_rollout_fraction": 0.5, "shadow_update_steps": 2,
     },
@@ -104,7 +109,15 @@ CASES = {"ddp": DDP_CASES, "fsdp": FSDP_CASES, "deepspeed": ZERO_CASES}
 _LATE = {"num_iterations": 2, "steps_per_generation": 4}
 RESUMES = {
     "ddp": {"judge, every second update": {**_LATE, "sft_weighting": "judge_verdict", "shadow_update_steps": 2}},
-    "fsdp": {"judge": {**FSDP, **_LATE, "sft_weighting": "judge_verdict", "model": {"odd_rows": True}}},
+    "fsdp": {
+        "judge, offload": {
+            **FSDP,
+            **_LATE,
+            "sft_weighting": "judge_verdict",
+            "shadow_offload": True,
+            "model": {"odd_rows": True},
+        },
+    },
     "deepspeed": {"zero-2": {**zero(2), **_LATE}, "zero-3": {**zero(3, stage3_param_persistence_threshold=0)}},
 }
 

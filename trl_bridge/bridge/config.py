@@ -56,6 +56,12 @@ class BridgeConfig(DemonstrationConfig):
     > Parameters that trade exactness of the shadow for cost (`docs/bridge.md` has the error of each)
 
     Parameters:
+        shadow_offload (`bool`, *optional*, defaults to `False`):
+            Whether the shadow's weights, gradients and optimizer state are on the CPU between its passes, where it also
+            steps. Exact.
+        shadow_dtype (`str`, *optional*):
+            What the shadow's passes compute with: `"bfloat16"`, or `None`, as the student's. Its float32 weights stand
+            beside the ones in bfloat16 and take every step.
         shadow_rollout_fraction (`float`, *optional*, defaults to `1.0`):
             Part of the rollouts that the shadow is trained on, in whole groups (rounded, at least one of each
             generation batch). Its gradient is scaled to that of all rollouts.
@@ -107,6 +113,18 @@ class BridgeConfig(DemonstrationConfig):
     shadow_reset_steps: int | None = field(
         default=None,
         metadata={"help": "Set the shadow back to the base weights every so many updates. None never does."},
+    )
+    shadow_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the shadow's weights, gradients and optimizer state are on the CPU between passes."
+        },
+    )
+    shadow_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision of the shadow's passes: 'bfloat16' (with a float32 master), None as the student."
+        },
     )
     shadow_rollout_fraction: float = field(
         default=1.0,

@@ -2,9 +2,26 @@
 
 from typing import Any
 
+import torch
+from transformers.training_args import OptimizerNames
+
+from ..training.backends import Storage
+
 
 # Cost option -> the value that costs what the exact rule does.
-COST_OPTIONS: dict[str, Any] = {"shadow_rollout_fraction": 1.0, "shadow_update_steps": 1}
+COST_OPTIONS: dict[str, Any] = {
+    "shadow_dtype": None, "shadow_offload": False, "shadow_rollout_fraction": 1.0, "shadow_update_steps": 1,
+}  # fmt: skip
+# Those of bitsandbytes have their kernels on the GPU.
+_CPU_OPTIMIZERS = frozenset(
+    {
+        OptimizerNames.ADAMW_TORCH,
+        OptimizerNames.ADAMW_TORCH_FUSED,
+        OptimizerNames.SGD,
+        OptimizerNames.ADAGRAD,
+        OptimizerNames.RMSPROP,
+    }
+)
 
 
 def check_cost_options(args: Any) -> None:
@@ -35,9 +52,31 @@ def check_cost_options(args: Any) -> None:
         )
     if args.shadow_update_steps < 1:
         raise ValueError(f"`shadow_update_steps` must be at least 1, got {args.shadow_update_steps}.")
+    if args.shadow_dtype not in (None, "bfloat16"):
+        raise ValueError(
+            f"`shadow_dtype` must be None (as the student) or 'bfloat16', got {args.shadow_dtype!r}. float16 would need a "
+            "gradient scaler."
+        )
+    if args.shadow_dtype is not None and args.cast_lm_head_to_fp32:
+        raise NotImplementedError(
+            "`shadow_dtype` is not supported with `cast_lm_head_to_fp32`: the shadow's head has the shadow's precision. "
+            "Set `cast_lm_head_to_fp32=False`, or `shadow_dtype=None`."
+        )
+    optim = args.shadow_optim or args.optim
+    if args.shadow_offload and OptimizerNames(optim) not in _CPU_OPTIMIZERS:
+        names = ", ".join(sorted(o.value for o in _CPU_OPTIMIZERS))
+        raise NotImplementedError(
+            f"`shadow_offload` is not supported with `shadow_optim={str(OptimizerNames(optim).value)!r}`, which cannot step "
+            f"on the CPU. Set `shadow_optim` to one of {names}, or `shadow_offload=False`."
+        )
     changed = [name for name, default in COST_OPTIONS.items() if getattr(args, name) != default]
     if changed and not args.cooperative_gain:
         raise ValueError(
             f"`{changed[0]}` has no effect without the cooperative gain, where there is no shadow. Set it to "
             f"{COST_OPTIONS[changed[0]]}, or `cooperative_gain=True`."
         )
+
+
+def shadow_storage(args: Any) -> Storage:
+    """How `shadow_dtype` and `shadow_offload` want the shadow held."""
+    return Storage(torch.bfloat16 if args.shadow_dtype == "bfloat16" else None, args.shadow_offload)

@@ -35,10 +35,11 @@ class ProjectedGradient:
         """What this rank's gradients come to by now; `complete_` makes the whole of it."""
         if self._sums is not None:
             return [(a.clone(), b.clone()) for a, b in self._sums]
-        return [
-            target.project(self.weights.gradient(target.weight_name), self.weights.bounds(target.weight_name)[0])
-            for target in self.coordinator.targets
-        ]
+        projection = []
+        for target in self.coordinator.targets:
+            gradient = self.weights.gradient(target.weight_name).to(target.a.device)  # an offloaded one is on the CPU
+            projection.append(target.project(gradient, self.weights.bounds(target.weight_name)[0]))
+        return projection
 
     def complete_(self, projection: Projection, synced: bool) -> None:
         """

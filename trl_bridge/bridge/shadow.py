@@ -57,6 +57,7 @@ class Shadow:
             rate_factor (`float`):
                 Where the student's learning rate stands in its schedule, relative to its initial rate.
         """
+        self.held.put_away()
         self.held.refresh(self._leaves)
         if self.max_grad_norm > 0:
             leaves = list(self._leaves.values())
@@ -70,6 +71,7 @@ class Shadow:
 
     def clear_gradients(self) -> None:
         """Forget G_hat."""
+        self.held.put_away()
         self.optimizer.zero_grad(set_to_none=True)
         self.held.clear_gradients()
 
@@ -87,7 +89,7 @@ class Shadow:
             first, last = self.held.bounds(name)
             policy = student.rows(name, first, last)
             # `dtype` sums in float64 without a float64 copy of the largest weight.
-            difference.append(torch.linalg.vector_norm(rows - policy, dtype=torch.float64).square())
+            difference.append(torch.linalg.vector_norm(rows.to(policy.device) - policy, dtype=torch.float64).square())
             # |M - sBA|^2 = |M|^2 - 2 <M, sBA> + |sBA|^2
             base.append(torch.linalg.vector_norm(policy, dtype=torch.float64).square())
             base.append(-2 * coordinator.overlap(name, policy, first))

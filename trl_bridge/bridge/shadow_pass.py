@@ -52,6 +52,7 @@ class ShadowPass:
         shared = {"old_per_token_logps": student[0], **inputs}
         trained = shared if trainer.args.shadow_importance_sampling else _without_old(inputs)
         trainer.shadow.model.train(trainer.model.training)
+        trainer.shadow.held.bring()
         with (
             forked_torch_rng(trainer.accelerator.device),
             isolated_bookkeeping(trainer, self._entropy_control),

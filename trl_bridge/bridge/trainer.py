@@ -18,7 +18,7 @@ from ..training.verdicts import missing_columns
 from .adapter import save_adapter
 from .config import BridgeConfig
 from .coordinator import Coordinator, Projection
-from .cost_options import COST_OPTIONS
+from .cost_options import COST_OPTIONS, shadow_storage
 from .gain import GainMeter
 from .gradients import GradientProbe
 from .projection import ProjectedGradient
@@ -184,10 +184,10 @@ class BridgeTrainer(DemonstrationTrainer):
         args = self.args
         if self._outline is None:
             twin = self._copy_student(self._plain_model)
-            held = self.backend.weights(twin)
+            held = self.backend.hold(twin, shadow_storage(args))
         else:
             twin, self._outline = self._outline, None
-            held = self.backend.place(twin, self.student)
+            held = self.backend.place(twin, self.student, shadow_storage(args))
 
         def optimizer(parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
             groups = decay_groups(self, twin, parameters, args.weight_decay)

@@ -4,10 +4,21 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from .base import Backend
+from .storage import ApartWeights, Storage
 from .weights import Rows, RowWeights, Weights, copy_rows_, gradient_of
 
 
-__all__ = ["Backend", "RowWeights", "Rows", "Weights", "backend_for", "copy_rows_", "gradient_of"]
+__all__ = [
+    "ApartWeights",
+    "Backend",
+    "RowWeights",
+    "Rows",
+    "Storage",
+    "Weights",
+    "backend_for",
+    "copy_rows_",
+    "gradient_of",
+]
 
 
 def backend_for(accelerator: Accelerator) -> Backend:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from .sharding import shard, sharded_copy
+from .storage import ApartWeights, Storage
 from .weights import Reducer, RowWeights, Weights, copy_rows_
 
 
@@ -54,6 +56,11 @@ class Backend(Reducer):
     def rank(self) -> int:
         """This process's rank."""
         return self.accelerator.process_index
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        return self.accelerator.device
 
     @property
     def keeps_master(self) -> bool:
@@ -118,7 +125,11 @@ class Backend(Reducer):
         """A copy of the unwrapped student without memory for weights, which `place` fills."""
         return sharded_copy(model, copy)
 
-    def place(self, outline: PreTrainedModel, source: Weights) -> RowWeights:
+    def hold(self, twin: PreTrainedModel, storage: Storage) -> Weights:
+        """Hold a whole copy of the student, on one process."""
+        return Weights(twin, self) if storage == Storage() else ApartWeights(twin, self, storage)
+
+    def place(self, outline: PreTrainedModel, source: Weights, storage: Storage) -> RowWeights:
         """
         Spread an outline over the ranks and fill it with the student's weights. Collective.
 
@@ -127,11 +138,16 @@ class Backend(Reducer):
                 What `outline` returned; sharded in place.
             source ([`Weights`]):
                 The prepared student's weights.
+            storage ([`Storage`]):
+                Precision of its passes, and where its rows are held. They are float32 whatever the passes compute with.
 
         Returns:
             [`RowWeights`]: the weights of the sharded copy.
         """
-        return shard(outline, source, self, self.accelerator.device, self.sharding_policy())
+        policy = self.sharding_policy()
+        if storage.dtype is not None:
+            policy = MixedPrecisionPolicy(param_dtype=storage.dtype, reduce_dtype=torch.float32)
+        return shard(outline, source, self, policy, storage.offload)
 
     def sharding_policy(self) -> Any:
         """Precision of the sharded copies' passes (`MixedPrecisionPolicy`); `None` leaves it to autocast."""
@@ -180,15 +196,15 @@ class Backend(Reducer):
         piece: list[torch.Tensor] = []
         for tensor in tensors:
             if piece and sum(t.numel() for t in piece) + tensor.numel() > _FLAT_ELEMENTS:
-                _reduce_flat(piece, divisor)
+                _reduce_flat(piece, divisor, self.device)
                 piece = []
             piece.append(tensor)
         if piece:
-            _reduce_flat(piece, divisor)
+            _reduce_flat(piece, divisor, self.device)
 
 
-def _reduce_flat(tensors: list[torch.Tensor], divisor: int) -> None:
-    flat = torch.cat([t.reshape(-1) for t in tensors])
+def _reduce_flat(tensors: list[torch.Tensor], divisor: int, device: torch.device) -> None:
+    flat = torch.cat([t.reshape(-1) for t in tensors]).to(device)
     torch.distributed.all_reduce(flat)
     flat /= divisor
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from .weights import Reducer, RowWeights, Weights, copy_rows_
@@ -35,7 +35,7 @@ def sharded_copy(model: PreTrainedModel, plain_copy: Callable[..., PreTrainedMod
 
 
 def shard(
-    outline: PreTrainedModel, source: Weights, backend: Reducer, device: torch.device, policy: Any
+    outline: PreTrainedModel, source: Weights, backend: Reducer, policy: Any, offload: bool = False
 ) -> RowWeights:
     """
     Spread an outline over all ranks, layer by layer, and fill it. No rank ever holds more than one weight of it whole.
@@ -47,16 +47,18 @@ def shard(
             Weights to fill it with.
         backend ([`Reducer`]):
             Reduces over ranks.
-        device (`torch.device`):
-            Where the rows are held.
         policy ([`~torch.distributed.fsdp.MixedPrecisionPolicy`], *optional*):
             Precision of forward and backward.
+        offload (`bool`, *optional*, defaults to `False`):
+            Whether rows, their gradients and with them the optimizer's state are held on the CPU.
 
     Returns:
         [`RowWeights`]: the copy's weights, float32, filled.
     """
+    device = backend.device
     buffers = {name: copy.deepcopy(buffer) for name, buffer in outline.named_buffers()}
     options: dict[str, Any] = {
+        "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),
         "mesh": init_device_mesh(device.type, (backend.world_size,)),
         "mp_policy": policy or MixedPrecisionPolicy(),
     }
@@ -65,11 +67,11 @@ def shard(
         if type(module).__name__ in layers:
             fully_shard(module, **options)
     fully_shard(outline, **options)
-    outline.to_empty(device=device)
+    outline.to_empty(device="cpu" if offload else device)
     outline.tie_weights()
-    with torch.no_grad():
-        for name, buffer in outline.named_buffers():
-            buffer.copy_(buffers[name])
+    for name, buffer in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(outline.get_submodule(owner), leaf, buffer.to(device))
     weights = RowWeights(outline, backend)
     copy_rows_(weights.held(), weights, source)
     return weights

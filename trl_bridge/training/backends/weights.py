@@ -59,6 +59,12 @@ class Weights:
         """Call a function with each gradient of a whole weight, of this rank and before any reduction."""
         self.parameters[name].register_hook(hook)
 
+    def bring(self) -> None:
+        """Before a pass: the model computes with the weights as they are now."""
+
+    def put_away(self) -> None:
+        """After a window's last pass: nothing is computed until `bring`."""
+
     def leaves(self) -> dict[str, nn.Parameter]:
         """What an ordinary optimizer steps on, by name."""
         return self.parameters
@@ -74,7 +80,7 @@ class Weights:
     def add_(self, name: str, rows: Rows) -> None:
         """Add to a weight what a function of first and last row returns."""
         weight = self.parameters[name].detach()
-        weight.add_(rows(*self.bounds(name)).to(weight.dtype))
+        weight.add_(rows(*self.bounds(name)).to(weight))
 
     def average_unsynced_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Average over ranks what was read off gradients before the window's last backward, in place."""
@@ -117,7 +123,8 @@ class RowWeights(Weights):
         return self.whole(name)[first:last]
 
     def whole(self, name: str) -> torch.Tensor:
-        return self.parameters[name].detach().full_tensor()
+        # Rows that are held on the CPU cannot be gathered by NCCL.
+        return self.parameters[name].detach().to(self.backend.device).full_tensor()
 
     def held(self) -> dict[str, torch.Tensor]:
         return {name: local(parameter.detach()) for name, parameter in self.parameters.items()}
@@ -136,7 +143,7 @@ class RowWeights(Weights):
 
     def add_(self, name: str, rows: Rows) -> None:
         weight = local(self.parameters[name].detach())
-        weight.add_(rows(*self.bounds(name)).to(weight.dtype))
+        weight.add_(rows(*self.bounds(name)).to(weight))
 
     def average_unsynced_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Nothing: each backward has averaged already."""
@@ -150,6 +157,7 @@ class Reducer:
 
     world_size: int
     rank: int
+    device: torch.device
 
     def average_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Average tensors over ranks, in place."""
