@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 _SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
 
 _LAZY = {
+    "AOPDConfig": "trl_bridge.distillation.config",
+    "AOPDTrainer": "trl_bridge.distillation.aopd",
     "ActGuideConfig": "trl_bridge.baselines.actguide_config",
     "ActGuideTrainer": "trl_bridge.baselines.actguide",
     "AlternatingConfig": "trl_bridge.baselines.alternating",
@@ -37,6 +39,8 @@ _LAZY = {
     "LightningOPDTrainer": "trl_bridge.distillation.lightning",
     "NaiveMixConfig": "trl_bridge.baselines.naive_mix",
     "NaiveMixTrainer": "trl_bridge.baselines.naive_mix",
+    "OPDConfig": "trl_bridge.distillation.config",
+    "OPDTrainer": "trl_bridge.distillation.opd",
     "PrefixRFTConfig": "trl_bridge.baselines.prefix_rft",
     "PrefixRFTTrainer": "trl_bridge.baselines.prefix_rft",
     "ReLIFTConfig": "trl_bridge.baselines.relift",
@@ -51,6 +55,8 @@ _LAZY = {
 }
 
 __all__ = [
+    "AOPDConfig",
+    "AOPDTrainer",
     "ActGuideConfig",
     "ActGuideTrainer",
     "AlternatingConfig",
@@ -71,6 +77,8 @@ __all__ = [
     "LightningOPDTrainer",
     "NaiveMixConfig",
     "NaiveMixTrainer",
+    "OPDConfig",
+    "OPDTrainer",
     "PrefixRFTConfig",
     "PrefixRFTTrainer",
     "ReLIFTConfig",
@@ -104,8 +112,11 @@ if TYPE_CHECKING:
     from .baselines.uft import UFTConfig, UFTTrainer
     from .bridge.config import BridgeConfig
     from .bridge.trainer import BridgeTrainer
+    from .distillation.aopd import AOPDTrainer
+    from .distillation.config import AOPDConfig, OPDConfig
     from .distillation.lightning import LightningOPDTrainer
     from .distillation.lightning_config import LightningOPDConfig
+    from .distillation.opd import OPDTrainer
     from .training.config import DemonstrationConfig
     from .training.trainer import DemonstrationTrainer
 

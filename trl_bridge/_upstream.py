@@ -30,6 +30,8 @@ __all__ = [
     "isolated_bookkeeping",
     "optimizer_for",
     "plain_copy",
+    "served_log_probs",
+    "teacher_client",
     "without_reference_model",
 ]
 
@@ -291,3 +293,50 @@ def outside_zero3() -> Iterator[None]:
         yield
     finally:
         transformers_deepspeed._hf_deepspeed_config_weak_ref = kept
+
+
+def teacher_client(url: str, timeout: float) -> Any:
+    """
+    TRL's client of a vLLM server.
+
+    Args:
+        url (`str`):
+            Base URL of the server.
+        timeout (`float`):
+            Seconds to wait for it.
+
+    Returns:
+        [`~trl.generation.vllm_client.VLLMClient`]: the client.
+    """
+    from trl.generation.vllm_client import VLLMClient
+
+    return VLLMClient(base_url=url, connection_timeout=timeout)
+
+
+def served_log_probs(teacher: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Log-probabilities that a teacher's vLLM server gives of rollouts, by TRL's own request.
+
+    Args:
+        teacher:
+            Has `teacher_client`, `loss_top_k` and `temperature`, as TRL's server trainer.
+        batch (`Mapping[str, torch.Tensor]`):
+            `prompt_ids`, `prompt_mask` (B, P), `completion_ids`, `completion_mask` (B, T).
+
+    Returns:
+        `dict[str, torch.Tensor]`: `actual_logprobs` (B, T'), `topk_logprobs` and `topk_token_ids` (B, T', K), where T' is
+        the longest completion; `-inf` where there is no score.
+    """
+    # Experimental in TRL, which says so on import.
+    from trl.experimental.server_distillation import ServerDistillationTrainer
+
+    mask = batch["completion_mask"].bool()
+    labels = torch.where(mask, batch["completion_ids"], -100)
+    inputs = {
+        "input_ids": torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+        "attention_mask": torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+        "prompt_attention_mask": batch["prompt_mask"],
+        "labels": torch.cat([torch.full_like(batch["prompt_ids"], -100), labels], dim=1),
+    }
+    ask = ServerDistillationTrainer._get_teacher_token_logprobs_from_server
+    return ask(teacher, inputs, batch["prompt_ids"].size(1))

@@ -60,6 +60,13 @@ def _ways(file: str, **changes: str) -> dict[str, str]:
     return dict(zip(WAYS, {**ways, **changes}.values(), strict=True))
 
 
+def _distilled(file: str, lora: str = UNTESTED) -> dict[str, str]:
+    own = f"distillation/test_{file}.py::"
+    update, resume = own + "test_update_equals_the_reference", own + "test_resume_is_exact"
+    ddp = "distributed/test_distillation.py::test_two_ranks_equal_the_reference"
+    return dict(zip(WAYS, (update, lora, ddp, REFUSED, REFUSED, UNTESTED, resume), strict=True))
+
+
 _ENTRIES = {
     "bridge": Capability(
         "arXiv 2509.06948",
@@ -134,6 +141,12 @@ _ENTRIES = {
             "resume": "distillation/test_lightning.py::test_resume_is_exact",
         },
     ),
+    "opd": Capability(
+        "arXiv 2306.13649, by sampled tokens",
+        "teacher",
+        _distilled("opd", lora="distillation/test_opd.py::test_lora_student"),
+    ),
+    "aopd": Capability("arXiv 2605.06387", "teacher", _distilled("aopd")),
     "two-stage": Capability(
         "cold start of arXiv 2501.12948",
         "which stage is done",
@@ -181,8 +194,9 @@ def as_markdown() -> str:
         "# Methods",
         "",
         "One interface, one data schema, one set of metric names: every trainer is a `GRPOTrainer` (for distillation "
-        "TRL's distillation or SFT trainer) with its own config, and a verb of `trl-bridge`. The docstring of each holds its formula, its source and every deviation; "
-        "[baselines.md](baselines.md) says how to choose and how to compare them.",
+        "TRL's distillation or SFT trainer) with its own config, and a verb of `trl-bridge`. The docstring of each holds its "
+        "formula, its source and every deviation; [baselines.md](baselines.md) and [distillation.md](distillation.md) say "
+        "how to choose and how to compare them.",
         "",
         "This page is printed by `python -m trl_bridge.capabilities`.",
         "",

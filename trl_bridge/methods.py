@@ -16,6 +16,7 @@ FAMILIES = {
     "group": "RL rows with an `expert` column",
     "rl": "RL rows",
     "scored": "rollouts with a teacher's scores (`trl-bridge data score-rollouts`)",
+    "distillation": "prompts; a teacher (`teacher_model_name_or_path`)",
     "sft": "demonstrations",
 }
 """What a method reads, by family. The family decides which script arguments a method has."""
@@ -141,6 +142,22 @@ _ALL = (
         "group",
         "ActGuide: groups without a success are rolled out anew with as little guidance as works",
         "sampling",
+    ),
+    Method(
+        "opd",
+        "trl_bridge.OPDTrainer",
+        "trl_bridge.OPDConfig",
+        "distillation",
+        "OPD: the log-ratio of teacher and student as the reward of each sampled token",
+        "dense",
+    ),
+    Method(
+        "aopd",
+        "trl_bridge.AOPDTrainer",
+        "trl_bridge.AOPDConfig",
+        "distillation",
+        "AOPD: OPD, and imitation of the teacher's likeliest tokens where the student is too sure",
+        "dense",
     ),
     Method(
         "two-stage",

@@ -23,6 +23,7 @@ from tests.harness import small_config, small_model, small_trainer
 from trl_bridge import (
     ActGuideTrainer,
     AlternatingTrainer,
+    AOPDTrainer,
     BridgeTrainer,
     CHORDTrainer,
     ExpertTrainer,
@@ -30,6 +31,7 @@ from trl_bridge import (
     LightningOPDTrainer,
     LUFFYTrainer,
     NaiveMixTrainer,
+    OPDTrainer,
     PrefixRFTTrainer,
     ReLIFTTrainer,
     SRFTTrainer,
@@ -56,8 +58,9 @@ GROUP = (
     ActGuideTrainer,
 )
 BASES = (Resumable, BufferResumable, ResumableTrainer, StudentTrainer, DemonstrationTrainer)
-DISTILLATION = (LightningOPDTrainer,)
+DISTILLATION = (OPDTrainer, AOPDTrainer, LightningOPDTrainer)
 OURS = (*BASES, _Bridge, *STREAM, *GROUP, *DISTILLATION)
+
 ROOMS = ("training", "bridge", "baselines", "distillation")
 
 # Parameters and defaults of what is overridden or called, without annotations.
@@ -82,6 +85,14 @@ SIGNATURES = {
     "trl.SFTTrainer._prepare_dataset": "(self, dataset, processing_class, args, packing, formatting_func, dataset_name)",
     "trl.SFTTrainer._set_signature_columns_if_needed": "(self)",
     "transformers.Trainer._get_num_items_in_batch": "(self, batch_samples, device)",
+    "trl.DistillationTrainer.__init__": "(self, model, teacher_model=None, args=None, train_dataset=None, eval_dataset=None, processing_class=None, callbacks=None, optimizers=(None, None), quantization_config=None, peft_config=None, tools=None)",
+    "trl.DistillationTrainer.compute_loss": "(self, model, inputs, return_outputs=False, num_items_in_batch=None)",
+    "trl.DistillationTrainer._compute_loss": "(self, unwrapped_student, inputs, num_items_in_batch)",
+    "trl.DistillationTrainer._generate_and_score_completions": "(self, inputs)",
+    "trl.DistillationTrainer._get_last_hidden_state": "(self, unwrapped_model, input_ids, attention_mask, logits_to_keep, pixel_values=None, image_grid_thw=None, pixel_attention_mask=None, spatial_shapes=None, image_sizes=None, token_type_ids=None, mm_token_type_ids=None, image_position_ids=None)",
+    "trl.experimental.server_distillation.ServerDistillationTrainer._get_teacher_token_logprobs_from_server": "(self, inputs, aligned_prompt_length)",
+    "trl.generation.vllm_client.VLLMClient.__init__": "(self, base_url=None, host='0.0.0.0', server_port=8000, group_port=51216, connection_timeout=0.0)",
+    "trl.generation.vllm_client.VLLMClient.get_sequence_logprobs": "(self, sequences, prompt_lengths, top_logprobs=100, temperature=1.0, chunk_size=0, max_concurrent_requests=4)",
     "transformers.Trainer.train": "(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)",
     "transformers.Trainer.training_step": "(self, model, inputs, num_items_in_batch=None)",
     "transformers.Trainer.hyperparameter_search": "(self, hp_space=None, compute_objective=None, n_trials=20, direction='minimize', backend=None, hp_name=None, **kwargs)",
@@ -96,8 +107,6 @@ SIGNATURES = {
     "transformers.Trainer.get_optimizer_cls_and_kwargs": "(args, model=None)",
     "transformers.TrainerCallback.on_optimizer_step": "(self, args, state, control, **kwargs)",
     "trl.trainer.utils.add_fused_lm_head": "(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=('log_probs',))",
-    "trl.generation.vllm_client.VLLMClient.__init__": "(self, base_url=None, host='0.0.0.0', server_port=8000, group_port=51216, connection_timeout=0.0)",
-    "trl.generation.vllm_client.VLLMClient.get_sequence_logprobs": "(self, sequences, prompt_lengths, top_logprobs=100, temperature=1.0, chunk_size=0, max_concurrent_requests=4)",
     "trl.trainer.sft_trainer.DataCollatorForLanguageModeling.__init__": "(self, pad_token_id, padding_free=False, return_position_ids=False, pad_to_multiple_of=None, return_tensors='pt')",
     "peft.LoraModel.__init__": "(self, model, peft_config, adapter_name, low_cpu_mem_usage=False, state_dict=None)",
     "peft.LoraModel.unload": "(self)",
@@ -144,6 +153,7 @@ OWN_NAMES = {
     "_record_rewards",
     "_run_passes",
     "_score",
+    "_score_by_teacher",
     "_score_completions",
     "_set_initial_mean",
     "_sft_share",
@@ -201,7 +211,9 @@ OWN_NAMES = {
     "shards",
     "shared_state",
     "student",
+    "teacher_top_k",
     "theta_state_dict",
+    "token_losses",
     "token_weights",
     "window_metrics",
     "write_experts",

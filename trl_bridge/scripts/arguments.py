@@ -210,6 +210,7 @@ FAMILY_ARGUMENTS: dict[str, tuple[type[DatasetArguments], type[ModelConfig]]] = 
     "group": (GroupArguments, ModelConfig),
     "rl": (RewardArguments, ModelConfig),
     "scored": (ScoredArguments, ModelConfig),
+    "distillation": (DatasetArguments, ModelConfig),
     "sft": (SupervisedArguments, ModelConfig),
 }
 """Script and model arguments of each family in `trl_bridge.methods.FAMILIES`."""

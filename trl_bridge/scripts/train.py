@@ -86,6 +86,8 @@ def build_trainer(method: Method, line: CommandLine) -> Any:
     if isinstance(line.script, RewardArguments):
         arguments["reward_funcs"] = load_reward_functions(line.script)
     arguments.update(_model_arguments(line))
+    if method.family == "distillation":
+        arguments["teacher_model"] = _teacher(line)
     # The coordinator is always there, so its keys count without `use_peft`.
     line.model.use_peft = line.model.use_peft or method.family == "bridge"
     return import_by_path(method.trainer)(
@@ -117,7 +119,27 @@ def _model_arguments(line: CommandLine) -> dict[str, Any]:
     return {"model": name}
 
 
-def builtin_model(name: str, seed: int) -> dict[str, Any]:
+def _teacher(line: CommandLine) -> Any:
+    """The teacher, loaded as TRL's script loads it; a tiny one has the seed after the student's."""
+    name, training = line.training.teacher_model_name_or_path, line.training
+    if name is None:
+        return None  # on a server, or the trainer says that there is none
+    if name.startswith("builtin:"):
+        training.teacher_model_init_kwargs = None
+        return builtin_model(name, training.seed + 1, "teacher_model_name_or_path")["model"]
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
+        raise UsageError(f"`teacher_model_name_or_path`: there is no directory {name}")
+    training.teacher_model_init_kwargs = {
+        "revision": training.teacher_model_revision,
+        "trust_remote_code": training.trust_remote_code,
+        "attn_implementation": line.model.attn_implementation,
+        "dtype": line.model.dtype,
+        **(training.teacher_model_init_kwargs or {}),
+    }
+    return name
+
+
+def builtin_model(name: str, seed: int, argument: str = "model_name_or_path") -> dict[str, Any]:
     """
     A model made in memory, with its tokenizer.
 
@@ -126,6 +148,8 @@ def builtin_model(name: str, seed: int) -> dict[str, Any]:
             `"builtin:tiny"` or `"builtin:smollm2-135m"`.
         seed (`int`):
             Seed of the tiny model's weights.
+        argument (`str`, *optional*, defaults to `"model_name_or_path"`):
+            Where the name comes from, for the message.
 
     Returns:
         `dict[str, Any]`: `model` and `processing_class`.
@@ -142,7 +166,7 @@ def builtin_model(name: str, seed: int) -> dict[str, Any]:
     if name == "builtin:smollm2-135m":
         model, loaded = models.load_smollm2()
         return {"model": model, "processing_class": loaded}
-    raise UsageError(f"`model_name_or_path: {name}`: the built-in models are {' and '.join(_BUILTIN_MODELS)}")
+    raise UsageError(f"`{argument}: {name}`: the built-in models are {' and '.join(_BUILTIN_MODELS)}")
 
 
 def _resume_from(training: Any) -> str | bool | None:
