@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -120,15 +121,19 @@ def make_task(spec: AdditionSpec, seed: int, cache: Path | None = None) -> Task:
         answer_reward,
         _score,
     )
-    stored = None if cache is None else cache / f"{_base_key(spec, seed)}.safetensors"
-    if stored is not None and stored.is_file():
-        task.base.load_state_dict(load_file(stored))
+    if cache is None:
+        _train_base(task, known, spec, seed)
         return task
-    _train_base(task, known, spec, seed)
-    if stored is not None:
-        # Written as a whole or not at all: another process may be about to read it.
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        temporary = stored.with_suffix(f".{os.getpid()}.tmp")
+    cache.mkdir(parents=True, exist_ok=True)
+    stored = cache / f"{_base_key(spec, seed)}.safetensors"
+    # Several processes begin with the same seed: one trains, the others wait for it.
+    with FileLock(stored.with_suffix(".lock")):
+        if stored.is_file():
+            task.base.load_state_dict(load_file(stored))
+            return task
+        _train_base(task, known, spec, seed)
+        # Written as a whole or not at all.
+        temporary = stored.with_suffix(".tmp")
         save_file(task.base.state_dict(), temporary)
         os.replace(temporary, stored)
     return task

@@ -1,55 +1,58 @@
-"""The methods that the demo compares, each through the real trainer, from the same base model on the same rows."""
+"""The methods that the demo compares: four rows of `trl-bridge compare`, one after another in this process."""
 
-import dataclasses
-import math
+import contextlib
+import os
+import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from transformers import TrainerCallback
 
-from ..bridge.config import BridgeConfig
-from ..bridge.trainer import BridgeTrainer
-from ..rewards.arithmetic_rewards import answer_reward
-from .task import Scores, Task, evaluate
-
-
-__all__ = ["METHODS", "Curve", "Settings"]
-
-_PROMPTS, _GENERATIONS, _DEMONSTRATIONS = 8, 8, 16
+from ..comparison.addition import Task
+from ..comparison.config import Row, Setting
+from ..comparison.plan import Run
+from ..comparison.recorder import Recorder
+from ..comparison.specs import AdditionSpec
+from ..comparison.trainers import build_trainer
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """
-    Settings that all methods share.
+__all__ = ["DEMONSTRATIONS", "METHODS", "ROLLOUTS_PER_STEP", "Curve", "train"]
 
-    Attributes:
-        steps (`int`):
-            RL updates, of 8 prompts with 8 rollouts each.
-        seed (`int`):
-            Seed of every trainer.
-        learning_rate (`float`):
-            Learning rate of the base weights (AdamW, linear decay).
-        scratch (`Path`):
-            Folder that trainers may write to.
-    """
+ROLLOUTS_PER_STEP, DEMONSTRATIONS = 64, 16
+_LEARNING_RATE = 2e-4
+_POINTS = 12
+_TRAINER: dict[str, Any] = {
+    "activation_checkpointing": False,
+    "beta": 0.0,
+    "bf16": False,
+    "loss_type": "dapo",
+    "lr_scheduler_type": "linear",
+    "max_completion_length": 4,
+    "max_grad_norm": 1.0,
+    "num_generations": 8,
+    "num_iterations": 1,
+    "per_device_train_batch_size": ROLLOUTS_PER_STEP,
+    "scale_rewards": "group",
+    "sft_per_device_train_batch_size": DEMONSTRATIONS,
+    "temperature": 1.0,
+    "use_cpu": True,
+    "weight_decay": 0.0,
+}
+# As many SFT updates as BRIDGE makes, then as many rollouts.
+_COLD_START = {"sft_completion_only_loss": True, "sft_max_length": None}
 
-    steps: int
-    seed: int
-    scratch: Path
-    learning_rate: float = 2e-4
-
-    @property
-    def evaluations(self) -> set[int]:
-        """Updates after which a curve has a point."""
-        return {math.ceil(self.steps * part / 12) for part in range(1, 13)}
+METHODS = {
+    "GRPO": Row("GRPO", "grpo", {}, {}),
+    "cold start": Row("cold start", "two-stage", _COLD_START, {"sft_learning_rate": 1.0}),
+    "BRIDGE (paper)": Row("BRIDGE (paper)", "bridge", {"preset": "paper"}, {}),
+    "BRIDGE (selective)": Row("BRIDGE (selective)", "bridge", {"preset": "selective"}, {}),
+}
+"""What the demo compares, in the order of the table."""
 
 
-@dataclasses.dataclass
+@dataclass
 class Curve:
     """
     What a method did.
@@ -57,151 +60,71 @@ class Curve:
     Attributes:
         name (`str`):
             Name of the method.
+        points (`list[dict[str, float]]`):
+            `step` (RL updates so far), `rollouts`, `accuracy` and `probability`.
         model ([`~transformers.PreTrainedModel`], *optional*):
-            The trained model, `None` before.
-        points (`list[tuple[int, Scores]]`):
-            RL updates so far, and the scores then.
+            The trained model.
         seconds (`float`):
             Time of training without evaluation.
     """
 
     name: str
+    points: list[dict[str, float]] = field(default_factory=list)
     model: Any = None
-    points: list[tuple[int, Scores]] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
 
     @property
-    def final(self) -> Scores:
-        """Scores at the end."""
-        return self.points[-1][1]
+    def final(self) -> dict[str, float]:
+        """The last point."""
+        return self.points[-1]
 
 
-class _Follow(TrainerCallback):
-    """A progress bar, and a point of the curve now and then."""
+def train(name: str, spec: AdditionSpec, task: Task, steps: int, seed: int) -> Curve:
+    """
+    Train a method.
 
-    def __init__(self, curve: Curve, task: Task, label: str, evaluations: set[int]):
-        self.curve, self.task, self.label, self.evaluations = curve, task, label, evaluations
-        self.evaluation_seconds = 0.0
+    Args:
+        name (`str`):
+            Key of [`METHODS`].
+        spec ([`~trl_bridge.comparison.specs.AdditionSpec`]), task ([`~trl_bridge.comparison.addition.Task`]):
+            The task, as described and as built.
+        steps (`int`):
+            RL updates.
+        seed (`int`):
+            Seed of the trainer.
+
+    Returns:
+        [`Curve`]: its curve and its model.
+    """
+    row = METHODS[name]
+    if row.method == "two-stage":
+        row = Row(row.name, row.method, {**row.fields, "sft_max_steps": steps}, row.times_learning_rate)
+    run = Run(row, Setting("demo", spec), "test", seed, _LEARNING_RATE, steps, _POINTS, _TRAINER)
+    recorder = Recorder(task, _POINTS, row.method == "two-stage")
+    with tempfile.TemporaryDirectory() as scratch, open(os.devnull, "w") as nowhere:
+        # Trainers print a line for each update.
+        with contextlib.redirect_stdout(nowhere):
+            trainer = build_trainer(run, task, scratch, [recorder, _Bar(name, recorder)])
+            start = time.perf_counter()
+            trainer.train()
+        seconds = time.perf_counter() - start - recorder.away[0]
+        inner = getattr(trainer, "trainer", trainer)
+        return Curve(name, recorder.curve, inner.accelerator.unwrap_model(inner.model), seconds)
+
+
+class _Bar(TrainerCallback):
+    """A progress bar for each stage of a training."""
+
+    def __init__(self, label: str, recorder: Recorder):
+        self.label, self.recorder = label, recorder
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar = tqdm(total=state.max_steps, desc=self.label, unit="step", ncols=100)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update()
-        if state.global_step in self.evaluations:
-            start = time.perf_counter()
-            scores = evaluate(model, self.task)
-            self.curve.points.append((state.global_step, scores))
-            self.bar.set_postfix_str(f"accuracy {scores.accuracy:.2f}")
-            self.evaluation_seconds += time.perf_counter() - start
+        if self.recorder.curve:
+            self.bar.set_postfix_str(f"accuracy {self.recorder.curve[-1]['accuracy']:.2f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()
-
-
-def _common(settings: Settings) -> dict[str, Any]:
-    return {
-        "output_dir": str(settings.scratch),
-        "max_steps": settings.steps,
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": "linear",
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "seed": settings.seed,
-        "use_cpu": True,
-        "bf16": False,
-        "activation_checkpointing": False,
-        "disable_tqdm": True,
-        "logging_strategy": "no",
-        "save_strategy": "no",
-        "report_to": "none",
-    }
-
-
-def _rollouts(settings: Settings) -> dict[str, Any]:
-    return {
-        **_common(settings),
-        "per_device_train_batch_size": _PROMPTS * _GENERATIONS,
-        "num_generations": _GENERATIONS,
-        "max_completion_length": 4,
-        "temperature": 1.0,
-        "loss_type": "dapo",
-        "scale_rewards": "group",
-        "beta": 0.0,
-        "num_iterations": 1,
-    }
-
-
-def _train(trainer: Any, curve: Curve, follow: _Follow) -> None:
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    start = time.perf_counter()
-    trainer.train()
-    curve.seconds += time.perf_counter() - start - follow.evaluation_seconds
-    curve.model = trainer.accelerator.unwrap_model(trainer.model)
-
-
-def _grpo(task: Task, settings: Settings, model: PreTrainedModel | None = None, curve: Curve | None = None) -> Curve:
-    """GRPO, from the base model or from where a first stage ended."""
-    curve = curve or Curve("GRPO", points=[(0, evaluate(task.base, task))])
-    follow = _Follow(curve, task, curve.name, settings.evaluations)
-    trainer = GRPOTrainer(
-        model=model or task.fresh_model(),
-        reward_funcs=[answer_reward],
-        args=GRPOConfig(**_rollouts(settings)),
-        train_dataset=task.train,
-        processing_class=task.tokenizer,
-        callbacks=[follow],
-    )
-    _train(trainer, curve, follow)
-    return curve
-
-
-def _cold_start(task: Task, settings: Settings) -> Curve:
-    """As many SFT updates on the demonstrations as BRIDGE makes, then GRPO with as many rollouts."""
-    curve = Curve("cold start")
-    model = task.fresh_model()
-    follow = _Follow(curve, task, "cold start (SFT)", set())
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(
-            **_common(settings),
-            per_device_train_batch_size=_DEMONSTRATIONS,
-            completion_only_loss=True,
-            max_length=None,
-        ),
-        train_dataset=task.demonstrations,
-        processing_class=task.tokenizer,
-        callbacks=[follow],
-    )
-    _train(trainer, curve, follow)
-    curve.points.append((0, evaluate(model, task)))
-    return _grpo(task, settings, model, curve)
-
-
-def _bridge(name: str, preset: str) -> Callable[[Task, Settings], Curve]:
-    def train(task: Task, settings: Settings) -> Curve:
-        curve = Curve(name, points=[(0, evaluate(task.base, task))])
-        follow = _Follow(curve, task, name, settings.evaluations)
-        trainer = BridgeTrainer(
-            model=task.fresh_model(),
-            reward_funcs=[answer_reward],
-            args=BridgeConfig(**_rollouts(settings), preset=preset, sft_per_device_train_batch_size=_DEMONSTRATIONS),
-            train_dataset=task.train,
-            sft_dataset=task.demonstrations,
-            processing_class=task.tokenizer,
-            callbacks=[follow],
-        )
-        _train(trainer, curve, follow)
-        return curve
-
-    return train
-
-
-METHODS: dict[str, Callable[[Task, Settings], Curve]] = {
-    "GRPO": _grpo,
-    "cold start": _cold_start,
-    "BRIDGE (paper)": _bridge("BRIDGE (paper)", "paper"),
-    "BRIDGE (selective)": _bridge("BRIDGE (selective)", "selective"),
-}
-"""What the demo compares, in the order of the table."""

@@ -1,23 +1,22 @@
 """`trl-bridge demo`: train, tabulate, draw, save."""
 
 import argparse
-import dataclasses
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 
 if TYPE_CHECKING:
+    from ..comparison.addition import Task
     from .methods import Curve
-    from .task import Scores, Task
 
 
 __all__ = ["main"]
 
-_ROLLOUTS_PER_STEP = 64
+# The rows that the curves are measured on.
+_HELD_OUT = "validation"
 _EXAMPLES = 3
 
 
@@ -43,14 +42,15 @@ def main(argv: list[str] | None = None) -> int:
     """
     options = _parse(sys.argv[1:] if argv is None else argv)
     # Imported late, so that --help and a wrong option answer at once.
-    from .picture import check_matplotlib, draw
+    from ..comparison.pictures import check_matplotlib
 
     check_matplotlib()
     import torch
     import transformers
 
-    from .methods import METHODS, Settings
-    from .task import evaluate, make_task
+    from ..comparison.specs import AdditionSpec
+    from .methods import METHODS, ROLLOUTS_PER_STEP, train
+    from .picture import draw
 
     # Matrices of 64 columns gain nothing from a second thread, and lose much where other programs run beside.
     torch.set_num_threads(1)
@@ -61,17 +61,17 @@ def main(argv: list[str] | None = None) -> int:
     output.mkdir(parents=True, exist_ok=True)
     print(
         f"Sums of two numbers up to 49, {options.wrong_share:.0%} of 400 demonstrations wrong, {options.steps} updates of "
-        f"{_ROLLOUTS_PER_STEP} rollouts for each method, seed {options.seed}."
+        f"{ROLLOUTS_PER_STEP} rollouts for each method, seed {options.seed}."
     )
-    task = make_task(options.wrong_share, options.seed, options.base_steps)
-    base = evaluate(task.base, task)
-    with tempfile.TemporaryDirectory() as scratch:
-        settings = Settings(options.steps, options.seed, Path(scratch))
-        curves = [train(task, settings) for train in METHODS.values()]
+    spec = AdditionSpec(wrong_share=options.wrong_share, base_steps=options.base_steps)
+    print("Training the base model ...")
+    task = spec.build(options.seed)
+    base = task.score(task.base, _HELD_OUT)
+    curves = [train(name, spec, task, options.steps, options.seed) for name in METHODS]
 
     table = _table(base, curves)
     title = f"Sums of two numbers, {options.wrong_share:.0%} of the demonstrations wrong (seed {options.seed})"
-    draw(curves, base, _ROLLOUTS_PER_STEP, title, output / "curves.png")
+    draw(curves, base, title, output / "curves.png")
     _save(output, curves, base, vars(options))
     task.tokenizer.save_pretrained(output / "model")
     print(f"\n{table}\n")
@@ -106,11 +106,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def _table(base: "Scores", curves: "list[Curve]") -> str:
+def _table(base: dict[str, float], curves: "list[Curve]") -> str:
     """Markdown: accuracy and probability of the right answer on held-out sums, and the time of training."""
-    rows = [("base model", f"{base.accuracy:.3f}", f"{base.probability:.3f}", "")]
+    rows = [("base model", f"{base['accuracy']:.3f}", f"{base['probability']:.3f}", "")]
     rows += [
-        (curve.name, f"{curve.final.accuracy:.3f}", f"{curve.final.probability:.3f}", f"{curve.seconds:.0f} s")
+        (curve.name, *(f"{curve.final[name]:.3f}" for name in ("accuracy", "probability")), f"{curve.seconds:.0f} s")
         for curve in curves
     ]
     head = ("method", "held-out accuracy", "p(right answer)", "training")
@@ -124,10 +124,11 @@ def _table(base: "Scores", curves: "list[Curve]") -> str:
 
 
 def _before_and_after(task: "Task", curve: "Curve") -> str:
-    """Completions of the base model and of a trained one: rows where they differ first, as they come in the test set."""
-    from .task import greedy_answers
+    """Completions of the base model and of a trained one: rows where they differ first, as they come."""
+    from ..comparison.addition import greedy_answers
 
-    prompts, solutions = list(task.test["prompt"]), list(task.test["solution"])
+    held_out = task.splits[_HELD_OUT]
+    prompts, solutions = list(held_out["prompt"]), list(held_out["solution"])
     before = greedy_answers(task.base, task, prompts)
     after = greedy_answers(curve.model, task, prompts)
     rows = list(zip(prompts, solutions, before, after, strict=True))
@@ -138,17 +139,11 @@ def _before_and_after(task: "Task", curve: "Curve") -> str:
     return "\n".join(lines)
 
 
-def _save(output: Path, curves: "list[Curve]", base: "Scores", options: dict[str, object]) -> None:
+def _save(output: Path, curves: "list[Curve]", base: dict[str, float], options: dict[str, object]) -> None:
     curves[-1].model.save_pretrained(output / "model")
     results = {
         "options": options,
-        "base": dataclasses.asdict(base),
-        "methods": {
-            curve.name: {
-                "seconds": round(curve.seconds, 1),
-                "points": [{"step": step, **dataclasses.asdict(scores)} for step, scores in curve.points],
-            }
-            for curve in curves
-        },
+        "base": base,
+        "methods": {curve.name: {"seconds": round(curve.seconds, 1), "points": curve.points} for curve in curves},
     }
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

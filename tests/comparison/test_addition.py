@@ -1,0 +1,77 @@
+import dataclasses
+
+import pytest
+import torch
+
+from trl_bridge.comparison.addition import greedy_answers
+from trl_bridge.comparison.specs import AdditionSpec
+
+
+SPEC = AdditionSpec(wrong_share=0.25, base_steps=30)
+
+
+@pytest.fixture(scope="module")
+def task():
+    return SPEC.build(0)
+
+
+def test_rows_of_the_task(task):
+    prompts = {name: set(rows["prompt"]) for name, rows in task.splits.items()}
+    train, demonstrations = set(task.train["prompt"]), set(task.demonstrations["prompt"])
+    assert [len(rows) for rows in (train, demonstrations, *prompts.values())] == [2000, 400, 250, 250, 250]
+    assert demonstrations <= train and list(prompts) == ["validation", "test", "ood"]
+    groups = [train, *prompts.values()]
+    assert sum(map(len, groups)) == len(set().union(*groups))
+    assert sum(row["completion"] != row["solution"] for row in task.demonstrations) == 100
+    assert "completion" not in task.train.column_names
+
+
+def test_out_of_distribution_rows_have_a_larger_number_and_a_usual_sum(task):
+    for row in task.splits["ood"]:
+        a, b = map(int, row["prompt"].rstrip("=").split("+"))
+        assert max(a, b) > 49 and min(a, b) <= 49 and int(row["solution"]) == a + b <= 98
+
+
+def test_experts_are_the_same_demonstrations(task):
+    rows = task.with_experts()
+    assert [row["expert"] for row in rows][:400] == list(task.demonstrations["completion"])
+    assert set(rows["expert"][400:]) == {None} and rows.remove_columns("expert")[:] == task.train[:]
+
+
+def test_the_base_model_depends_on_the_seed_alone(task, tmp_path):
+    weight = "model.layers.0.mlp.up_proj.weight"
+    torch.manual_seed(9)
+    again = dataclasses.replace(SPEC, wrong_share=1.0, train_size=800).build(0, tmp_path)
+    stored = SPEC.build(0, tmp_path)
+    other = SPEC.build(1, tmp_path)
+    assert torch.equal(task.base.state_dict()[weight], again.base.state_dict()[weight])
+    assert torch.equal(task.base.state_dict()[weight], stored.base.state_dict()[weight])
+    assert not torch.equal(task.base.state_dict()[weight], other.base.state_dict()[weight])
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_the_base_model_stops_where_it_is_told_to(task):
+    spec = dataclasses.replace(SPEC, base_steps=300, base_probability=0.01, base_rate=3e-3)
+    base = spec.build(0)
+    assert 0.01 <= base.score(base.base, "validation")["probability"] < 0.04
+
+
+def test_scores_against_one_row_at_a_time(task):
+    task = dataclasses.replace(task, splits={"test": task.splits["test"].select(range(40))})
+    scores = task.score(task.base, "test")
+    right, probability = 0, 0.0
+    for row in task.splits["test"]:
+        ids = task.tokenizer(row["prompt"])["input_ids"]
+        said = ""
+        for _ in range(4):
+            token = task.base(torch.tensor([ids + task.tokenizer(said)["input_ids"]])).logits[0, -1].argmax().item()
+            if token == task.tokenizer.eos_token_id:
+                break
+            said += task.tokenizer.decode([token])
+        right += said == row["solution"]
+        answer = [*task.tokenizer(row["solution"])["input_ids"], task.tokenizer.eos_token_id]
+        logps = task.base(torch.tensor([ids + answer])).logits[0].log_softmax(-1)
+        probability += sum(logps[len(ids) - 1 + i, token] for i, token in enumerate(answer)).exp().item()
+    assert scores["accuracy"] == right / 40
+    assert scores["probability"] == pytest.approx(probability / 40, rel=1e-4)
+    assert greedy_answers(task.base, task, ["1+1=", "12+34="]) != [""] * 2
