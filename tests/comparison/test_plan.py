@@ -13,7 +13,7 @@ from trl_bridge.comparison.plan import (
     tuning_runs,
     validation_scores,
 )
-from trl_bridge.recipes import find_recipe
+from trl_bridge.recipes import find_recipe, list_recipes
 
 
 VALUES = {
@@ -171,7 +171,7 @@ def test_a_part_of_a_comparison():
         comparison().only(settings=["x"])
 
 
-@pytest.mark.parametrize("name", ["comparison/addition", "comparison/addition-smoke"])
+@pytest.mark.parametrize("name", [name for name in list_recipes() if name.startswith("comparison/")])
 def test_shipped_comparisons(name):
     text = find_recipe(name).read_text()
     header = text.split("\n\n")[0]
@@ -181,4 +181,13 @@ def test_shipped_comparisons(name):
     assert [row.name for row in given.rows] == list(values["methods"])
     assert given.references and set(given.references) <= {row.name for row in given.rows}
     if not name.endswith("-smoke"):
-        assert len(given.learning_rates) >= 3 and len(given.seeds) >= 5
+        assert len(given.learning_rates) >= 3 and len(given.seeds) >= 3
+
+
+def test_the_ablations_share_runs_with_the_comparison():
+    keys = []
+    for name in ("comparison/addition", "comparison/ablations"):
+        given = load_comparison(name)
+        rows = [row for row in given.rows if row.name in ("grpo", "grpo-lora", "bridge", "bridge-selective")]
+        keys.append({run.key for row in rows for s in given.settings[:2] for run in tuning_runs(given, row, s)})
+    assert keys[0] == keys[1]

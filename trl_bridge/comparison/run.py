@@ -25,6 +25,7 @@ from .trainers import build_trainer
 __all__ = ["execute"]
 
 _PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate", "datasets")
+_TASKS: dict[str, Task] = {}
 # High-water mark of this process, and where Linux lets it be set back.
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -97,9 +98,13 @@ def _splits(run: Run, task: Task) -> list[str]:
     return ["validation"] if run.phase == "validation" else [name for name in ("test", "ood") if name in task.splits]
 
 
-@functools.lru_cache(maxsize=4)
 def _task(spec: TaskSpec, seed: int, cache: str | None) -> Task:
-    return spec.build(seed, None if cache is None else Path(cache))
+    """The task; the last one is kept, for runs that differ in the method come one after another."""
+    key = repr((spec, seed, cache))
+    if key not in _TASKS:
+        _TASKS.clear()
+        _TASKS[key] = spec.build(seed, None if cache is None else Path(cache))
+    return _TASKS[key]
 
 
 @functools.lru_cache(maxsize=1)

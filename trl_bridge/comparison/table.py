@@ -29,12 +29,13 @@ def report(comparison: Comparison, records: Records) -> str:
     parts = [_how(comparison, records)]
     for setting in comparison.settings:
         results = results_of(comparison, setting, records)
-        if any(result.records or result.diverged for result in results.values()):
+        results = {name: result for name, result in results.items() if result.records or result.diverged}
+        if results:
             parts += [
                 f"## {setting.name}",
-                *_summary(comparison, setting, results),
-                _scores(comparison, setting, results),
-                _cost(comparison, results),
+                *_summary(comparison.only(results), setting, results),
+                _scores(comparison.only(results), setting, results),
+                _cost(comparison.only(results), results),
             ]
     parts += ["## Learning rates", _RATES, _rates(comparison, records)]
     return "\n\n".join(parts) + "\n"
@@ -50,7 +51,7 @@ def _how(comparison: Comparison, records: Records) -> str:
     used = list(records.values())
     dates = sorted({record["date"] for record in used})
     machines = sorted({_machine(record["machine"]) for record in used})
-    commits = sorted({str(record["commit"])[:10] for record in used})
+    commits = sorted({_commit(record["commit"]) for record in used})
     versions = sorted({", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in used})
     lines = [
         f"- {len(used)} runs, {comparison.steps} updates each unless a row says otherwise, seeds "
@@ -62,6 +63,10 @@ def _how(comparison: Comparison, records: Records) -> str:
         "narrow: read it as a rough guide. Bold: the interval does not contain 0.",
     ]
     return "\n".join(lines)
+
+
+def _commit(commit: str | None) -> str:
+    return "none" if commit is None else commit[:10] + ("+" if commit.endswith("+") else "")
 
 
 def _machine(machine: Mapping[str, Any]) -> str:
@@ -79,7 +84,8 @@ def _summary(comparison: Comparison, setting: Setting, results: dict[str, Result
     best = max(means, key=lambda name: means[name])
     lines = [f"Highest {setting.task.metric}: `{best}`, {means[best]:.3f}."]
     for reference in comparison.references:
-        above, below = [], []
+        above: list[str] = []
+        below: list[str] = []
         for name, result in results.items():
             difference = None if name == reference else result.against(results[reference])
             if difference is not None and difference.interval is not None:

@@ -1,17 +1,18 @@
 """From a run to the method's own trainer, as a script of the user's would build it."""
 
 import dataclasses
+import functools
 import inspect
 from typing import Any
 
 from ..methods import METHODS, Method
 from ..rewards.noise import noisy
 from .addition import Task
-from .config import Row
-from .plan import Run
+from .config import Comparison
+from .plan import Run, tuning_runs
 
 
-__all__ = ["build_trainer", "check_run", "config_fields"]
+__all__ = ["build_trainer", "check_rows", "config_fields"]
 
 # What the comparison sets itself, for every method.
 _OWN = {
@@ -21,6 +22,7 @@ _OWN = {
     "report_to": "none",
     "save_strategy": "no",
 }
+_OURS = (*_OWN, "learning_rate", "output_dir", "seed")
 
 
 def config_fields(run: Run) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def config_fields(run: Run) -> dict[str, Any]:
     for name in (*row.fields, *row.times_learning_rate):
         if name not in known:
             raise ValueError(f"`methods: {row.name}`: {METHODS[row.method].config} has no field `{name}`")
-        if name in (*_OWN, "seed", "output_dir", "learning_rate"):
+        if name in _OURS:
             raise ValueError(f"`methods: {row.name}`: `{name}` is set by the comparison")
     shared = {"max_steps": run.steps, **run.trainer}
     return {
@@ -55,32 +57,32 @@ def config_fields(run: Run) -> dict[str, Any]:
     }
 
 
-def check_run(run: Run, rows: list[Row], output_dir: str) -> None:
+def check_rows(comparison: Comparison, output_dir: str) -> None:
     """
-    Refuse before anything is trained what the method's config refuses.
+    Refuse before anything is trained what the methods' configs refuse.
 
     Args:
-        run ([`~trl_bridge.comparison.plan.Run`]):
-            The run.
-        rows (`list[Row]`):
-            All rows: a field of `trainer` must be one of some method's.
+        comparison ([`~trl_bridge.comparison.config.Comparison`]):
+            The comparison.
         output_dir (`str`):
-            Folder that the config names; nothing is written.
+            Folder that the configs name; nothing is written.
 
     Raises:
         ValueError, TypeError, NotImplementedError: the message names the row, or the field.
     """
-    everywhere = set().union(*(_field_names(METHODS[row.method]) for row in rows))
-    for name in run.trainer:
-        if name not in everywhere:
-            raise ValueError(f"`trainer`: no method of the comparison has a field `{name}`")
-        if name in (*_OWN, "seed", "output_dir", "learning_rate", "max_steps"):
+    for name in comparison.trainer:
+        if name in (*_OURS, "max_steps"):
             raise ValueError(f"`trainer`: `{name}` is set by the comparison")
-    fields = config_fields(run)
-    try:
-        _import(METHODS[run.row.method].config)(**fields, output_dir=output_dir)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise type(error)(f"`methods: {run.row.name}`: {error}") from error
+        # Of any method, also of one that is left out this time.
+        if not any(name in _field_names(method) for method in METHODS.values()):
+            raise ValueError(f"`trainer`: no method has a field `{name}`")
+    for row in comparison.rows:
+        (run, *_) = tuning_runs(comparison, row, comparison.settings[0])
+        fields = config_fields(run)
+        try:
+            _import(METHODS[row.method].config)(**fields, output_dir=output_dir)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise type(error)(f"`methods: {row.name}`: {error}") from error
 
 
 def build_trainer(run: Run, task: Task, output_dir: str, callbacks: list[Any]) -> Any:
@@ -118,6 +120,7 @@ def build_trainer(run: Run, task: Task, output_dir: str, callbacks: list[Any]) -
     return _import(method.trainer)(**arguments)
 
 
+@functools.cache
 def _field_names(method: Method) -> set[str]:
     config = _import(method.config)
     fields = {field.name for field in dataclasses.fields(config) if field.init}

@@ -50,6 +50,7 @@ def run_all(comparison: Comparison, folder: Path, workers: int = 1) -> dict[str,
         `dict[str, dict]`: records of all runs by key.
 
     Raises:
+        ValueError, TypeError, NotImplementedError: a method's config refuses its fields. Nothing is trained then.
         Exception: what a run raised, once the runs beside it have ended and are written down. A run whose weights stop
         being numbers raises nothing: its record says so.
     """
@@ -68,6 +69,8 @@ def run_all(comparison: Comparison, folder: Path, workers: int = 1) -> dict[str,
         ProcessPoolExecutor(workers, context, _start, arguments) as pool,
         tqdm(total=total, initial=done, unit="run", desc="comparison", ncols=100) as bar,
     ):
+        # In a worker: this process need not import torch.
+        pool.submit(_check, comparison, str(folder)).result()
         while True:
             busy = {run.key for run in under_way.values()}
             for run in next_runs(comparison, records, busy) if failed is None else ():
@@ -111,6 +114,12 @@ def _start(numbers: Any, folder: str) -> None:
 
 def _count_gpus() -> int:
     return sum(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*"))
+
+
+def _check(comparison: Comparison, folder: str) -> None:
+    from .trainers import check_rows
+
+    check_rows(comparison, folder)
 
 
 def _work(run: Run, cache: str) -> dict[str, Any]:

@@ -109,10 +109,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _table(base: dict[str, float], curves: "list[Curve]") -> str:
     """Markdown: accuracy and probability of the right answer on held-out sums, and the time of training."""
     rows = [("base model", f"{base['accuracy']:.3f}", f"{base['probability']:.3f}", "")]
-    rows += [
-        (curve.name, *(f"{curve.final[name]:.3f}" for name in ("accuracy", "probability")), f"{curve.seconds:.0f} s")
-        for curve in curves
-    ]
+    for curve in curves:
+        scores = curve.final
+        rows.append(
+            (curve.name, f"{scores['accuracy']:.3f}", f"{scores['probability']:.3f}", f"{curve.seconds:.0f} s")
+        )
     head = ("method", "held-out accuracy", "p(right answer)", "training")
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     lines = [

@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from ..comparison.config import Comparison, load_comparison
+from ..comparison.config import load_comparison
 from ..comparison.pictures import check_matplotlib, draw_all
-from ..comparison.plan import all_runs, runs_of
+from ..comparison.plan import all_runs
 from ..comparison.table import report
 from ..comparison.workers import read_records, run_all
 from .errors import UsageError
@@ -42,7 +42,6 @@ def main(argv: list[str] | None = None) -> int:
     if options.report:
         records = read_records(folder)
     else:
-        _check(comparison, folder)
         folder.mkdir(parents=True, exist_ok=True)
         records = run_all(comparison, folder, options.workers)
     # Runs of rows and settings that are not asked for, or no longer there, are left out.
@@ -76,12 +75,3 @@ def _parser() -> ToolParser:
 
 def _names(option: str | None) -> list[str] | None:
     return None if option is None else [name.strip() for name in option.split(",") if name.strip()]
-
-
-def _check(comparison: Comparison, folder: Path) -> None:
-    # Imports TRL, so after everything that can be refused without it.
-    from ..comparison.trainers import check_run
-
-    for row in comparison.rows:
-        run = runs_of(comparison, row, comparison.settings[0], comparison.learning_rates[0])[0]
-        check_run(run, comparison.rows, str(folder))

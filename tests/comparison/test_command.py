@@ -1,0 +1,63 @@
+"""The smoke comparison through the real command: killed, resumed, and equal to the published runs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+pytestmark = pytest.mark.slow
+PUBLISHED = Path(__file__).parents[2] / "docs" / "results" / "comparison" / "addition-smoke" / "runs.jsonl"
+COMMAND = [sys.executable, "-m", "trl_bridge", "compare", "--config", "comparison/addition-smoke"]
+ROWS = ["--methods", "grpo,bridge"]
+
+
+def lines(path):
+    return path.read_bytes().splitlines() if path.is_file() else []
+
+
+def test_killed_resumed_and_as_published(tmp_path):
+    runs = tmp_path / "runs.jsonl"
+    command = [*COMMAND, *ROWS, "--output_dir", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 300
+        while len(lines(runs)) < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    before = lines(runs)
+    assert 2 <= len(before) < 6
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    after = lines(runs)
+    # What was done is not done again: the same lines stand first, and each run is there once.
+    assert after[: len(before)] == before
+    records = {record["key"]: record for record in map(json.loads, after)}
+    assert len(after) == len(records) == 6
+    assert "## half-wrong" in done.stdout and (tmp_path / "table.md").read_text() in done.stdout
+    assert {path.name for path in tmp_path.glob("*.png")} == {"curves.png", "cost.png", "gain.png"}
+    published = {record["key"]: record for record in map(json.loads, lines(PUBLISHED))}
+    for key, record in records.items():
+        # Another processor rounds otherwise, and a sampled token may then differ; so the first steps, loosely.
+        for own, theirs in zip(record["first_steps"], published[key]["first_steps"], strict=True):
+            assert own == pytest.approx(theirs, rel=0.02, abs=1e-3)
+
+
+def test_a_field_that_no_config_has_is_one_line(tmp_path):
+    text = "task: {name: addition}\nsettings: {a: }\nmethods: {grpo: {bridge_lambda: 0.5}}\nseeds: [0]\n"
+    (tmp_path / "c.yaml").write_text(text + "learning_rates: [0.1]\nsteps: 1\n")
+    command = [*COMMAND[:-1], str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "trl-bridge compare: error: `methods: grpo`: trl.GRPOConfig has no field `bridge_lambda`"
+    )
+    assert "Traceback" not in done.stderr and not (tmp_path / "out" / "runs.jsonl").exists()

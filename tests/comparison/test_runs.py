@@ -1,0 +1,135 @@
+import copy
+import dataclasses
+import json
+
+import pytest
+
+from trl_bridge import recipes
+from trl_bridge.comparison.config import load_comparison, parse_comparison
+from trl_bridge.comparison.plan import runs_of
+from trl_bridge.comparison.run import execute
+from trl_bridge.comparison.trainers import check_rows, config_fields
+from trl_bridge.models import tiny_model, tiny_tokenizer
+
+
+VALUES = {
+    "task": {"name": "addition", "train_size": 40, "demonstrations_size": 40, "base_steps": 60, "base_rate": 3e-3},
+    "settings": {"wrong": {"wrong_share": 1.0}, "good": None},
+    "methods": {
+        "lora": {"method": "bridge", "bridge_lambda": 1.0, "times_learning_rate": {"coordinator_learning_rate": 3}},
+        "two-stage": {"sft_max_steps": 2, "times_learning_rate": {"sft_learning_rate": 1}},
+        "grpo": None,
+    },
+    "seeds": [0],
+    "learning_rates": [1e-3],
+    "steps": 4,
+    "points": 2,
+    "trainer": {
+        "use_cpu": True,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 4,
+        "sft_per_device_train_batch_size": 4,
+    },
+}
+
+
+def a_run(row, setting=0, rate=1e-3, **changes):
+    comparison = parse_comparison({**copy.deepcopy(VALUES), **changes})
+    return runs_of(comparison, comparison.row(row), comparison.settings[setting], rate)[0]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("bases"))
+
+
+def test_fields_of_a_config():
+    fields = config_fields(a_run("lora", rate=0.01))
+    assert fields["coordinator_learning_rate"] == pytest.approx(0.03) and fields["learning_rate"] == 0.01
+    assert fields["max_steps"] == 4 and fields["bridge_lambda"] == 1.0
+    # A field of the comparison that a config lacks is left out.
+    assert "sft_per_device_train_batch_size" in fields
+    assert "sft_per_device_train_batch_size" not in config_fields(a_run("grpo"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"methods": {"grpo": {"lambda": 1}}}, "`methods: grpo`: trl.GRPOConfig has no field `lambda`"),
+        ({"methods": {"grpo": {"seed": 1}}}, "`methods: grpo`: `seed` is set by the comparison"),
+        ({"methods": {"bridge": {"bridge_lambda": 2}}}, "`methods: bridge`: `bridge_lambda` must lie in [0, 1]"),
+        ({"trainer": {"num_generation": 4}}, "`trainer`: no method has a field `num_generation`"),
+        ({"trainer": {"learning_rate": 4}}, "`trainer`: `learning_rate` is set by the comparison"),
+    ],
+)
+def test_what_a_config_refuses_is_said_before_training(change, said, tmp_path):
+    with pytest.raises(ValueError) as error:
+        check_rows(parse_comparison({**copy.deepcopy(VALUES), **change}), str(tmp_path))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.list_recipes() if name.startswith("comparison/")])
+def test_the_configs_of_shipped_comparisons(name, tmp_path):
+    check_rows(load_comparison(name), str(tmp_path))
+
+
+def test_without_weight_demonstrations_do_not_matter(cache):
+    # So the runs of the two settings are one run, which the keys say too.
+    records = [execute(a_run("lora", setting), cache) for setting in (0, 1)]
+    assert records[0]["key"] == records[1]["key"]
+    assert records[0]["scores"] == records[1]["scores"] and records[0]["curve"] == records[1]["curve"]
+    assert records[0]["first_steps"][0]["sft/loss"] != records[1]["first_steps"][0]["sft/loss"]
+
+
+def test_a_cold_start_is_counted_and_drawn_from_where_rl_starts(cache):
+    record = execute(a_run("two-stage"), cache)
+    assert record["updates"] == {"rl": 4, "sft": 2} and record["rollouts"] == 32
+    assert [(point["step"], point["rollouts"]) for point in record["curve"]] == [(0, 0), (2, 16), (4, 32)]
+    assert set(record["scores"]) == {"test", "ood"} and record["generated_tokens"] > 32
+    # Two updates of four demonstrations, of one or two digits and an end.
+    assert 16 <= record["sft_tokens"] <= 24
+    assert record["peak_memory_mb"] > 100 and record["cpu_seconds"] > 0
+    json.dumps(record)
+
+
+def test_validation_runs_do_not_see_the_test_rows(cache):
+    run = dataclasses.replace(a_run("grpo"), phase="validation", points=0)
+    record = execute(run, cache)
+    assert set(record["scores"]) == {"validation"} and record["curve"] == [] and record["series"] == {}
+
+
+def test_weights_that_stop_being_numbers_are_written_down(cache):
+    record = execute(a_run("two-stage", rate=1e30), cache)
+    assert record["diverged"] and record["scores"] == {}
+
+
+def test_the_real_task_with_a_tiny_model(tmp_path):
+    tokenizer = tiny_tokenizer(chat_template=True)
+    tiny_model(tokenizer, hidden_size=16, layers=1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    task = {
+        "name": "reasoning-gym",
+        "model": str(tmp_path),
+        "parameters": {"min_terms": 2, "max_terms": 2, "max_digits": 1, "min_digits": 1},
+        "ood_parameters": {"min_terms": 4, "max_terms": 4},
+        "train_size": 16,
+        "validation_size": 6,
+        "test_size": 8,
+        "ood_size": 6,
+        "max_new_tokens": 4,
+        "wrong_share": 0.5,
+    }
+    methods = {"naive-mix": None, "sft": {"completion_only_loss": True}, "luffy": {"expert_max_length": 64}}
+    given = parse_comparison({**copy.deepcopy(VALUES), "task": task, "settings": {"a": None}, "methods": methods})
+    built = given.settings[0].task.build(0)
+    assert [len(built.splits[name]) for name in ("validation", "test", "ood")] == [6, 8, 6]
+    completions = [row["completion"][0]["content"] for row in built.demonstrations]
+    right = [f"The answer is {row['solution']}." in said for row, said in zip(built.train, completions, strict=True)]
+    assert 8 <= sum(right) < 12  # two questions can have one answer
+    assert "completion" not in built.train.column_names and built.with_experts()["expert"][0]
+    for row in given.rows:
+        record = execute(runs_of(given, row, given.settings[0], 1e-3)[0])
+        assert set(record["scores"]) == {"test", "ood"} and 0 <= record["scores"]["test"]["accuracy"] <= 1
