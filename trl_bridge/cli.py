@@ -32,6 +32,7 @@ TOOLS: dict[str, tuple[str, str]] = {
         "trl_bridge.scripts.evaluate:main",
         "accuracy and pass@k of a model on the usual benchmarks or your rows",
     ),
+    "memory": ("trl_bridge.scripts.memory:main", "estimate the memory of one GPU for a run, before it is launched"),
     "merge": ("trl_bridge.scripts.merge:main", "merge a LoRA adapter into its model"),
     "recipes": ("trl_bridge.cli:recipes", "list the shipped recipes (`ls`) or copy one (`cp NAME FILE`)"),
 }

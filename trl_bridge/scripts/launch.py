@@ -10,7 +10,7 @@ from ..recipes import accelerate_configs
 from .errors import UsageError
 
 
-__all__ = ["launch"]
+__all__ = ["find_accelerate_config", "launch"]
 
 
 def launch(method: Method, options: list[str], forwarded: list[str]) -> int:
@@ -53,15 +53,28 @@ def _with_config_file(options: list[str]) -> list[str]:
     tokens = iter(options)
     for token in tokens:
         if token == "--accelerate_config":
-            result = ["--config_file", str(_accelerate_config(next(tokens))), *result]
+            result = ["--config_file", str(find_accelerate_config(next(tokens))), *result]
         elif token.startswith("--accelerate_config="):
-            result = ["--config_file", str(_accelerate_config(token.partition("=")[2])), *result]
+            result = ["--config_file", str(find_accelerate_config(token.partition("=")[2])), *result]
         else:
             result.append(token)
     return result
 
 
-def _accelerate_config(name: str) -> Path:
+def find_accelerate_config(name: str) -> Path:
+    """
+    The file that `--accelerate_config` names.
+
+    Args:
+        name (`str`):
+            A file, or a config that trl-bridge or TRL ships.
+
+    Returns:
+        `Path`: the file.
+
+    Raises:
+        UsageError: there is none.
+    """
     shipped = accelerate_configs()
     found = Path(name) if Path(name).is_file() else shipped.get(name) or trl_accelerate_config(name)
     if found is None:

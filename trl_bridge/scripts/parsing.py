@@ -22,7 +22,15 @@ from .arguments import FAMILY_ARGUMENTS, DatasetArguments
 from .errors import UsageError
 
 
-__all__ = ["LAUNCH_KEYS", "CommandLine", "MethodParser", "build_parser", "import_by_path", "parse_command_line"]
+__all__ = [
+    "LAUNCH_KEYS",
+    "CommandLine",
+    "MethodParser",
+    "build_parser",
+    "import_by_path",
+    "parse_command_line",
+    "parse_values",
+]
 
 # Keys of older recipes whose new name does not look like the old one.
 _RENAMED = {"torch_dtype": "dtype", "warmup_ratio": "warmup_steps", "dataset_prompt_column": "prompt_column"}
@@ -154,6 +162,35 @@ def parse_command_line(method: Method, argv: list[str], launched: bool) -> Comma
     kept = _without_subsequence(shell, rest)
     forwarded = kept if path is None else ["--config", str(path), *kept]
     return CommandLine(script, training, model, datasets, [] if launched else from_file + rest, forwarded)
+
+
+def parse_values(method: Method, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """
+    Read a command line without building the method's config, which asks for the devices of the machine at hand.
+
+    Args:
+        method ([`~trl_bridge.methods.Method`]):
+            The method.
+        argv (`list[str]`):
+            As in `parse_command_line`.
+
+    Returns:
+        `tuple[argparse.Namespace, list[str]]`: every key with its value or default, and the options for
+        `accelerate launch`, the recipe's first.
+
+    Raises:
+        UsageError: an unknown key, or a value that cannot be used.
+        FileNotFoundError: no such file or recipe.
+    """
+    shell, path = _take_config(argv)
+    values = {} if path is None else _read_config(path)
+    parser = build_parser(method)
+    known, launchable = set(parser.keys), launch_options()
+    from_file = _launch_tokens(values, known, set(launchable), str(path))
+    parser.set_defaults_with_config(**{key: value for key, value in values.items() if key in known})
+    namespace, rest = parser.parse_known_args(shell)
+    _check_rest(rest, known, launchable)
+    return namespace, from_file + rest
 
 
 def import_by_path(path: str) -> Any:

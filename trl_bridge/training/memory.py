@@ -1,0 +1,385 @@
+"""
+Memory of one training process, computed from the shapes of a model and the options of a run, before anything is launched.
+
+Pure arithmetic: no torch. `benchmarks/memory.py` compares it with measured peaks; `docs/scaling.md` says where.
+"""
+
+from dataclasses import dataclass, field
+
+
+__all__ = ["BACKENDS", "Estimate", "ModelShape", "Run", "estimate", "optimizer_bytes"]
+
+BACKENDS = ("one-process", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+# Of these `benchmarks/memory.py` measures the peak; of the rest nothing has been measured.
+_MEASURED = ("one-process", "ddp", "fsdp2")
+# TRL's fused head scores so many tokens against so many entries of the vocabulary at a time.
+_TOKEN_TILE, _VOCABULARY_TILE = 4096, 32768
+# Where there is no Triton (CPU) the tile is worked on in float32 copies: this many are alive at once.
+_TILE_COPIES_WITHOUT_TRITON = 7.25
+# DeepSpeed's default `reduce_bucket_size` and `stage3_max_live_parameters`, elements.
+_ZERO_BUCKET, _ZERO3_LIVE = 5 * 10**8, 10**9
+_OPTIMIZER_BYTES = {
+    "adamw_torch": 8,
+    "adamw_torch_fused": 8,
+    "adamw_torch_8bit": 2,
+    "adamw_torch_4bit": 1,
+    "adamw_bnb_8bit": 2,
+    "adamw_8bit": 2,
+    "lion_32bit": 4,
+    "lion_8bit": 1,
+    "sgd": 0,
+}
+
+
+def optimizer_bytes(name: str) -> int:
+    """
+    State of an optimizer for each trained element.
+
+    Args:
+        name (`str`):
+            As `optim` of transformers' arguments names it, such as `adamw_torch_fused`.
+
+    Returns:
+        `int`: bytes.
+
+    Raises:
+        ValueError: its state is not known here.
+    """
+    if name not in _OPTIMIZER_BYTES:
+        raise ValueError(f"`optim={name}`: its memory is not known, only that of {', '.join(_OPTIMIZER_BYTES)}")
+    return _OPTIMIZER_BYTES[name]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """
+    What the formulas need of a decoder.
+
+    Attributes:
+        parameters (`int`):
+            All weights, a tied head once.
+        root_parameters (`int`):
+            Those outside the decoder layers: embeddings, head, last norm.
+        layer_parameters (`int`):
+            Those of the largest layer.
+        layers, hidden_size, intermediate_size, vocab_size (`int`):
+            As in the model's config.
+        attention_size (`int`):
+            Heads times their size.
+        adapter_width (`int`):
+            Inputs plus outputs summed over all linear layers but the head: elements of a LoRA of rank 1.
+    """
+
+    parameters: int
+    root_parameters: int
+    layer_parameters: int
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    attention_size: int
+    adapter_width: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    Options that memory depends on. Sizes are of one process.
+
+    Attributes:
+        backend (`str`):
+            One of `BACKENDS`.
+        num_processes (`int`):
+            GPUs.
+        bf16 (`bool`):
+            Passes in bfloat16.
+        state_bytes, shadow_state_bytes (`int`):
+            Optimizer state for each element, bytes (`optimizer_bytes`).
+        rows, prompt_length, completion_length (`int`):
+            Micro-batch of rollouts and longest lengths, tokens.
+        demonstration_rows, demonstration_length (`int`):
+            Micro-batch of demonstrations, 0 without, and the longest, tokens.
+        accumulation (`int`):
+            Micro-batches of an update.
+        unsynced (`bool`):
+            Whether only an update's last micro-batch reduces, as TRL's own trainers do: under FSDP2 the others' gradients
+            are then held whole. BRIDGE reduces in every pass.
+        checkpointing (`bool`):
+            Gradient checkpointing.
+        reference (`bool`):
+            Whether a KL reference is held (`beta > 0`).
+        coordinator_rank (`int`):
+            Rank of BRIDGE's coordinator, 0 without.
+        shadow (`bool`):
+            Whether BRIDGE's shadow is held (`cooperative_gain`).
+        shadow_offload, shadow_bf16 (`bool`):
+            `shadow_offload`, and `shadow_dtype` of 16 bits.
+        adapter_rank (`int`):
+            Rank of the LoRA that alone is trained (a baseline's `use_peft`, the lean mode's theta and w), 0 without.
+        base_bytes (`float`):
+            Bytes for each weight of the frozen base under an adapter.
+        generation_rows (`int`):
+            Rollouts generated at a time where transformers generates; 0 with vLLM.
+        vllm_bytes (`int`):
+            What vLLM takes of this GPU (colocate), bytes.
+        vllm_sleeps (`bool`):
+            `vllm_enable_sleep_mode`: vLLM gives it back while training.
+        triton (`bool`):
+            Whether the head's tiles are worked on in place (GPU).
+    """
+
+    backend: str = "one-process"
+    num_processes: int = 1
+    bf16: bool = True
+    state_bytes: int = 8
+    shadow_state_bytes: int = 8
+    rows: int = 8
+    prompt_length: int = 512
+    completion_length: int = 256
+    demonstration_rows: int = 0
+    demonstration_length: int = 0
+    accumulation: int = 1
+    unsynced: bool = False
+    checkpointing: bool = True
+    reference: bool = False
+    coordinator_rank: int = 0
+    shadow: bool = False
+    shadow_offload: bool = False
+    shadow_bf16: bool = False
+    adapter_rank: int = 0
+    base_bytes: float = 4
+    generation_rows: int = 0
+    vllm_bytes: int = 0
+    vllm_sleeps: bool = False
+    triton: bool = True
+
+    @property
+    def deepspeed(self) -> bool:
+        """Whether DeepSpeed holds the student."""
+        return self.backend.startswith("zero")
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of an element in the passes."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def autocast(self) -> bool:
+        """Whether the passes cast float32 weights as they go."""
+        return self.bf16 and self.backend in ("one-process", "ddp")
+
+    @property
+    def casts(self) -> bool:
+        """Whether autocast keeps a 16-bit copy of all weights during a pass; a base in 16 bits or fewer needs none."""
+        return self.autocast and not (self.adapter_rank and self.base_bytes < 4)
+
+    @property
+    def measured(self) -> bool:
+        """Whether `benchmarks/memory.py` measures a peak of this kind."""
+        unmeasured = self.shadow_offload or self.shadow_bf16 or self.adapter_rank or self.reference or self.vllm_bytes
+        return self.backend in _MEASURED and not self.bf16 and not self.checkpointing and not unmeasured
+
+
+@dataclass
+class Estimate:
+    """
+    Bytes by part at the moment of the peak.
+
+    Attributes:
+        parts (`dict[str, int]`):
+            From each part to its bytes.
+        measured (`bool`):
+            Whether a peak of this kind has been measured, else it is computed only.
+    """
+
+    parts: dict[str, int] = field(default_factory=dict)
+    measured: bool = False
+
+    @property
+    def total(self) -> int:
+        """Sum of the parts, bytes."""
+        return sum(self.parts.values())
+
+
+def estimate(shape: ModelShape, run: Run) -> Estimate:
+    """
+    Peak of one process. What is alive in each of an update's phases is added up, and the largest is the answer.
+
+    Args:
+        shape ([`ModelShape`]):
+            The model.
+        run ([`Run`]):
+            The options.
+
+    Returns:
+        [`Estimate`]: the parts of the largest phase.
+
+    Raises:
+        ValueError: no such backend, or a backend of several processes with fewer.
+    """
+    if run.backend not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {run.backend!r}")
+    if (run.num_processes < 1) or (run.backend == "one-process") != (run.num_processes == 1):
+        raise ValueError(
+            f"`num_processes={run.num_processes}` with `backend={run.backend}`: one-process has one, the others have more"
+        )
+    held = _held(shape, run)
+    phases = [{**held, **phase} for phase in _phases(shape, run)]
+    parts = {name: round(size) for name, size in max(phases, key=lambda p: sum(p.values())).items() if round(size)}
+    return Estimate(parts, run.measured)
+
+
+def _held(shape: ModelShape, run: Run) -> dict[str, float]:
+    """What is there throughout."""
+    n = run.num_processes
+    sharded = n if run.backend in ("fsdp2", "zero3") else 1
+    total, adapter = shape.parameters, shape.adapter_width * run.adapter_rank
+    reference = run.compute_bytes if run.deepspeed else 4
+    coordinator = 0 if run.adapter_rank else shape.adapter_width * run.coordinator_rank
+    held = {"reference": total * reference / sharded if run.reference and not run.adapter_rank else 0.0}
+    held["coordinator"] = coordinator * (4 + run.state_bytes)
+    if run.adapter_rank:
+        held["weights"] = total * run.base_bytes / sharded + 4 * adapter
+        held["optimizer"] = adapter * run.state_bytes
+        held["shadow"] = 0 if not run.shadow or run.shadow_offload else adapter * (4 + run.shadow_state_bytes)
+        return held
+    if run.deepspeed:
+        held["weights"] = total * run.compute_bytes / sharded
+        # The float32 master, and the state.
+        held["optimizer"] = total * (4 + run.state_bytes) / n
+        held["reduction buffers"] = min(total, _ZERO_BUCKET) * run.compute_bytes
+    else:
+        held["weights"] = total * 4 / sharded
+        held["optimizer"] = total * run.state_bytes / sharded
+        held["reduction buffers"] = total * 4 if run.backend == "ddp" else 0
+    if run.shadow and not run.shadow_offload:
+        # 16 bits of storage keep a float32 master.
+        held["shadow"] = total * ((6 if run.shadow_bf16 else 4) + run.shadow_state_bytes) / n
+    return held
+
+
+def _phases(shape: ModelShape, run: Run) -> list[dict[str, float]]:
+    """What comes and goes: generation, the policy's, the shadow's and the demonstrations' pass, the step."""
+    n = run.num_processes
+    trained = shape.adapter_width * run.adapter_rank or shape.parameters
+    student = _student_gradient(trained, run)
+    shadow_rows = 1 if run.adapter_rank else n
+    shadow = trained * (2 if run.shadow_bf16 else 4) / shadow_rows if run.shadow and not run.shadow_offload else 0.0
+    offloaded = trained * (2 if run.shadow_bf16 else 4) / shadow_rows if run.shadow and run.shadow_offload else 0.0
+    again = run.accumulation > 1
+    vllm = 0 if run.vllm_sleeps else run.vllm_bytes
+    rollouts = _pass(shape, run, run.rows, run.prompt_length + run.completion_length, run.completion_length)
+    phases: list[dict[str, float]] = [
+        {"gradients": student if again else 0.0, "shadow's gradients": shadow if again else 0.0, **rollouts},
+        {"gradients": student, "shadow's gradients": shadow, "step": _step(shape, run)},
+    ]
+    if run.shadow:
+        phases.append(
+            {
+                "gradients": student,
+                "shadow's gradients": shadow if again else 0.0,
+                "shadow, while it is on the GPU": offloaded,
+                **_shadow_pass(shape, run, rollouts),
+            }
+        )
+    if run.demonstration_rows:
+        demonstrations = _pass(shape, run, run.demonstration_rows, run.demonstration_length, run.demonstration_length)
+        phases.append({"gradients": student, "shadow's gradients": shadow, **demonstrations})
+    for phase in phases:
+        phase["vLLM"] = vllm
+    if run.vllm_sleeps:
+        phases.append({"vLLM": run.vllm_bytes})
+    if run.generation_rows:
+        phases.append(_generation(shape, run))
+    return phases
+
+
+def _student_gradient(trained: int, run: Run) -> float:
+    """Accumulated gradient; under DeepSpeed with its float32 copy for the step."""
+    n = run.num_processes
+    if run.backend == "fsdp2" and run.unsynced and run.accumulation > 1 and not run.adapter_rank:
+        return trained * run.compute_bytes
+    if run.adapter_rank or not run.deepspeed:
+        return trained * 4 / (n if run.backend == "fsdp2" and not run.adapter_rank else 1)
+    spread = 1 if run.backend == "zero1" else n
+    return trained * run.compute_bytes / spread + (4 * trained / n if run.bf16 else 0)
+
+
+def _step(shape: ModelShape, run: Run) -> float:
+    """The change of one weight of the coordinator's largest target, on both copies."""
+    return 4.0 * shape.hidden_size * shape.intermediate_size if run.coordinator_rank and not run.adapter_rank else 0.0
+
+
+def _pass(shape: ModelShape, run: Run, rows: int, length: int, scored: int) -> dict[str, float]:
+    """Forward and backward of the student over a micro-batch: what autograd keeps, the head's tiles, gathered weights."""
+    tokens, c = rows * length, run.compute_bytes
+    layer = tokens * _layer_bytes(shape, run)
+    top = tokens * shape.hidden_size * _norm_bytes(run)
+    # Without Triton every position is scored, with it those of the completions.
+    count = rows * (scored if run.triton else length - 1)
+    logits = _logits(shape, run, count)
+    if run.checkpointing:
+        inputs = shape.layers * tokens * shape.hidden_size * (4 if run.autocast or not run.bf16 else 2)
+        # The head is done when the first layer is recomputed.
+        activations, logits = (inputs + top, logits) if top + logits > layer else (inputs + layer, 0.0)
+    else:
+        activations = shape.layers * layer + top
+    parts = {"activations": activations, "logits": logits}
+    if run.casts:
+        parts["weights cast for autocast"] = 2.0 * shape.parameters
+    if run.backend == "fsdp2":
+        parts["gathered layers"] = _gathered(shape, c)
+    if run.backend == "zero3":
+        parts["gathered layers"] = float(min(shape.parameters, _ZERO3_LIVE) * c)
+    return parts
+
+
+def _shadow_pass(shape: ModelShape, run: Run, rollouts: dict[str, float]) -> dict[str, float]:
+    """As the student's pass, but for how the shadow is spread."""
+    parts = {name: size for name, size in rollouts.items() if name != "gathered layers"}
+    if run.num_processes > 1 and not run.adapter_rank:
+        parts["gathered layers"] = _gathered(shape, 4 if run.autocast or not run.bf16 else 2)
+    elif run.adapter_rank and "gathered layers" in rollouts:
+        parts["gathered layers"] = rollouts["gathered layers"]
+    return parts
+
+
+def _gathered(shape: ModelShape, held: int) -> float:
+    """Whole weights that `fully_shard` has while the head is scored: those outside the layers, and the last layer's."""
+    return float((shape.root_parameters + shape.layer_parameters) * held)
+
+
+def _norm_bytes(run: Run) -> int:
+    """What a norm and the cast of its output keep for each element: input, normalised input, output."""
+    return 12 if not run.bf16 else 10 if run.autocast else 8
+
+
+def _layer_bytes(shape: ModelShape, run: Run) -> int:
+    """
+    What autograd keeps of a decoder layer for each token: two norms; queries, keys, values (repeated for grouped heads)
+    and the output of attention; gate, its activation, up, and their product.
+    """
+    attention, mlp = 4 * shape.attention_size, 4 * shape.intermediate_size
+    return 2 * shape.hidden_size * _norm_bytes(run) + run.compute_bytes * (attention + mlp)
+
+
+def _logits(shape: ModelShape, run: Run, count: int) -> float:
+    """One tile of logits, and the head's gradient and its input's in float32, as TRL's fused head has them."""
+    rows, columns = min(count, _TOKEN_TILE), min(shape.vocab_size, _VOCABULARY_TILE)
+    tile = rows * _VOCABULARY_TILE * run.compute_bytes
+    copies = 0.0 if run.triton else rows * columns * 4 * _TILE_COPIES_WITHOUT_TRITON
+    cast = 2.0 * columns * shape.hidden_size if run.casts else 0.0
+    head = 0.0 if run.adapter_rank else 4.0 * shape.vocab_size * shape.hidden_size
+    return tile + copies + cast + head + 4.0 * count * shape.hidden_size
+
+
+def _generation(shape: ModelShape, run: Run) -> dict[str, float]:
+    """transformers' own: keys and values of all rollouts, and the whole model where ZeRO-3 gathers it."""
+    length, c = run.prompt_length + run.completion_length, run.compute_bytes
+    keys = 2.0 * shape.layers * shape.attention_size * length * run.generation_rows * c
+    parts = {"keys and values": keys, "logits": 4.0 * run.generation_rows * shape.vocab_size}
+    if run.backend == "zero3":
+        parts["gathered model"] = float(shape.parameters * c)
+    if run.casts:
+        parts["weights cast for autocast"] = 2.0 * shape.parameters
+    return parts
