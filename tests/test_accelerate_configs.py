@@ -101,7 +101,12 @@ SRUN = """#!/bin/bash
 for option in "$@"; do case $option in --ntasks=*) tasks=${option#*=};; --*) ;; *) break;; esac; shift; done
 for ((task = 0; task < tasks; task++)); do SLURM_PROCID=$task "$@"; done
 """
-RECORD = '#!/bin/bash\nprintf "%s\\0" "$(basename "$0")" "$@" >> "$RECORDED"; printf "\\n\\0" >> "$RECORDED"\n'
+RECORD = """#!/bin/bash
+# Keeps a command's arguments, one command after the other; the trainers wait for the server, as they do in truth.
+name=$(basename "$0")
+while [ "$name" != vllm ] && ! [ -f "$RECORDED/vllm" ]; do sleep 0.05; done
+{ printf '%s\\0' "$name" "$@"; printf '\\n\\0'; } >> "$RECORDED/$name.part" && cp "$RECORDED/$name.part" "$RECORDED/$name"
+"""
 
 
 def test_slurm_example_starts_a_server_and_the_launchers(tmp_path, monkeypatch):
@@ -119,13 +124,17 @@ def test_slurm_example_starts_a_server_and_the_launchers(tmp_path, monkeypatch):
         "RECORDED": str(tmp_path / "recorded"),
         "SLURM_JOB_NODELIST": "node[1-3]",
     }
+    (tmp_path / "recorded").mkdir()
     script = ROOT / "examples" / "slurm" / "bridge.slurm"
     subprocess.run(["bash", str(script), "--max_steps", "7"], env=environment, check=True, timeout=60)
-    calls = [call.split("\0")[:-1] for call in (tmp_path / "recorded").read_text().split("\n\0") if call]
-    server = [call for call in calls if call[0] == "vllm"]
-    first, second = (call for call in calls if call[0] == "trl-bridge")
-    assert len(server) == 1 and server[0][1:3] == ["serve", "Qwen/Qwen3-8B-Base"]
-    assert {"--weight-transfer-config", "processed_logprobs"} <= set(server[0])
+    calls = {
+        name: [call.split("\0")[:-1] for call in (tmp_path / "recorded" / name).read_text().split("\n\0") if call]
+        for name in ("vllm", "trl-bridge")
+    }
+    (server,) = calls["vllm"]
+    first, second = calls["trl-bridge"]
+    assert server[1:3] == ["serve", "Qwen/Qwen3-8B-Base"]
+    assert {"--weight-transfer-config", "processed_logprobs"} <= set(server)
 
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     lines = [parse_command_line(METHODS[call[1]], call[2:], launched=False) for call in (first, second)]
