@@ -113,7 +113,7 @@ class Run:
         shadow (`bool`):
             Whether BRIDGE's shadow is held (`cooperative_gain`).
         shadow_offload, shadow_bf16 (`bool`):
-            `shadow_offload`, and `shadow_dtype` of 16 bits.
+            `shadow_offload`, and `shadow_dtype="bfloat16"`.
         adapter_rank (`int`):
             Rank of the LoRA that alone is trained (a baseline's `use_peft`, the lean mode's theta and w), 0 without.
         base_bytes (`float`):
@@ -253,8 +253,8 @@ def _held(shape: ModelShape, run: Run) -> dict[str, float]:
         held["optimizer"] = total * run.state_bytes / sharded
         held["reduction buffers"] = total * 4 if run.backend == "ddp" else 0
     if run.shadow and not run.shadow_offload:
-        # 16 bits of storage keep a float32 master.
-        held["shadow"] = total * ((6 if run.shadow_bf16 else 4) + run.shadow_state_bytes) / n
+        # `shadow_dtype` has a working copy beside the float32 weights; rows that are spread are cast as they are gathered.
+        held["shadow"] = total * ((6 if run.shadow_bf16 and n == 1 else 4) + run.shadow_state_bytes) / n
     return held
 
 
@@ -264,8 +264,9 @@ def _phases(shape: ModelShape, run: Run) -> list[dict[str, float]]:
     trained = shape.adapter_width * run.adapter_rank or shape.parameters
     student = _student_gradient(trained, run)
     shadow_rows = 1 if run.adapter_rank else n
-    shadow = trained * (2 if run.shadow_bf16 else 4) / shadow_rows if run.shadow and not run.shadow_offload else 0.0
-    offloaded = trained * (2 if run.shadow_bf16 else 4) / shadow_rows if run.shadow and run.shadow_offload else 0.0
+    shadow = trained * 4 / shadow_rows if run.shadow and not run.shadow_offload else 0.0
+    # Spread over ranks it comes layer by layer, from the CPU too.
+    offloaded = trained * (2.0 if run.shadow_bf16 else 4.0) if run.shadow_offload and shadow_rows == 1 else 0.0
     again = run.accumulation > 1
     vllm = 0 if run.vllm_sleeps else run.vllm_bytes
     rollouts = _pass(shape, run, run.rows, run.prompt_length + run.completion_length, run.completion_length)
@@ -337,8 +338,11 @@ def _pass(shape: ModelShape, run: Run, rows: int, length: int, scored: int) -> d
 def _shadow_pass(shape: ModelShape, run: Run, rollouts: dict[str, float]) -> dict[str, float]:
     """As the student's pass, but for how the shadow is spread."""
     parts = {name: size for name, size in rollouts.items() if name != "gathered layers"}
+    if run.shadow_bf16:
+        parts.pop("weights cast for autocast", None)
     if run.num_processes > 1 and not run.adapter_rank:
-        parts["gathered layers"] = _gathered(shape, 4 if run.autocast or not run.bf16 else 2)
+        float32 = not run.shadow_bf16 and (run.autocast or not run.bf16)
+        parts["gathered layers"] = _gathered(shape, 4 if float32 else 2)
     elif run.adapter_rank and "gathered layers" in rollouts:
         parts["gathered layers"] = rollouts["gathered layers"]
     return parts
