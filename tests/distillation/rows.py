@@ -73,7 +73,7 @@ def scored(count=8, scorer=None, reference=False, seed=0, **changes):
     return Dataset.from_dict({**columns, **changes})
 
 
-def make(output_dir, *, cls=LightningOPDTrainer, model=None, rows=None, callbacks=None, peft_config=None, evaluation=None,
+def make(output_dir, *, cls=LightningOPDTrainer, model=None, rows=None, callbacks=None, peft_config=None, evaluation=None, tokenizer=None,
          **changes):  # fmt: skip
     options = {
         "output_dir": str(output_dir),
@@ -98,7 +98,7 @@ def make(output_dir, *, cls=LightningOPDTrainer, model=None, rows=None, callback
         args=LightningOPDConfig(**{**options, **changes}),
         train_dataset=scored() if rows is None else rows,
         eval_dataset=evaluation,
-        processing_class=tiny_tokenizer(),
+        processing_class=tokenizer or tiny_tokenizer(),
         callbacks=callbacks,
         peft_config=peft_config,
     )
@@ -173,8 +173,8 @@ def replay(model, start, windows, learning_rate, clip=10.0, aggregation="sequenc
         bounded = gap if clip is None else gap.clamp(-clip, clip)
         metrics = {
             "loss": float(loss.detach()),
-            "opd/advantage_mean": float(bounded.mean()),
-            "opd/advantage_abs": float(bounded.abs().mean()),
+            "opd/advantage_mean": float(gap.mean()),
+            "opd/advantage_abs": float(gap.abs().mean()),
             "opd/advantage_clip_fraction": float((bounded != gap).double().mean()),
             "opd/reverse_kl": float(-gap.mean()),
         }

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from tests.bridge.test_resume import assert_same
+from tests.distillation import runs
 from tests.distillation.rows import (
     StopAt,
     identity,
@@ -24,8 +25,9 @@ from tests.distillation.rows import (
     teacher,
 )
 from tests.harness import movement_error
-from trl_bridge import LightningOPDConfig
+from trl_bridge import LightningOPDConfig, OPDTrainer
 from trl_bridge.distillation.scored_rows import ScoredCollator, scored_rows
+from trl_bridge.distillation.scoring import LocalTeacher, Rollout
 from trl_bridge.models import tiny_tokenizer
 
 
@@ -112,6 +114,34 @@ def test_moves_towards_the_teacher_and_logs_how_far_it_went(tmp_path):
         sum(map(sum, rows["teacher_logprobs"])) / sum(map(len, rows["teacher_logprobs"])), rel=1e-4
     )
     assert {"entropy", "mean_token_accuracy", "num_tokens"} <= first.keys()  # the parent's own
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_first_update_is_opds_on_its_rollouts_and_then_they_part(tmp_path, aggregation):
+    options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 2, "optim": "sgd",
+               "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "logging_steps": 1,
+               "loss_aggregation": aggregation, "advantage_clip": None}  # fmt: skip
+    opd = runs.distillation_trainer(tmp_path / "opd", runs.recording(OPDTrainer), **options)
+    opd.train()
+    batch = opd.windows[0][0]
+    kept = [[ids[mask.bool()].tolist() for ids, mask in zip(batch[f"{part}_ids"], batch[f"{part}_mask"], strict=True)]
+            for part in ("prompt", "completion")]  # fmt: skip
+    rollouts = [Rollout(*pair) for pair in zip(*kept, strict=True)]
+    (scores,) = LocalTeacher(runs.small_teacher(), 8)(rollouts)
+    rows = Dataset.from_dict(
+        {"prompt_ids": kept[0], "completion_ids": kept[1], "teacher_logprobs": scores,
+         "scored_with": [identity(runs.tokenizer())] * 8}
+    )  # fmt: skip
+    lightning = make(
+        tmp_path, cls=recording, model=runs.small_student(), rows=rows, tokenizer=runs.tokenizer(), **options
+    )
+    lightning.train()
+    assert len({len(ids) for ids in kept[1]}) > 1  # of different lengths
+    assert movement_error(lightning.states[0], opd.states[0], opd.start) < 1e-4
+    for name in ("loss", "opd/advantage_mean", "opd/teacher_logprob", "opd/reverse_kl"):
+        assert logs(lightning)[0][name] == pytest.approx(logs(opd)[0][name], rel=1e-4), name
+    # The second update of OPD is on new rollouts, Lightning's on the old ones.
+    assert movement_error(lightning.states[1], opd.states[1], opd.start) > 1e-2
 
 
 @pytest.mark.parametrize("aggregation", ["sequence", "token"])

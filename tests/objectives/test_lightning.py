@@ -22,14 +22,14 @@ def test_two_symbols(score):
     got, p, sums = gradient([0.3, -0.9], 0, score)
     advantage = score - torch.tensor(p, dtype=torch.float64).log()
     assert torch.allclose(got, torch.stack([-advantage * (1 - p), advantage * (1 - p)]), atol=1e-15)
-    assert sums["reverse_kl"] == pytest.approx(float(-advantage)) and sums["tokens"] == 1
+    assert sums["advantage"] == pytest.approx(float(advantage)) and sums["tokens"] == 1
 
 
 def test_clamp():
     logits, log_p = [1.0, 0.0, 0.5], torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64).log_softmax(-1)[0]
     far, near = (gradient(logits, 0, float(log_p) + gap) for gap in (-30.0, -10.0))
     assert torch.allclose(far[0], near[0], atol=1e-15) and far[2]["clipped"] == 1 and near[2]["clipped"] == 0
-    assert far[2]["reverse_kl"] == pytest.approx(30) and far[2]["advantage"] == pytest.approx(-10)
+    assert far[2]["advantage"] == pytest.approx(-30) and far[2]["advantage_abs"] == pytest.approx(30)
     free = gradient(logits, 0, float(log_p) - 30.0, clip=None)
     assert torch.allclose(free[0], 3 * near[0], atol=1e-14) and free[2]["clipped"] == 0
 

@@ -195,7 +195,7 @@ class LightningOPDTrainer(Resumable, SFTTrainer):
         metrics["opd/advantage_abs"].append(mean["advantage_abs"])
         metrics["opd/advantage_clip_fraction"].append(mean["clipped"])
         metrics["opd/teacher_logprob"].append(mean["teacher_logprob"])
-        metrics["opd/reverse_kl"].append(mean["reverse_kl"])
+        metrics["opd/reverse_kl"].append(-mean["advantage"])
         if "weight" in mean:
             metrics["opd/weight_mean"].append(mean["weight"])
             metrics["opd/weight_std"].append(max(mean["weight_squared"] - mean["weight"] ** 2, 0.0) ** 0.5)

@@ -34,23 +34,21 @@ def stored_teacher_terms(
 
     Returns:
         `tuple[torch.Tensor, dict[str, torch.Tensor]]`: the terms `(B, T)`, 0 outside of the mask, and detached scalar sums
-        over the masked tokens: `advantage` and `advantage_abs` (after the clamp), `clipped` (tokens whose advantage was
-        clamped), `teacher_logprob`, `reverse_kl` (before the clamp) and `tokens`.
+        over the masked tokens: `advantage` and `advantage_abs` (before the clamp), `clipped` (tokens whose advantage was
+        clamped), `teacher_logprob` and `tokens`.
     """
     mask = mask.bool()
     teacher = teacher_log_probs.detach().to(log_probs.dtype).masked_fill(~mask, 0.0)
     term = policy_term(log_probs, teacher, clip)
     gap = term.advantages.masked_fill(~mask, 0.0)  # (B, T)
-    advantage = gap if clip is None else gap.clamp(-clip, clip)
     terms = term.loss.masked_fill(~mask, 0.0)
     if aggregation == "sequence":
         terms = terms / mask.sum(dim=1, keepdim=True).clamp(min=1)
     sums = {
-        "advantage": advantage.sum(),
-        "advantage_abs": advantage.abs().sum(),
+        "advantage": gap.sum(),
+        "advantage_abs": gap.abs().sum(),
         "clipped": (term.clipped & mask).sum(),
         "teacher_logprob": teacher.sum(),
-        "reverse_kl": -gap.sum(),
         "tokens": mask.sum(),
     }
     return terms, sums
