@@ -60,11 +60,12 @@ def _ways(file: str, **changes: str) -> dict[str, str]:
     return dict(zip(WAYS, {**ways, **changes}.values(), strict=True))
 
 
-def _distilled(file: str, lora: str = UNTESTED) -> dict[str, str]:
-    own = f"distillation/test_{file}.py::"
+def _distilled(file: str) -> dict[str, str]:
+    own, both = f"distillation/test_{file}.py::", "distillation/test_ways.py::"
     update, resume = own + "test_update_equals_the_reference", own + "test_resume_is_exact"
     ddp = "distributed/test_distillation.py::test_two_ranks_equal_the_reference"
-    return dict(zip(WAYS, (update, lora, ddp, REFUSED, REFUSED, UNTESTED, resume), strict=True))
+    lora, vllm = both + "test_lora_student", both + "test_rollouts_of_vllm"
+    return dict(zip(WAYS, (update, lora, ddp, REFUSED, REFUSED, vllm, resume), strict=True))
 
 
 _ENTRIES = {
@@ -144,7 +145,7 @@ _ENTRIES = {
     "opd": Capability(
         "arXiv 2306.13649, by sampled tokens",
         "teacher",
-        _distilled("opd", lora="distillation/test_opd.py::test_lora_student"),
+        _distilled("opd"),
     ),
     "aopd": Capability("arXiv 2605.06387", "teacher", _distilled("aopd")),
     "two-stage": Capability(

@@ -35,7 +35,7 @@ def distillation_config(folder, config_class, **changes):
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
         "max_completion_length": 6,
-        "max_steps": 3,
+        "max_steps": 2,
         "logging_steps": 1,
         "learning_rate": 1e-3,
         "save_strategy": "no",
