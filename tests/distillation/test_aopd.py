@@ -11,7 +11,7 @@ from trl_bridge import AOPDConfig, AOPDTrainer, OPDTrainer
 
 
 TOLERANCE = 2e-4
-SGD = {"optim": "sgd", "learning_rate": 0.1}
+SGD = {"optim": "sgd", "learning_rate": 5e-3}
 VOCABULARY = 15
 
 CASES = {

@@ -19,10 +19,10 @@ from trl_bridge import OPDConfig, OPDTrainer
 
 
 TOLERANCE = 2e-4
-SGD = {"optim": "sgd", "learning_rate": 0.1}
+SGD = {"optim": "sgd", "learning_rate": 5e-3}
 
 CASES = {
-    "defaults": {},
+    "adamw, clipped": {"max_grad_norm": 1.0},
     "sequence": {"loss_aggregation": "sequence", **SGD},
     "clip and weight": {"advantage_clip": 0.3, "opd_weight": 1.25, **SGD},
     "temperature": {"temperature": 0.7, **SGD},

@@ -10,7 +10,7 @@ from trl_bridge import AOPDTrainer, OPDTrainer
 
 
 VOCABULARY = 15
-SGD = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1}
+SGD = {"optim": "sgd", "learning_rate": 5e-3, "max_steps": 1}
 
 
 @pytest.fixture(autouse=True)

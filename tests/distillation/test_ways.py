@@ -17,7 +17,7 @@ from tests.reference.bridge import clip
 from trl_bridge import AOPDTrainer, OPDTrainer
 
 
-SGD = {"optim": "sgd", "learning_rate": 0.1}
+SGD = {"optim": "sgd", "learning_rate": 5e-3}
 TOLERANCE = 2e-4
 BOTH = (OPDTrainer, AOPDTrainer)
 

@@ -10,7 +10,7 @@ from tests.distillation.runs import distillation_trainer, recording
 from trl_bridge import AOPDTrainer, OPDTrainer
 
 
-SGD = {"optim": "sgd", "learning_rate": 0.1}
+SGD = {"optim": "sgd", "learning_rate": 5e-3}
 CASES = {
     "opd": (OPDTrainer, SGD),
     "opd-nothing-on-one": (OPDTrainer, SGD),
