@@ -38,6 +38,19 @@ def test_update_equals_reference(tmp_path, options):
         assert logged(trainer, name) == pytest.approx([m[name] for m in metrics], rel=2e-3, abs=2e-6), name
 
 
+def test_an_update_without_a_taken_rollout_counts(tmp_path):
+    # One group of four, and its rows shuffled over four updates.
+    options = {"shadow_rollout_fraction": 0.25, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    trainer = bridge_trainer(tmp_path, **options, steps_per_generation=4, max_steps=8)
+    trainer.train()
+    empty = [all(not b["shadow_weight"].any() for b in window["rl"]) for window in trainer.windows]
+    assert any(empty[1:-1]) and not all(empty)
+    # The reference steps with a gradient of zero, which its moments remember.
+    assert_replayed(trainer, rows=recorded_rows)
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert ["bridge/shadow_ratio" not in entry for entry in entries] == empty
+
+
 def test_whole_groups_are_taken(tmp_path):
     trainer = bridge_trainer(tmp_path, **HALF, **LATE)
     trainer.train()

@@ -54,6 +54,10 @@ def test_unlogged_updates_are_the_same(tmp_path):
     ("options", "message"),
     [
         ({"shadow_update_steps": 0}, "`shadow_update_steps`.*0"),
+        (
+            {"shadow_update_steps": 4, "shadow_reset_steps": 2},
+            "`shadow_reset_steps=2` undoes.*`shadow_update_steps=4`",
+        ),
         ({"shadow_update_steps": 2, "cooperative_gain": False}, "`shadow_update_steps`.*`cooperative_gain=True`"),
     ],
     ids=str,

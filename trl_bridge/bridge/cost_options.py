@@ -52,6 +52,12 @@ def check_cost_options(args: Any) -> None:
         )
     if args.shadow_update_steps < 1:
         raise ValueError(f"`shadow_update_steps` must be at least 1, got {args.shadow_update_steps}.")
+    reset = args.shadow_reset_steps
+    if reset is not None and args.shadow_update_steps > 1 and args.shadow_update_steps % reset == 0:
+        raise ValueError(
+            f"`shadow_reset_steps={reset}` undoes every update that `shadow_update_steps={args.shadow_update_steps}` leaves "
+            "to the shadow, right after it is made. Reset more rarely, or set one of them to its default."
+        )
     if args.shadow_dtype not in (None, "bfloat16"):
         raise ValueError(
             f"`shadow_dtype` must be None (as the student) or 'bfloat16', got {args.shadow_dtype!r}. float16 would need a "

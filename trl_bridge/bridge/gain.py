@@ -66,14 +66,13 @@ class GainMeter:
         The window's metrics, over all ranks.
 
         Returns:
-            `dict[str, float]`: `bridge/gain`, `bridge/shadow_ratio` (mean over completion tokens),
-            `bridge/shadow_clip_fraction`.
+            `dict[str, float]`: `bridge/gain`; where the shadow has scored a token also `bridge/shadow_ratio` (mean over
+            completion tokens) and `bridge/shadow_clip_fraction`.
         """
         totals = self.trainer.accelerator.reduce(self._sums, reduction="sum").tolist()
         self._sums = None
-        tokens = max(totals[3], 1.0)
-        return {
-            "bridge/gain": totals[0] / self.trainer.backend.world_size,
-            "bridge/shadow_ratio": totals[1] / tokens,
-            "bridge/shadow_clip_fraction": totals[2] / tokens,
-        }
+        values = {"bridge/gain": totals[0] / self.trainer.backend.world_size}
+        if totals[3] > 0:
+            values["bridge/shadow_ratio"] = totals[1] / totals[3]
+            values["bridge/shadow_clip_fraction"] = totals[2] / totals[3]
+        return values

@@ -49,16 +49,23 @@ class Shadow:
         """Accumulated gradient G_hat of these rows by name; zero where the loss does not reach them."""
         return {name: self.held.gradient(name) for name in self._leaves}
 
-    def step(self, rate_factor: float) -> None:
+    def step(self, rate_factor: float, counts_zeros: bool = False) -> None:
         """
         Clip, step, and clear the gradient.
 
         Args:
             rate_factor (`float`):
                 Where the student's learning rate stands in its schedule, relative to its initial rate.
+            counts_zeros (`bool`, *optional*, defaults to `False`):
+                Whether a weight that no loss has reached has the gradient zero, which an optimizer with moments takes
+                into them, in the place of none.
         """
         self.held.put_away()
         self.held.refresh(self._leaves)
+        if counts_zeros:
+            for name, leaf in self._leaves.items():
+                if leaf.grad is None:
+                    leaf.grad = self.held.gradient(name)
         if self.max_grad_norm > 0:
             leaves = list(self._leaves.values())
             square = nn.utils.get_total_norm([p.grad for p in leaves if p.grad is not None]).square()

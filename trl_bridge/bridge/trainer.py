@@ -245,7 +245,8 @@ class BridgeTrainer(DemonstrationTrainer):
         self.coordinator.push(old, [self.student] if self.shadow is None else [self.student, self.shadow.held])
         self.student_gradient.clear()
         if self._shadow_schedule.due:
-            self.shadow.step(self._rate_factor())
+            # A window without a taken rollout counts: with it the others' gradients have the whole one as their mean.
+            self.shadow.step(self._rate_factor(), counts_zeros=not self._shadow_pass.share.whole)
 
     def after_step(self) -> None:
         # Called before `global_step` counts the update that has just been made.
