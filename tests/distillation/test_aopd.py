@@ -80,6 +80,15 @@ def test_metrics(tmp_path):
     assert never.state.log_history[0]["aopd/imitation_loss"] is None
 
 
+def test_policy_loss_is_logged_as_trained(tmp_path):
+    options = {"aopd_tau": -1.0, "opd_weight": 2.0, "max_steps": 1, "gradient_accumulation_steps": 1}
+    trainer = distillation_trainer(tmp_path, AOPDTrainer, advantage_clip=0.3, **options)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["opd/advantage_clip_fraction"] > 0
+    assert entry["loss"] == pytest.approx(2 * entry["aopd/policy_loss"], rel=1e-5)
+
+
 def test_presets(tmp_path):
     def fields(**changes):
         config = distillation_config(tmp_path, AOPDConfig, **changes)

@@ -34,6 +34,8 @@ def test_refused_option_raises(tmp_path, name):
         check_config(args)
 
 
+BEST = {"load_best_model_at_end": True, "save_only_model": True, "save_strategy": "steps", "eval_strategy": "steps",
+        "save_steps": 5, "eval_steps": 5}  # fmt: skip
 SERVER = {"teacher_model_server_url": "http://127.0.0.1:9"}
 
 
@@ -59,6 +61,7 @@ SERVER = {"teacher_model_server_url": "http://127.0.0.1:9"}
             "`temperature=0.7` with `teacher_model_server",
         ),
         (OPDConfig, {**SERVER, "teacher_model_name_or_path": "x"}, ValueError, "two teachers"),
+        (OPDConfig, BEST, ValueError, "`load_best_model_at_end` with `save_only_model`"),
         (AOPDConfig, {"preset": "published"}, ValueError, "`preset` must be one of 'code', 'paper'"),
         (AOPDConfig, {"aopd_tau": 1.5}, ValueError, "`aopd_tau`"),
         (AOPDConfig, {"aopd_top_k": 0}, ValueError, "`aopd_top_k`"),

@@ -268,6 +268,8 @@ def test_another_template_or_end_of_sequence_is_refused_and_the_teacher_rule_can
         ({"label_smoothing_factor": 0.1}, NotImplementedError, "label_smoothing_factor"),
         ({"neftune_noise_alpha": 5.0}, NotImplementedError, "neftune_noise_alpha"),
         ({"truncation_mode": "keep_end"}, NotImplementedError, "truncation_mode"),
+        ({"enable_jit_checkpoint": True}, NotImplementedError, "enable_jit_checkpoint"),
+        ({"dataset_kwargs": {"skip_prepare_dataset": True}}, NotImplementedError, "dataset_kwargs"),
         ({"load_best_model_at_end": True, "save_only_model": True, "eval_strategy": "steps", "save_steps": 5,
           "eval_steps": 5}, ValueError, "save_only_model"),
     ],

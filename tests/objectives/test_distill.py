@@ -116,6 +116,13 @@ def test_gate_compares_probabilities():
     assert imitation_gate(student_p.log(), teacher.log(), 1.0, False).all()
 
 
+@pytest.mark.parametrize("ties", [True, False])
+def test_limits_of_the_gate_hold_where_probabilities_round_to_0_and_1(ties):
+    sure, excluded = torch.zeros(1), torch.full((1,), -200.0)
+    assert not imitation_gate(sure, excluded, -1.0, ties).any()
+    assert imitation_gate(excluded, sure, 1.0, ties).all()
+
+
 TOKENS = torch.tensor([[1.0, 2.0, math.inf], [4.0, math.nan, math.inf], [math.inf] * 3], dtype=torch.float64)
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
 

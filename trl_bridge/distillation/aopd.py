@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..objectives.distill import imitation_gate, imitation_term
+from ..objectives.distill import imitation_gate, imitation_term, policy_term
 from ..objectives.lm_head import StudentScores, TeacherScores
 from .config import AOPDConfig
 from .opd import OPDTrainer
@@ -34,7 +34,7 @@ class AOPDTrainer(OPDTrainer):
     | average | over tokens | over completions of the mean over their tokens |
 
     Metrics beside those of [`OPDTrainer`]: `aopd/gate_fraction` (share of tokens imitated), `aopd/imitation_loss` and
-    `aopd/policy_loss` (means over the tokens that have that loss, unweighted), `aopd/topk_mass` (the teacher's mass on
+    `aopd/policy_loss` (means over the tokens that have that loss, as trained but for its weight), `aopd/topk_mass` (the teacher's mass on
     `S`), `aopd/mean_advantage_gated`.
 
     Source: "Asymmetric On-Policy Distillation: Bridging Exploitation and Imitation at the Token Level" (arXiv
@@ -82,12 +82,13 @@ class AOPDTrainer(OPDTrainer):
         )
         gate = imitation_gate(student.log_probs, teacher.log_probs, args.aopd_tau, bool(args.aopd_imitate_ties))
         advantages, everywhere = measured["opd/advantage_mean"]
+        unweighted = policy_term(student.log_probs, teacher.log_probs, args.advantage_clip).loss
         losses = torch.where(gate, args.aopd_weight * imitation, policy)
         return losses, {
             **measured,
             "aopd/gate_fraction": (gate, everywhere),
             "aopd/imitation_loss": (imitation, gate),
-            "aopd/policy_loss": (-advantages * student.log_probs, ~gate),
+            "aopd/policy_loss": (unweighted, ~gate),
             "aopd/topk_mass": (teacher.top_log_probs.exp().sum(-1), everywhere),
             "aopd/mean_advantage_gated": (advantages, gate),
         }

@@ -20,7 +20,7 @@ class OPDConfig(DistillationConfig):
         teacher_model_server_timeout (`float`, *optional*, defaults to `60.0`):
             Seconds to wait for that server at the start.
         opd_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the sampled-token loss (above 1: ExOPD's extrapolation).
+            Weight of the sampled-token loss.
         advantage_clip (`float`, *optional*):
             `c`: advantages `log P_T - log P_S` are clamped to `[-c, c]`. `None` leaves them.
         loss_aggregation (`str`, *optional*, defaults to `"token"`):

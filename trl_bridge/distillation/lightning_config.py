@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from trl import SFTConfig
 
 from ..objectives.distill import AGGREGATIONS
+from .support import check_best_model
 
 
 # Field -> (value that it must have, why).
@@ -18,6 +19,7 @@ _FIXED = {
     "label_smoothing_factor": (0.0, "the loss is Lightning OPD's"),
     "neftune_noise_alpha": (None, "its noise would enter the log-probabilities that are compared with the teacher's"),
     "parallelism_config": (None, "only data parallelism is built"),
+    "enable_jit_checkpoint": (False, "it may save inside an update, which cannot be gone on with exactly"),
 }
 
 
@@ -82,8 +84,9 @@ class LightningOPDConfig(SFTConfig):
             raise NotImplementedError(
                 "`truncation_mode` must be 'keep_start': a rollout without its prompt has no score."
             )
-        if self.load_best_model_at_end and self.save_only_model:
-            raise ValueError(
-                "`load_best_model_at_end` with `save_only_model` has nothing to restore its state from. Set "
-                "`save_only_model=False`."
+        if (self.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            raise NotImplementedError(
+                "`dataset_kwargs={'skip_prepare_dataset': True}` is not supported by LightningOPDConfig: rows are checked "
+                "and laid out with their scores. Remove it."
             )
+        check_best_model(self)

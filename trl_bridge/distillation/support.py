@@ -47,6 +47,24 @@ _SAMPLING: dict[str, tuple[Any, ...]] = {
 }
 
 
+def check_best_model(args: Any) -> None:
+    """
+    Refuse to go back to a best checkpoint that has no state beside the weights.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Arguments after the parent's own checks.
+
+    Raises:
+        ValueError: `load_best_model_at_end` with `save_only_model`.
+    """
+    if args.load_best_model_at_end and args.save_only_model:
+        raise ValueError(
+            "`load_best_model_at_end` with `save_only_model` has nothing to restore its state from. Set "
+            "`save_only_model=False`."
+        )
+
+
 def check_config(args: Any) -> None:
     """
     Refuse options that no distillation trainer supports.
@@ -57,11 +75,12 @@ def check_config(args: Any) -> None:
 
     Raises:
         NotImplementedError: an option is set that is not supported; the message names it.
-        ValueError: tokens would not be drawn from the student's own distribution.
+        ValueError: tokens would not be drawn from the student's own distribution, or options that cannot be had together.
     """
     for name, (refuses, reason) in REFUSED.items():
         if refuses(getattr(args, name)):
             raise NotImplementedError(f"`{name}` is not supported by {type(args).__name__}: {reason}.")
+    check_best_model(args)
     kwargs = args.generation_kwargs or {}
     for name, neutral in _SAMPLING.items():
         for source, value in (

@@ -98,13 +98,16 @@ def imitation_gate(
         teacher_log_probs (`torch.Tensor` of shape `(N,)`):
             The teacher's.
         tau (`float`):
-            Threshold between -1 (no token) and 1 (every token).
+            Threshold between -1 (no token) and 1 (every token), whatever `ties` says.
         ties (`bool`):
             Whether tokens at the threshold count: the paper's `<=`, not the released code's `<`.
 
     Returns:
         `torch.Tensor` of shape `(N,)`: `True` where a token is imitated.
     """
+    if abs(tau) >= 1:
+        # Rounded to float32, a gap is -1 or 1 itself where one model is sure and the other one is not.
+        return torch.full_like(student_log_probs, tau > 0, dtype=torch.bool)
     gap = teacher_log_probs.exp() - student_log_probs.detach().exp()
     return gap <= tau if ties else gap < tau
 
