@@ -3,6 +3,7 @@
 import pytest
 from accelerate.utils import DistributedType
 
+from tests.distillation.rows import make
 from tests.distillation.runs import distillation_config, distillation_trainer, small_teacher, tokenizer
 from tests.harness import small_model
 from trl_bridge import AOPDConfig, AOPDTrainer, OPDConfig, OPDTrainer
@@ -117,9 +118,17 @@ def test_teacher_without_a_tokenizer_is_said(tmp_path, monkeypatch):
     assert "No tokenizer is stored with the teacher" in said[0]
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_sharded_backends(tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (DistributedType.FSDP, "OPDTrainer has not been tested with FSDP.*DDP"),
+        (DistributedType.DEEPSPEED, "OPDTrainer has not been tested with DEEPSPEED.*DDP"),
+        (DistributedType.MULTI_XPU, "Training with .*MULTI_XPU.* is not supported"),
+    ],
+)
+@pytest.mark.parametrize("make_trainer", [lambda folder: distillation_trainer(folder, OPDTrainer), make])
+def test_backends(tmp_path, monkeypatch, kind, message, make_trainer):
     monkeypatch.setattr("accelerate.Accelerator.distributed_type", kind)
     monkeypatch.setattr("accelerate.Accelerator.prepare_model", lambda self, model, **kwargs: model)
-    with pytest.raises(NotImplementedError, match=f"OPDTrainer has not been tested with {kind.value}.*DDP"):
-        distillation_trainer(tmp_path, OPDTrainer)
+    with pytest.raises(NotImplementedError, match=message):
+        make_trainer(tmp_path)

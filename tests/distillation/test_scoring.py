@@ -17,6 +17,8 @@ from trl_bridge.distillation.identity import tokenizer_hash
 from trl_bridge.distillation.scoring import LocalTeacher, Rollout, ServedTeacher, check_scores
 from trl_bridge.evaluation import generate
 from trl_bridge.models import tiny_model, tiny_tokenizer
+from trl_bridge.scripts import score_rollouts
+from trl_bridge.scripts.errors import UsageError
 
 
 SIZES = {"hidden_size": 32, "layers": 2}
@@ -240,6 +242,20 @@ def test_refused_before_anything_is_sampled(models, tmp_path, monkeypatch, capsy
         cli.main(arguments(models, tmp_path / "out", *more))
     assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("context", "url", "left"), [(9, None, 5), (9, "http://x", 4), (600, "http://x", 508)])
+def test_completions_fit_the_contexts_of_both_models(models, tmp_path, context, url, left):
+    config = json.loads((models / "teacher/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": context}))
+    options = types.SimpleNamespace(model=str(models / "student"), teacher=str(tmp_path), teacher_url=url)
+    settings = {"max_new_tokens": None, "temperature": 1.0, "top_p": 1.0}
+    jobs = [types.SimpleNamespace(ids=[5] * size) for size in (2, 4)]
+    vars(options).update(settings)
+    assert score_rollouts._sampling(options, jobs).max_new_tokens == left
+    options.max_new_tokens = left + 1
+    with pytest.raises(UsageError, match=f"`--max_new_tokens {left + 1}`.*which leaves {left}"):
+        score_rollouts._sampling(options, jobs)
 
 
 def test_needs_a_model_and_one_process(models, tmp_path, monkeypatch, capsys):

@@ -12,6 +12,7 @@ from ..objectives.lightning import reference_weights, stored_teacher_terms
 from ..training.resume import Resumable
 from .lightning_config import LightningOPDConfig
 from .scored_rows import SCORES, ScoredCollator, scored_rows
+from .support import check_backend
 
 
 class LightningOPDTrainer(Resumable, SFTTrainer):
@@ -49,7 +50,7 @@ class LightningOPDTrainer(Resumable, SFTTrainer):
 
     Raises:
         ValueError: rows that cannot be trained on; see [`~trl_bridge.distillation.scored_rows.scored_rows`].
-        NotImplementedError: an option of the parent that would change the loss.
+        NotImplementedError: an option of the parent that would change the loss, or a backend that is not supported.
     """
 
     _tag_names = ["trl", "lightning-opd"]
@@ -113,6 +114,7 @@ class LightningOPDTrainer(Resumable, SFTTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        check_backend(self.accelerator, type(self).__name__)
         if self.accelerator.parallelism_config is not None:
             raise NotImplementedError("`parallelism_config` is not supported: only data parallelism is built.")
         self.data_collator = ScoredCollator(

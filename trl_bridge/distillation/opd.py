@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import DistillationTrainer
@@ -13,6 +12,7 @@ from ..objectives.distill import aggregate, policy_term
 from ..objectives.lm_head import StudentScores, TeacherScores, student_scores, teacher_scores
 from ..training.resume import BufferResumable
 from .config import OPDConfig
+from .support import check_backend
 from .teacher import TeacherServer, check_tokenizers, head_of, scores_in
 
 
@@ -107,11 +107,7 @@ class OPDTrainer(BufferResumable, DistillationTrainer):
         )
         if isinstance(self.processing_class, ProcessorMixin):
             raise NotImplementedError(f"{owner} does not support vision-language models: pass a text-only `model`.")
-        kind = self.accelerator.distributed_type
-        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise NotImplementedError(
-                f"{owner} has not been tested with {kind.value}. Launch it on one device, or with DDP (torchrun)."
-            )
+        check_backend(self.accelerator, owner)
         if isinstance(teacher_model, str):
             check_tokenizers(self._tokenizer, teacher_model, args.teacher_model_revision, args.trust_remote_code)
         self.served_teacher: TeacherServer | None = None

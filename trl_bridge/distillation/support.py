@@ -3,6 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from ..training.backends import backend_for
+
 
 def _is_set(value: Any) -> bool:
     return value not in (None, False, "", [], {}, 0)
@@ -45,6 +50,27 @@ _SAMPLING: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0.0, None),
     "frequency_penalty": (0.0, None),
 }
+
+
+def check_backend(accelerator: Accelerator, owner: str) -> None:
+    """
+    Refuse ways of training that no distillation trainer supports, which would else fail at the first checkpoint.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator of the trainer.
+        owner (`str`):
+            The trainer, for the message.
+
+    Raises:
+        NotImplementedError: neither one process nor DDP.
+    """
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise NotImplementedError(
+            f"{owner} has not been tested with {kind.value}. Launch it on one device, or with DDP (torchrun)."
+        )
+    backend_for(accelerator)
 
 
 def check_best_model(args: Any) -> None:

@@ -43,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=1, help="completions per prompt (1)")
     add("--temperature", type=float, default=0.8, help="sampling temperature (0.8, the paper's)")
     add("--top_p", type=float, default=1.0, help="mass of the nucleus (1)")
-    add("--max_new_tokens", type=int, help="longest completion (4096, or what the model's context leaves)")
+    add("--max_new_tokens", type=int, help="longest completion (4096, or what the two models' contexts leave)")
     add("--seed", type=int, default=0, help="seed of the completions (0)")
     add("--limit", type=int, help="first rows only")
     add("--chat_template_kwargs", help="variables for the chat template, as JSON: '{\"enable_thinking\": false}'")
@@ -227,15 +227,21 @@ def _jobs(options: argparse.Namespace, rows: "Dataset", tokenizer: Any, kwargs: 
 def _sampling(options: argparse.Namespace, jobs: "list[Job]") -> "Sampling":
     from ..evaluation.generate import Sampling
 
-    context = _context(options.model)
+    # A server that scores is asked for one new token too.
+    contexts = [(_context(options.model), options.model, 0)]
+    contexts += [(_context(options.teacher), options.teacher, 1 if options.teacher_url else 0)]
     longest = max(len(job.ids) for job in jobs)
-    left = None if context is None else context - longest
-    wanted = options.max_new_tokens
-    if left is not None and left < (wanted or 1):
-        raise UsageError(
-            f"`--max_new_tokens {wanted or 1}`: the longest prompt has {longest} tokens and the model's context {context}, "
-            f"which leaves {max(left, 0)}"
-        )
+    left, wanted = None, options.max_new_tokens
+    for context, name, asked in contexts:
+        if context is None:
+            continue
+        fits = context - longest - asked
+        if fits < (wanted or 1):
+            raise UsageError(
+                f"`--max_new_tokens {wanted or 1}`: the longest prompt has {longest} tokens and {name} a context of {context}, "
+                f"which leaves {max(fits, 0)}"
+            )
+        left = fits if left is None else min(left, fits)
     if wanted is None:
         wanted = _MAX_NEW_TOKENS if left is None else min(_MAX_NEW_TOKENS, left)
     return Sampling(wanted, options.temperature, options.top_p)
