@@ -9,7 +9,7 @@ from trl_bridge.comparison import pictures
 from trl_bridge.comparison.config import load_comparison, parse_comparison
 from trl_bridge.comparison.plan import runs_of, tuning_runs
 from trl_bridge.comparison.results import results_of
-from trl_bridge.comparison.table import report
+from trl_bridge.comparison.table import overview, report
 from trl_bridge.comparison.workers import read_records
 from trl_bridge.evaluation.lines import append_lines, read_lines
 
@@ -77,13 +77,17 @@ def test_means_deviations_and_paired_differences(given):
     # Paired: the differences are -0.1, -0.05, -0.05, far closer together than the scores.
     low, high = difference.interval
     assert -0.101 < low < difference.mean < high < -0.049
-    table = report(comparison, records).split("| cost")[0]
+    table = report(comparison, records)
+    overview_line = cells(table.split("## Overview")[1].split("## half")[0], "bridge")
+    assert overview_line[1:3] == ["0.433 (**-0.067**)", "0.533 (**-0.067**)"]
+    table = table.split("## half")[1].split("| cost")[0]
     assert (
         cells(table, "bridge")[2]
         == f"{statistics.fmean(SCORES['bridge']):.3f} ({statistics.stdev(SCORES['bridge']):.3f})"
     )
     assert cells(table, "bridge")[5].startswith("**-0.067** [-0.1")
-    assert cells(table, "sft")[5].startswith("+0.030 [") and cells(table, "grpo")[5] == ""
+    assert cells(table, "sft")[5].startswith("+0.030 [") and cells(table, "grpo")[5:7] == ["", ""]
+    assert cells(table, "sft")[6] == cells(table, "sft")[5]  # accuracy: 0.1 above the probability throughout
     assert "Highest probability: `sft`, 0.530." in table
     assert "Above `grpo`: none. Below it: `bridge`." in table
 
@@ -109,7 +113,7 @@ def test_a_rate_at_the_end_of_the_grid_and_a_run_that_diverged_are_marked(given)
     runs = runs_of(comparison, row, setting, 0.4)
     records[runs[0].key] = {**record(runs[0], 0.0), "scores": {}, "diverged": "the weights are not finite"}
     records[runs[1].key] = record(runs[1], 0.7)
-    line = cells(report(comparison, records).split("| cost")[0], "sft")
+    line = cells(report(comparison, records).split("## half")[1].split("| cost")[0], "sft")
     assert line[1] == "0.4*" and line[2] == "0.700" and line[4] == "1 (1 diverged)" and line[5] == "+0.200"
 
 
@@ -118,6 +122,9 @@ def test_published_tables_are_those_of_the_published_runs(folder):
     records = read_records(PUBLISHED / folder)
     assert report(load_comparison(f"comparison/{folder}"), records) == (PUBLISHED / folder / "table.md").read_text()
     assert len(records) == len((PUBLISHED / folder / "runs.jsonl").read_text().splitlines())
+    page = (PUBLISHED.parents[1] / "results.md").read_text()
+    if folder in ("addition", "ablations"):
+        assert overview(load_comparison(f"comparison/{folder}"), records) in page
     # Made from a commit, not from files that nobody has.
     assert not [record["commit"] for record in records.values() if record["commit"].endswith("+")]
 

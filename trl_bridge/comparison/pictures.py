@@ -15,7 +15,7 @@ __all__ = ["STYLES", "check_matplotlib", "draw_all", "new_figure", "style"]
 # Told apart by line and marker, so that a print in black and white can be read.
 STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1)), "v"), ((0, (1, 1)), "x"), ("--", "+"))
 _SERIES = {
-    "bridge/gain": "gain (RL loss of the shadow minus of the student)",
+    "bridge/gain": "gain: the shadow's RL loss minus the student's",
     "bridge/grad_cosine": "cosine of SFT and RL gradient",
 }
 
@@ -114,17 +114,19 @@ def _curves(axes: Any, comparison: Comparison, setting: Setting, results: dict[s
         axes.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
     axes.set_xlabel("share of the RL updates (a cold start's SFT stage comes before)")
     axes.set_ylabel(f"{metric} on the validation rows, mean and sd over seeds")
-    axes.legend(loc="best")
+    if axes.get_lines():
+        axes.legend(loc="best")
 
 
 def _costs(axes: Any, setting: Setting, results: dict[str, Result]) -> None:
     for index, (name, result) in enumerate(results.items()):
         values = list(result.values("accuracy").values())
         if values:
-            seconds, accuracy = result.mean("seconds"), fmean(values)
+            seconds, accuracy = result.mean("cpu_seconds"), fmean(values)
             axes.plot([seconds], [accuracy], marker=STYLES[index % len(STYLES)][1], color="0", linestyle="")
             axes.annotate(name, (seconds, accuracy), xytext=(4, 3), textcoords="offset points", fontsize=8)
-    axes.set_xlabel("seconds of a run, evaluation left out")
+    axes.margins(x=0.15)
+    axes.set_xlabel("processor seconds of a run, evaluation left out")
     axes.set_ylabel("accuracy on the test rows, mean over seeds")
 
 

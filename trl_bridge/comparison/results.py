@@ -78,18 +78,20 @@ class Result:
         found = [record[field] for record in self.records.values() if record[field] is not None]
         return statistics.fmean(found) if found else None
 
-    def against(self, other: "Result") -> Difference | None:
+    def against(self, other: "Result", score: str | None = None) -> Difference | None:
         """
-        Difference in the task's metric.
+        Difference on the test rows.
 
         Args:
             other ([`Result`]):
                 The reference.
+            score (`str`, *optional*):
+                Name of the score. `None` takes the task's metric.
 
         Returns:
             [`Difference`], *optional*: `None` without a common seed.
         """
-        own, theirs = self.values(), other.values()
+        own, theirs = self.values(score), other.values(score)
         differences = [own[seed] - theirs[seed] for seed in sorted(own) if seed in theirs]
         if not differences:
             return None

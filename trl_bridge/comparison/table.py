@@ -8,7 +8,7 @@ from .plan import tuning_runs, validation_scores
 from .results import Difference, Result, mean_and_deviation, results_of
 
 
-__all__ = ["report"]
+__all__ = ["overview", "report"]
 
 Records = Mapping[str, Mapping[str, Any]]
 
@@ -26,19 +26,60 @@ def report(comparison: Comparison, records: Records) -> str:
     Returns:
         `str`: Markdown. Runs that are missing are missing in it: a row without a test run has no numbers.
     """
-    parts = [_how(comparison, records)]
+    parts = [_how(comparison, records), "## Overview", overview(comparison, records)]
+    for setting, results in _present(comparison, records):
+        part = comparison.only(results)
+        parts += [f"## {setting.name}", *_summary(part, setting, results), _scores(part, setting, results)]
+        parts.append(_cost(part, results))
+    parts += ["## Learning rates", _RATES, _rates(comparison, records)]
+    return "\n\n".join(parts) + "\n"
+
+
+def overview(comparison: Comparison, records: Records) -> str:
+    """
+    One line for each row: its scores in every setting, and the difference against the first reference.
+
+    Args:
+        comparison ([`~trl_bridge.comparison.config.Comparison`]):
+            The comparison.
+        records (`Mapping[str, Mapping]`):
+            Records of finished runs by key.
+
+    Returns:
+        `str`: Markdown.
+    """
+    present = _present(comparison, records)
+    columns = [(setting, results, score) for setting, results in present for score in _names(setting)]
+    head = ["method", *(f"{setting.name}: {score}" for setting, _, score in columns)]
+    rows = []
+    for row in comparison.rows:
+        cells = [f"`{row.name}`"]
+        for _, results, score in columns:
+            values = list(results[row.name].values(score).values()) if row.name in results else []
+            text = f"{mean_and_deviation(values)[0]:.3f}" if values else ""
+            reference = next((results[name] for name in comparison.references if name in results), None)
+            if values and reference is not None and reference.row.name != row.name:
+                difference = results[row.name].against(reference, score)
+                text += "" if difference is None else f" ({_difference(difference).split(' ')[0]})"
+            cells.append(text)
+        rows.append(cells)
+    return _markdown(head, rows)
+
+
+def _present(comparison: Comparison, records: Records) -> list[tuple[Setting, dict[str, Result]]]:
+    """Settings with their rows, as far as there are test runs."""
+    found = []
     for setting in comparison.settings:
         results = results_of(comparison, setting, records)
         results = {name: result for name, result in results.items() if result.records or result.diverged}
         if results:
-            parts += [
-                f"## {setting.name}",
-                *_summary(comparison.only(results), setting, results),
-                _scores(comparison.only(results), setting, results),
-                _cost(comparison.only(results), results),
-            ]
-    parts += ["## Learning rates", _RATES, _rates(comparison, records)]
-    return "\n\n".join(parts) + "\n"
+            found.append((setting, results))
+    return found
+
+
+def _names(setting: Setting) -> list[str]:
+    metric = setting.task.metric
+    return [metric] if metric == "accuracy" else [metric, "accuracy"]
 
 
 _RATES = (
@@ -96,16 +137,17 @@ def _summary(comparison: Comparison, setting: Setting, results: dict[str, Result
 
 
 def _scores(comparison: Comparison, setting: Setting, results: dict[str, Result]) -> str:
-    names = [setting.task.metric] + (["accuracy"] if setting.task.metric != "accuracy" else [])
-    head = ["method", "rate", *names, "seeds", *(f"{names[0]} against `{name}`" for name in comparison.references)]
+    names = _names(setting)
+    pairs = [(name, reference) for reference in comparison.references for name in names]
+    head = ["method", "rate", *names, "seeds", *(f"{name} against `{reference}`" for name, reference in pairs)]
     head.append(f"out of distribution, {names[0]}")
     rows = []
     for name, result in results.items():
         cells = [f"`{name}`", _rate(comparison, result)]
         cells += [_spread(result.values(score)) for score in names]
         cells.append(str(len(result.records)) + (f" ({result.diverged} diverged)" if result.diverged else ""))
-        for reference in comparison.references:
-            cells.append("" if name == reference else _difference(result.against(results[reference])))
+        for score, reference in pairs:
+            cells.append("" if name == reference else _difference(result.against(results[reference], score)))
         rows.append([*cells, _spread(result.values(split="ood"))])
     return _markdown(head, rows)
 
