@@ -585,6 +585,8 @@ def test_sft_loss_is_minus_the_sum_of_the_log_probabilities_over_a_count():
     )
     # Read in that place alone; the second one is DFT's.
     assert _source(SFTTrainer.compute_loss).count("outputs.log_probs") == 2
+    # Ours, in float32, is put in its place.
+    _in_order(SFTTrainer.__init__, "add_fused_lm_head(", 'outputs=("log_probs", "entropy", "is_top1")')
     assert "self._prepare_dataset(" in _source(SFTTrainer.__init__) and "self._total_train_tokens" in _source(
         SFTTrainer.compute_loss
     )

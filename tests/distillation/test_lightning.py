@@ -28,7 +28,9 @@ from tests.harness import movement_error
 from trl_bridge import LightningOPDConfig, OPDTrainer
 from trl_bridge.distillation.scored_rows import ScoredCollator, scored_rows
 from trl_bridge.distillation.scoring import LocalTeacher, Rollout
+from trl_bridge.distillation.teacher import head_of
 from trl_bridge.models import tiny_tokenizer
+from trl_bridge.objectives.lm_head import teacher_scores
 
 
 TOLERANCE = 1e-4
@@ -142,6 +144,20 @@ def test_first_update_is_opds_on_its_rollouts_and_then_they_part(tmp_path, aggre
         assert logs(lightning)[0][name] == pytest.approx(logs(opd)[0][name], rel=1e-4), name
     # The second update of OPD is on new rollouts, Lightning's on the old ones.
     assert movement_error(lightning.states[1], opd.states[1], opd.start) > 1e-2
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_log_probabilities_in_bf16_are_opds(tmp_path, lora):
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False) if lora else None
+    model = make(tmp_path, bf16=True, peft_config=config).model.eval()
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain = model.get_base_model() if lora else model
+        hidden = plain.base_model(ids).last_hidden_state[0, :-1]
+        want = teacher_scores(hidden, ids[0, 1:], head_of(plain, 1.0)).log_probs
+        outputs = model(input_ids=ids, labels=ids, fused_lm_head=True)
+    assert torch.allclose(outputs.log_probs[0], want, atol=1e-5)
+    assert outputs.entropy is not None and outputs.is_top1 is not None  # the parent's metrics
 
 
 @pytest.mark.parametrize("aggregation", ["sequence", "token"])

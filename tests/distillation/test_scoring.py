@@ -15,8 +15,10 @@ from trl_bridge import cli
 from trl_bridge.distillation import collect, scoring
 from trl_bridge.distillation.identity import tokenizer_hash
 from trl_bridge.distillation.scoring import LocalTeacher, Rollout, ServedTeacher, check_scores
+from trl_bridge.distillation.teacher import head_of
 from trl_bridge.evaluation import generate
 from trl_bridge.models import tiny_model, tiny_tokenizer
+from trl_bridge.objectives.lm_head import teacher_scores
 from trl_bridge.scripts import score_rollouts
 from trl_bridge.scripts.errors import UsageError
 
@@ -72,6 +74,19 @@ def test_local_scores_equal_float64_and_the_input_may_be_ragged():
     got = [scores for batch in LocalTeacher(model, 2)(ROLLOUTS) for scores in batch]
     for a, b in zip(got, want, strict=True):
         assert a == pytest.approx(b, abs=2e-6)
+
+
+def test_local_scores_of_a_model_in_16_bits_are_not_rounded():
+    model = tiny_model(tiny_tokenizer(), seed=4, **SIZES).bfloat16()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(30)
+    rollout = ROLLOUTS[2]
+    ids = torch.tensor(rollout.prompt_ids + rollout.completion_ids)
+    with torch.no_grad():
+        hidden = model.base_model(ids[None]).last_hidden_state[0, 3:-1]
+    want = teacher_scores(hidden, ids[4:], head_of(model, 1.0)).log_probs  # as on-policy distillation has them
+    ((got,),) = LocalTeacher(model)([rollout])
+    assert got == pytest.approx(want.tolist(), abs=1e-5)
 
 
 def test_a_server_gives_the_same_scores_through_trls_client(monkeypatch):

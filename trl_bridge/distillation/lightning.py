@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
+from .._upstream import add_fused_lm_head
 from ..objectives.lightning import reference_weights, stored_teacher_terms
 from ..training.resume import Resumable
 from .lightning_config import LightningOPDConfig
@@ -117,6 +119,13 @@ class LightningOPDTrainer(Resumable, SFTTrainer):
         check_backend(self.accelerator, type(self).__name__)
         if self.accelerator.parallelism_config is not None:
             raise NotImplementedError("`parallelism_config` is not supported: only data parallelism is built.")
+        # The parent has no option for it, and its head would round logits, and so advantages, to 16 bits.
+        plain: Any = self.model
+        add_fused_lm_head(
+            plain.get_base_model() if isinstance(plain, PeftModel) else plain,
+            cast_lm_head_to_fp32=True,
+            outputs=("log_probs", "entropy", "is_top1"),
+        )
         self.data_collator = ScoredCollator(
             pad_token_id=self.data_collator.pad_token_id, pad_to_multiple_of=self.data_collator.pad_to_multiple_of
         )

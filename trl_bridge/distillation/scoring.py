@@ -39,8 +39,8 @@ class Scorer(Protocol):
 
 class LocalTeacher(HalvingBatches):
     """
-    Scores with a model in this process, through TRL's fused head: logits of the whole vocabulary are never kept. Out of
-    memory, the batch is halved until it fits, and stays there.
+    Scores with a model in this process, through TRL's fused head, in float32 whatever the model's precision: logits of
+    the whole vocabulary are never kept. Out of memory, the batch is halved until it fits, and stays there.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -54,7 +54,8 @@ class LocalTeacher(HalvingBatches):
     def __init__(self, model: PreTrainedModel, batch_size: int = 16):
         super().__init__(batch_size)
         self.model = model.eval()
-        add_fused_lm_head(model, temperature=1.0)
+        # Rounded to 16 bits, a log-probability is no use in an advantage.
+        add_fused_lm_head(model, temperature=1.0, cast_lm_head_to_fp32=True)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> Iterator[list[list[float]]]:
         return self.in_batches(rollouts, self._scores)
