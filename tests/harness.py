@@ -67,12 +67,16 @@ def small_lora(**changes):
     return LoraConfig(**{**options, **changes})
 
 
-def small_trainer(output_dir, trainer_class=BridgeTrainer, model=None, peft_config="default", args=None, **changes):
+def small_trainer(
+    output_dir, trainer_class=BridgeTrainer, model=None, peft_config="default", args=None, grpo_adapter=None, **changes
+):
     kwargs = {name: changes.pop(name) for name in list(changes) if name in _TRAINER_ARGUMENTS}
     if issubclass(trainer_class, BridgeTrainer):
         kwargs["peft_config"] = small_lora() if peft_config == "default" else peft_config
         kwargs.setdefault("sft_dataset", sft_rows())
         args = args or small_config(output_dir, **changes)
+    if grpo_adapter is not None:
+        kwargs["peft_config"] = grpo_adapter
     kwargs.setdefault("reward_funcs", digits_reward)
     kwargs.setdefault("train_dataset", rl_rows())
     return trainer_class(

@@ -140,6 +140,7 @@ OWN_NAMES = {
     "_frozen_copy",
     "_guided_log_probs",
     "_guided_rows",
+    "_held",
     "_log_update",
     "_measure",
     "_parent_scores_old_policy",

@@ -51,6 +51,17 @@ DDP_CASES = {
     "generation within a window": {"gradient_accumulation_steps": 4, "steps_per_generation": 2, "beta": 0.1, **SGD},
 }  # fmt: skip
 
+LEAN = {"lean": True, "lean_lora_r": 6, "lean_lora_alpha": 9.0, "lora": {"lora_alpha": 10}, "learning_rate": 1e-2}
+LEAN_CASES = {
+    "lean, adamw, decay": {**LEAN, "weight_decay": 0.1, "max_grad_norm": 0.3, "gradient_checkpointing": True},
+    "lean, sgd, metrics": {
+        **LEAN, "optim": "sgd", "learning_rate": 1.0, "log_gradient_stats": True, "bridge_lambda": 0.3, "beta": 0.1,
+        # One group on each rank, so that one of them has no row for the shadow.
+        "shadow_rollout_fraction": 0.5, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
+    },
+    "lean, selective": {**LEAN, "preset": "selective"},
+}  # fmt: skip
+
 FSDP_CASES = {
     "adamw, decay, weights on one rank": {
         **FSDP, "weight_decay": 0.1, "max_grad_norm": 0.3, "model": {"absent": True},
@@ -108,7 +119,10 @@ CASES = {"ddp": DDP_CASES, "fsdp": FSDP_CASES, "deepspeed": ZERO_CASES}
 
 _LATE = {"num_iterations": 2, "steps_per_generation": 4}
 RESUMES = {
-    "ddp": {"judge, every second update": {**_LATE, "sft_weighting": "judge_verdict", "shadow_update_steps": 2}},
+    "ddp": {
+        "judge, every second update": {**_LATE, "sft_weighting": "judge_verdict", "shadow_update_steps": 2},
+        "lean": {**_LATE, **LEAN, "shadow_reset_steps": 2},
+    },
     "fsdp": {
         "judge, offload": {
             **FSDP,

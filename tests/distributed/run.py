@@ -11,7 +11,7 @@ import torch
 import transformers.training_args
 
 from tests.bridge.test_resume import StopAt, _state
-from tests.distributed.cases import CASES, RESUMES, model_of
+from tests.distributed.cases import CASES, LEAN_CASES, RESUMES, model_of
 from tests.harness import RecordingTrainer, reference_options, small_lora, small_trainer
 
 
@@ -41,7 +41,7 @@ def trainer_of(output_dir, options, trainer_class=RecordingTrainer, **more):
 def main(kind: str, folder: Path, names: list[str]) -> None:
     if kind != "ddp":
         pretend_accelerator()
-    for name, options in CASES[kind].items():
+    for name, options in {**CASES[kind], **(LEAN_CASES if kind == "ddp" else {})}.items():
         if names and name not in names:
             continue
         trainer = trainer_of(folder / name, options, max_steps=options.get("max_steps", 4))

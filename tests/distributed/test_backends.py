@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from peft import load_peft_weights
 from transformers import AutoModelForCausalLM
 
+from tests.bridge.lean import replay_lean
 from tests.bridge.test_resume import assert_same
-from tests.distributed.cases import CASES, RESUMES, model_of
+from tests.distributed.cases import CASES, LEAN_CASES, RESUMES, model_of
 from tests.distributed.launch import launch, load
 from tests.harness import adapters, movement_error, moves
 from tests.reference.bridge import Reference
@@ -83,6 +85,33 @@ def test_two_ranks_equal_the_reference(folder, kind, name):
             continue
         for key in want.keys() & got.keys() - {"sft/num_tokens", "loss"}:
             assert got[key] == pytest.approx(want[key], rel=3e-3, abs=5e-6), (step, key)
+
+
+@pytest.mark.parametrize("name", LEAN_CASES)
+def test_lean_mode_on_two_ranks_equals_the_reference(folder, name):
+    ranks = load(folder("ddp"), name)
+    main, steps, case = ranks[0], len(ranks[0]["states"]), LEAN_CASES[name]
+    options = {
+        **main["options"],
+        "world_size": 2,
+        "w_lr": case["learning_rate"],
+        "schedule": lambda step: (steps - step) / steps,
+        "lam": lambda step: case.get("bridge_lambda", 0.5),
+        "rows": (lambda batch: batch["shadow_weight"]) if "shadow_rollout_fraction" in case else None,
+    }
+    windows = [
+        {key: [x for rank in ranks for x in rank["windows"][step][key]] for key in ("rl", "sft", "weights")}
+        for step in range(steps)
+    ]
+    replay = replay_lean(model_of({}), main["start"], windows, main["states"], options)
+    for step, (errors, want) in enumerate(replay):
+        assert all(error < TOLERANCE for error in errors.values()), (step, errors)
+        for key in want.keys() & main["log"][step].keys() - {"sft/num_tokens", "loss"}:
+            assert main["log"][step][key] == pytest.approx(want[key], rel=3e-3, abs=5e-6), (step, key)
+    for part in ("coordinator", "student", "shadow"):
+        assert_same(ranks[0][part], ranks[1][part], part)
+    saved = load_peft_weights(str(folder("ddp") / name / "final"))
+    assert_same(saved, {n.replace(".default", ""): p for n, p in main["student"].items()})
 
 
 @pytest.mark.parametrize(("kind", "name"), _params(CASES))

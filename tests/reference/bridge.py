@@ -147,9 +147,8 @@ class Reference:
             hat_w = rl_w if self.last_hat_w is None else self.last_hat_w
             bracket = [r - h for r, h in zip(rl_w, hat_w, strict=True)]
             w_grads = [(1 - lam) * s + lam * g for s, g in zip(sft_w, bracket, strict=True)]
-            difference = [self.hat[n] - self.theta[n] for n in self.theta]
             metrics["bridge/gain_grad_norm"] = norm(bracket)
-            metrics["bridge/shadow_distance"] = norm(difference) / norm(self.theta.values())
+            metrics["bridge/shadow_distance"] = self.distance()
         if o["gain"] and due:
             metrics |= {
                 "bridge/gain": gain,
@@ -168,6 +167,9 @@ class Reference:
             self.opt_hat.clear()
             self.last_hat_w = None
         return metrics
+
+    def distance(self):
+        return norm(self.hat[n] - self.theta[n] for n in self.theta) / norm(self.theta.values())
 
     def _step_w(self, gradients, factor):
         o = self.o

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from ..objectives.schedules import linear_ramp
 from ..training.config import DemonstrationConfig
 from ..training.support import check_side_optimizer
-from .cost_options import check_cost_options
+from .cost_options import COST_OPTIONS, check_cost_options
 
 
 PRESETS = ("paper", "selective")
@@ -37,7 +37,8 @@ class BridgeConfig(DemonstrationConfig):
             coordinator then follows the fused gradient.
         coordinator_learning_rate (`float`, *optional*):
             Learning rate of the coordinator `w`. `None` takes `10 * learning_rate`: at equal rates a LoRA is nearly
-            inert beside fully trained weights under AdamW. The paper never prints its rate.
+            inert beside fully trained weights under AdamW. With `lean=True`, where theta is a LoRA too, `None` takes
+            `learning_rate`. The paper never prints its rate.
 
     > Parameters that control the RL-only shadow
 
@@ -68,6 +69,17 @@ class BridgeConfig(DemonstrationConfig):
         shadow_update_steps (`int`, *optional*, defaults to `1`):
             The shadow runs and steps in every so many-th update. Between them the coordinator's gradient takes the
             projection of the shadow's last gradient; before the first one the bracket is zero.
+
+    > Parameters that control lean mode (ours, not the paper's: `docs/bridge.md`)
+
+    Parameters:
+        lean (`bool`, *optional*, defaults to `False`):
+            Freeze the base, which may be in 16 bits or quantised, and hold theta, w and theta_hat as slices of LoRA
+            adapters on it. Costs about the memory of LoRA GRPO; `save_model` then saves an adapter.
+        lean_lora_r (`int`, *optional*, defaults to `64`):
+            Rank of theta and of theta_hat.
+        lean_lora_alpha (`float`, *optional*):
+            Their alpha. `None` takes `lean_lora_r`, so that the scaling is 1.
 
     > Parameters that control logging
 
@@ -100,7 +112,8 @@ class BridgeConfig(DemonstrationConfig):
         metadata={"help": "Whether the coordinator's gradient carries the cooperative-gain term (builds the shadow)."},
     )
     coordinator_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the coordinator. None takes 10 x learning_rate."}
+        default=None,
+        metadata={"help": "Learning rate of the coordinator. None takes 10 x learning_rate (1 x with lean=True)."},
     )
     shadow_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the shadow. None takes learning_rate."}
@@ -133,6 +146,14 @@ class BridgeConfig(DemonstrationConfig):
     shadow_update_steps: int = field(
         default=1,
         metadata={"help": "The shadow runs in every so many-th update; its last gradient serves between. 1 is exact."},
+    )
+    lean: bool = field(
+        default=False,
+        metadata={"help": "Hold theta, w and the shadow as LoRA adapters on one frozen base (not the paper's form)."},
+    )
+    lean_lora_r: int = field(default=64, metadata={"help": "Rank of theta and of the shadow with lean=True."})
+    lean_lora_alpha: float | None = field(
+        default=None, metadata={"help": "Their alpha with lean=True. None takes lean_lora_r."}
     )
     log_gradient_stats: bool = field(
         default=False,
@@ -167,6 +188,7 @@ class BridgeConfig(DemonstrationConfig):
                 raise ValueError(f"`{name}` must not be negative, got {value}.")
         if self.shadow_reset_steps is not None and self.shadow_reset_steps < 1:
             raise ValueError(f"`shadow_reset_steps` must be at least 1 or None, got {self.shadow_reset_steps}.")
+        self._check_lean()
         if self.cooperative_gain is None:
             self.cooperative_gain = self.preset == "paper"
         if self.sft_weighting is None and self.preset == "paper":
@@ -179,6 +201,24 @@ class BridgeConfig(DemonstrationConfig):
             raise NotImplementedError(
                 "`off_policy_mask_threshold` is not supported with the cooperative gain: the mask would drop other "
                 "rollouts for the shadow than for the student. Set it to None, or `cooperative_gain=False`."
+            )
+
+    def _check_lean(self) -> None:
+        if self.lean_lora_r < 1:
+            raise ValueError(f"`lean_lora_r` must be at least 1, got {self.lean_lora_r}.")
+        if self.lean_lora_alpha is not None and not self.lean_lora_alpha > 0:
+            raise ValueError(f"`lean_lora_alpha` must be above 0, got {self.lean_lora_alpha}.")
+        changed = [name for name, default in COST_OPTIONS.items() if getattr(self, name) != default]
+        refused = [name for name in changed if name not in ("shadow_rollout_fraction", "shadow_update_steps")]
+        if self.lean and refused:
+            raise NotImplementedError(
+                f"`{refused[0]}` is not supported with `lean=True`, where the shadow is no more than an adapter. Set it to "
+                f"{COST_OPTIONS[refused[0]]}."
+            )
+        if not self.lean and (self.lean_lora_r != 64 or self.lean_lora_alpha is not None):
+            raise ValueError(
+                "`lean_lora_r` and `lean_lora_alpha` are read with `lean=True` alone: without it theta is the base itself, "
+                "and the coordinator's rank is that of `peft_config`. Set `lean=True`, or remove them."
             )
 
     def lambda_at(self, step: int) -> float:
@@ -199,7 +239,14 @@ class BridgeConfig(DemonstrationConfig):
     @property
     def coordinator_rate(self) -> float:
         """Base learning rate of the coordinator; an explicit 0 is a rate."""
-        return 10 * self.learning_rate if self.coordinator_learning_rate is None else self.coordinator_learning_rate
+        if self.coordinator_learning_rate is not None:
+            return self.coordinator_learning_rate
+        return self.learning_rate if self.lean else 10 * self.learning_rate
+
+    @property
+    def lean_alpha(self) -> float:
+        """Alpha of theta's slices in lean mode."""
+        return self.lean_lora_r if self.lean_lora_alpha is None else self.lean_lora_alpha
 
     @property
     def shadow_rate(self) -> float:

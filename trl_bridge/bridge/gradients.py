@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..training.metrics import is_logged_update
-from .coordinator import Projection
+from .targets import Projection
 
 
 if TYPE_CHECKING:

@@ -1,5 +1,6 @@
 """The shadow theta_hat: a plain copy of the student that follows RL alone."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,7 +9,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..training.backends import Weights, copy_rows_
-from .coordinator import Coordinator
 
 
 class Shadow:
@@ -39,6 +39,10 @@ class Shadow:
         self._leaves = weights.leaves()
         self.optimizer = optimizer_for(self._leaves)
         self.max_grad_norm = max_grad_norm
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """Around the shadow's forward and backward. Nothing: it is a model of its own."""
+        return contextlib.nullcontext()
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -88,7 +92,7 @@ class Shadow:
         self.optimizer.state.clear()
 
     @torch.no_grad()
-    def distance(self, student: Weights, coordinator: Coordinator) -> float:
+    def distance(self, student: Weights, coordinator: Any) -> float:
         """Norm of theta_hat - theta over that of theta. Collective."""
         difference: list[torch.Tensor] = []
         base: list[torch.Tensor] = []

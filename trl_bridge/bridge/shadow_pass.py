@@ -57,6 +57,7 @@ class ShadowPass:
             forked_torch_rng(trainer.accelerator.device),
             isolated_bookkeeping(trainer, self._entropy_control),
             trainer.backend.beside(),
+            trainer.shadow.active(),
         ):
             self._restore_rng()
             if self.share.whole:
@@ -78,9 +79,9 @@ class ShadowPass:
         trainer: Any = self.trainer
         weight = self.share.weight_of(inputs)
         rows = weight.nonzero().squeeze(1)
-        if not len(rows) and not trainer.shadow.held.spread:
+        if not len(rows) and trainer.backend.world_size == 1:
             return None, student
-        # A spread shadow's pass and the loss are collective: a rank without a taken row runs one that trains on nothing.
+        # The loss is collective, and so is a spread shadow's pass: a rank without a taken row runs one that trains on nothing.
         scored = rows if len(rows) else torch.zeros(1, dtype=torch.long, device=weight.device)
         ids = [torch.cat([inputs[f"prompt_{k}"], inputs[f"completion_{k}"]], dim=1)[scored] for k in ("ids", "mask")]
         log_probs, entropies, _ = trainer._get_per_token_logps_and_entropies(

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .coordinator import Projection
+from .targets import Projection
 
 
 if TYPE_CHECKING:

@@ -29,6 +29,10 @@ _REASONS = {
 }
 
 
+# For each target a tensor of A's shape and one of B's.
+Projection = list[tuple[torch.Tensor, torch.Tensor]]
+
+
 @dataclasses.dataclass
 class Target:
     """

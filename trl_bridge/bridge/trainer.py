@@ -17,15 +17,17 @@ from ..training.trainer import DemonstrationTrainer
 from ..training.verdicts import missing_columns
 from .adapter import save_adapter
 from .config import BridgeConfig
-from .coordinator import Coordinator, Projection
+from .coordinator import Coordinator
 from .cost_options import COST_OPTIONS, shadow_storage
 from .gain import GainMeter
 from .gradients import GradientProbe
-from .projection import ProjectedGradient
+from .lean import build_shadow, build_student, check_lean, students_adapter
+from .merged import MergedCoordinator
+from .projection import CoordinatorGradient
 from .shadow import Shadow
 from .shadow_pass import ShadowPass
 from .shadow_schedule import ShadowSchedule
-from .targets import check_base_model, check_initial_values
+from .targets import Projection, check_base_model, check_initial_values
 
 
 class BridgeTrainer(DemonstrationTrainer):
@@ -117,9 +119,14 @@ class BridgeTrainer(DemonstrationTrainer):
         rollout_func: Any = None,
         environment_factory: Any = None,
     ):
-        if quantization_config is not None:
-            raise ValueError("`quantization_config` is not supported: BRIDGE trains the base's own weights.")
-        if isinstance(model, (PreTrainedModel, PeftModel)):
+        lean = getattr(args, "lean", False)
+        if lean:
+            check_lean(model, peft_config, optimizers)
+        elif quantization_config is not None:
+            raise ValueError(
+                "`quantization_config` is not supported: BRIDGE trains the base's own weights. `lean=True` freezes them."
+            )
+        elif isinstance(model, (PreTrainedModel, PeftModel)):
             check_base_model(model)
         super().__init__(
             model=model,
@@ -133,17 +140,22 @@ class BridgeTrainer(DemonstrationTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
             quantization_config=quantization_config,
+            peft_config=students_adapter(args, peft_config) if args and lean else None,
             tools=tools,
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
-        check_base_model(self._plain_model, self.backend.keeps_master)
         self._student: Weights | None = None
-        self.coordinator = self._build_coordinator(peft_config)
+        self.coordinator: Coordinator
+        if self.args.lean:
+            self.coordinator, self._student = build_student(self, peft_config)
+        else:
+            check_base_model(self._plain_model, self.backend.keeps_master)
+            self.coordinator = self._build_coordinator(peft_config)
         self.coordinator_optimizer: torch.optim.Optimizer | None = None
         self.shadow: Shadow | None = None
-        self.student_gradient: ProjectedGradient | None = None
-        self.shadow_gradient: ProjectedGradient | None = None
+        self.student_gradient: CoordinatorGradient | None = None
+        self.shadow_gradient: CoordinatorGradient | None = None
         self._outline: PreTrainedModel | None = None
         self._gain = GainMeter(self)
         self._probe = GradientProbe(self)
@@ -152,10 +164,10 @@ class BridgeTrainer(DemonstrationTrainer):
 
     # Parts beside the student
 
-    def _build_coordinator(self, peft_config: PeftConfig | None) -> Coordinator:
+    def _build_coordinator(self, peft_config: PeftConfig | None) -> MergedCoordinator:
         if not self.backend.loads_everywhere:
             check_initial_values(peft_config)
-        coordinator = Coordinator(self._plain_model, peft_config, self.args.seed)
+        coordinator = MergedCoordinator(self._plain_model, peft_config, self.args.seed)
         device = self.accelerator.device
         for parameter in coordinator.parameters():
             parameter.data = parameter.data.to(device)
@@ -174,11 +186,11 @@ class BridgeTrainer(DemonstrationTrainer):
         groups = [{"params": list(self.coordinator.parameters()), "weight_decay": args.weight_decay}]
         self.coordinator_optimizer = optimizer_for(self, groups, args.coordinator_rate, args.optim)
         # Kept from here on: forwards hide the weights that FSDP holds behind gathered ones.
-        self._student = self.backend.weights(self._plain_model)
-        self.student_gradient = ProjectedGradient(self.coordinator, self._student)
+        self._student = self.student
+        self.student_gradient = self.coordinator.gradient_of(self._student)
         if args.cooperative_gain:
-            self.shadow = self._build_shadow()
-            self.shadow_gradient = ProjectedGradient(self.coordinator, self.shadow.held)
+            self.shadow = build_shadow(self) if args.lean else self._build_shadow()
+            self.shadow_gradient = self.coordinator.gradient_of(self.shadow.held)
 
     def _build_shadow(self) -> Shadow:
         args = self.args
@@ -202,6 +214,11 @@ class BridgeTrainer(DemonstrationTrainer):
     def student(self) -> Weights:
         """The student's weights M."""
         return self.backend.weights(self._plain_model) if self._student is None else self._student
+
+    @property
+    def _held(self) -> list[Weights]:
+        """Weights that hold w: the student's, and the shadow's where there is one."""
+        return [self.student] if self.shadow is None else [self.student, self.shadow.held]
 
     @property
     def _weights(self) -> dict[str, torch.Tensor]:
@@ -242,13 +259,14 @@ class BridgeTrainer(DemonstrationTrainer):
         self.coordinator.pull(fused, shadow, weight)
         old = self.coordinator.snapshot()
         self._step_coordinator()
-        self.coordinator.push(old, [self.student] if self.shadow is None else [self.student, self.shadow.held])
+        self.coordinator.push(old, self._held)
         self.student_gradient.clear()
         if self._shadow_schedule.due:
             # A window without a taken rollout counts: with it the others' gradients have the whole one as their mean.
             self.shadow.step(self._rate_factor(), counts_zeros=not self._shadow_pass.share.whole)
 
     def after_step(self) -> None:
+        self.coordinator.settle(self._held)
         # Called before `global_step` counts the update that has just been made.
         every = self.args.shadow_reset_steps
         if self.shadow is not None and every is not None and (self.state.global_step + 1) % every == 0:
@@ -290,7 +308,7 @@ class BridgeTrainer(DemonstrationTrainer):
     # The parent's methods
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        if self.args.cooperative_gain and self.shadow is None and self.backend.shards_copies:
+        if self.args.cooperative_gain and self.shadow is None and self.backend.shards_copies and not self.args.lean:
             # From the plain model, before its backend takes hold of it.
             self._outline = self.backend.outline(self._plain_model, self._copy_student)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -355,6 +373,8 @@ class BridgeTrainer(DemonstrationTrainer):
             **super().resume_requirements(),
             "peft_config": self.coordinator.shape(),
             "cooperative_gain": args.cooperative_gain,
+            "lean_lora_r": args.lean_lora_r if args.lean else None,
+            "lean_lora_alpha": args.lean_alpha if args.lean else None,
             "optim": str(args.optim),
             "shadow_optim": str(args.shadow_optim or args.optim),
             "shadow_reset_steps": args.shadow_reset_steps,

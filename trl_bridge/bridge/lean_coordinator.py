@@ -1,0 +1,115 @@
+"""The coordinator `w` of lean mode: slices of the student's LoRA adapter, with weights and an optimizer of its own."""
+
+from collections.abc import Sequence
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+
+from ..training.backends import Weights
+from .coordinator import Coordinator
+from .lean_weights import AdapterWeights, adapter_pairs
+from .projection import CoordinatorGradient
+from .targets import Projection, Target
+
+
+class SliceGradient(CoordinatorGradient):
+    """
+    In lean mode A and B's part of a gradient is a slice, where the merged form projects.
+
+    Args:
+        weights ([`AdapterWeights`]):
+            The model's LoRA weights.
+        ratio (`float`):
+            s_w / s_theta: B is held times it, so B's gradient has it too.
+    """
+
+    weights: AdapterWeights
+
+    def __init__(self, weights: AdapterWeights, ratio: float):
+        super().__init__(weights)
+        self._ratio = ratio
+
+    def so_far(self) -> Projection:
+        return [(a, self._ratio * b) for a, b in self.weights.coordinator_gradients()]
+
+    def clear(self) -> None:
+        """Take it out of the gradient, which theta is clipped by and steps on."""
+        self.weights.forget_coordinator_gradients()
+
+
+class LeanCoordinator(Coordinator):
+    """
+    A and B of every layer in full, which `settle` writes over w's slices whatever an optimizer has done to those.
+
+    Args:
+        initial (`dict[str, tuple[torch.Tensor, torch.Tensor]]`):
+            Initial A and B by the layer's name in the plain model.
+        peft_config ([`~peft.LoraConfig`]):
+            w's own shape.
+        scalings (`tuple[float, float]`):
+            s_theta and s_w.
+    """
+
+    def __init__(
+        self,
+        initial: dict[str, tuple[torch.Tensor, torch.Tensor]],
+        peft_config: LoraConfig,
+        scalings: tuple[float, float],
+    ):
+        self._ratio = scalings[1] / scalings[0]
+        targets = [
+            Target(module=module, a=nn.Parameter(a), b=nn.Parameter(b), scaling=scalings[1], transposed=False)
+            for module, (a, b) in initial.items()
+        ]
+        super().__init__(targets, peft_config)
+
+    def gradient_of(self, weights: AdapterWeights) -> SliceGradient:
+        return SliceGradient(weights, self._ratio)
+
+    def push(self, old: Projection, models: Sequence[Weights]) -> None:
+        """Nothing yet: theta's optimizer still steps on tensors that hold w."""
+
+    def settle(self, models: Sequence[AdapterWeights]) -> None:
+        """Write w over its slices."""
+        for weights in models:
+            for target in self.targets:
+                weights.write_coordinator(target.module, target.a.detach(), self._ratio * target.b.detach())
+
+    def subtract_from(self, weights: AdapterWeights, keep: bool) -> dict[str, torch.Tensor]:
+        """Theta's slices, under PEFT's names: an adapter of rank r_theta on the frozen base."""
+        return {name: part.float().cpu().clone() for name, part in weights.theta().items()} if keep else {}
+
+
+def initial_values(
+    model: PeftModel, configs: Sequence[LoraConfig], seed: int
+) -> list[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """
+    PEFT's own initial values of adapters that are put into a model one after the other, and taken out again.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The student; its own adapter stays as it is.
+        configs (`Sequence[LoraConfig]`):
+            The adapters.
+        seed (`int`):
+            Seed of the values; the global random state is left as it was.
+
+    Returns:
+        `list[dict[str, tuple[torch.Tensor, torch.Tensor]]]`: for each adapter A and B, float32, by the layer's name in
+        the plain model.
+    """
+    values = []
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for number, config in enumerate(configs):
+            name = f"initial_{number}"
+            model.add_adapter(name, config)
+            pairs = adapter_pairs(model, name)
+            values.append({m: (a.detach().float().clone(), b.detach().float().clone()) for m, (a, b) in pairs.items()})
+            model.delete_adapter(name)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained[name])
+    return values
