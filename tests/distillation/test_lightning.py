@@ -26,7 +26,7 @@ from tests.distillation.rows import (
 )
 from tests.harness import movement_error
 from trl_bridge import LightningOPDConfig, OPDTrainer
-from trl_bridge.distillation.scored_rows import ScoredCollator, scored_rows
+from trl_bridge.distillation.scored_rows import ScoredCollator, rows_hash, scored_rows
 from trl_bridge.distillation.scoring import LocalTeacher, Rollout
 from trl_bridge.distillation.teacher import head_of
 from trl_bridge.models import tiny_tokenizer
@@ -355,10 +355,35 @@ def test_resume_with_other_rows_or_another_loss_is_refused(tmp_path):
         ({"advantage_clip": 1.0}, "advantage_clip"),
         ({"loss_aggregation": "token"}, "loss_aggregation"),
         ({"rows": scored(6)}, "train_dataset"),
+        ({"rows": scored(seed=1)}, "train_dataset"),
+        ({"rows": scored(scorer=student())}, "train_dataset"),
+        ({"rows": scored().select(range(7, -1, -1))}, "train_dataset"),
+        ({"max_length": 100}, "max_length"),
         ({"rows": scored(scored_with=[identity(sampling={"temperature": 0.5})] * 8)}, "train_dataset"),
     ):
         with pytest.raises(ValueError, match=f"`{name}`"):
             make(tmp_path, **{**RESUMED, "max_steps": 2, **options}).train(resume_from_checkpoint=True)
+
+
+def test_the_hash_of_rows_reads_contents_and_order_alone(tmp_path):
+    def laid_out(rows):
+        return scored_rows(rows, tiny_tokenizer(), require_same_teacher=True)[0]
+
+    rows = scored(reference=True)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    again = Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path))
+    known = rows_hash(laid_out(rows))
+    assert known == rows_hash(laid_out(again)) and len(known) == 16
+    swapped = laid_out(rows).select([1, 0, *range(2, 8)])
+    others = [laid_out(rows.remove_columns("reference_logprobs")), swapped]
+    # The same numbers, divided between two rows in another way, or trained in part.
+    two = Dataset.from_dict(
+        {"input_ids": [[3, 4], [5]], "labels": [[3, 4], [5]], "teacher_logprobs": [[-1, -2], [-3]]}
+    )
+    moved = Dataset.from_dict({name: [[*a[:1]], [*a[1:], *b]] for name, (a, b) in two.to_dict().items()})
+    masked = Dataset.from_dict({**two.to_dict(), "labels": [[-100, 4], [5]]})
+    hashes = [known, *map(rows_hash, [*others, two, moved, masked])]
+    assert len(set(hashes)) == len(hashes)
 
 
 def test_saved_model_loads_with_transformers_alone(tmp_path):

@@ -13,7 +13,7 @@ from .._upstream import add_fused_lm_head
 from ..objectives.lightning import reference_weights, stored_teacher_terms
 from ..training.resume import Resumable
 from .lightning_config import LightningOPDConfig
-from .scored_rows import SCORES, ScoredCollator, scored_rows
+from .scored_rows import SCORES, ScoredCollator, rows_hash, scored_rows
 from .support import check_backend
 
 
@@ -120,12 +120,8 @@ class LightningOPDTrainer(Resumable, SFTTrainer):
         if self.accelerator.parallelism_config is not None:
             raise NotImplementedError("`parallelism_config` is not supported: only data parallelism is built.")
         # The parent has no option for it, and its head would round logits, and so advantages, to 16 bits.
-        plain: Any = self.model
-        add_fused_lm_head(
-            plain.get_base_model() if isinstance(plain, PeftModel) else plain,
-            cast_lm_head_to_fp32=True,
-            outputs=("log_probs", "entropy", "is_top1"),
-        )
+        plain: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        add_fused_lm_head(plain, cast_lm_head_to_fp32=True, outputs=("log_probs", "entropy", "is_top1"))
         self.data_collator = ScoredCollator(
             pad_token_id=self.data_collator.pad_token_id, pad_to_multiple_of=self.data_collator.pad_to_multiple_of
         )
@@ -145,9 +141,10 @@ class LightningOPDTrainer(Resumable, SFTTrainer):
             num_proc=args.dataset_num_proc,
             what="train_dataset" if dataset_name == "train" else f"eval_dataset ({dataset_name})",
         )
+        rows = rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
         if dataset_name == "train":
-            self._rows = [len(rows), *identities]
-        return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
+            self._rows = [len(rows), rows_hash(rows), *identities]
+        return rows
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -218,6 +215,7 @@ class LightningOPDTrainer(Resumable, SFTTrainer):
             **super().resume_requirements(),
             "advantage_clip": self.args.advantage_clip,
             "loss_aggregation": self.args.loss_aggregation,
+            "max_length": self.args.max_length,
             "train_dataset": self._rows,
         }
 

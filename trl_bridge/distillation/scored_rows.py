@@ -1,8 +1,10 @@
 """Rows of scored rollouts as the trainer reads them, and their batches."""
 
+import hashlib
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -16,7 +18,7 @@ from .identity import check_identity
 from .scoring import Rollout, check_scores
 
 
-__all__ = ["SCORES", "ScoredCollator", "scored_rows"]
+__all__ = ["SCORES", "ScoredCollator", "rows_hash", "scored_rows"]
 
 SCORES = ("teacher_logprobs", "reference_logprobs")
 """Columns with one number for each token of a row; the second one may be absent."""
@@ -97,6 +99,28 @@ def scored_rows(
             f"{len(rows) - len(kept)} of {len(rows)} rows of `{what}` have no completion within `max_length={max_length}`."
         )
     return kept, identities
+
+
+def rows_hash(rows: Dataset) -> str:
+    """
+    Hash of what rows hold, in their order: a resumed run goes on with the same ones, wherever they were read from.
+
+    Args:
+        rows ([`~datasets.Dataset`]):
+            Rows of [`scored_rows`].
+
+    Returns:
+        `str`: 16 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for batch in rows.with_format("arrow").iter(batch_size=1000):
+        for name in ("input_ids", "labels", *SCORES):
+            if name in rows.column_names:
+                column = batch[name].combine_chunks()
+                digest.update(f"{name} {column.value_lengths().to_pylist()}".encode())
+                kind = np.float32 if name in SCORES else np.int64
+                digest.update(column.flatten().to_numpy(zero_copy_only=False).astype(kind).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _lay_out(
