@@ -88,6 +88,7 @@ def test_options_of_the_shadow(shape):
     lean = replace(base, adapter_rank=80)
     without = replace(lean, shadow=False)
     adapter = 80 * shape.adapter_width
+    assert estimate(shape, lean).parts["weights"] == 4 * (shape.parameters + adapter)
     assert estimate(shape, lean).total - estimate(shape, without).total == pytest.approx(16 * adapter)
 
 
@@ -117,6 +118,7 @@ def test_vllm_takes_its_share_throughout_unless_it_sleeps(shape):
         ({"backend": "fsdp1"}, "one of one-process"),
         ({"backend": "ddp"}, "num_processes=1"),
         ({"num_processes": 2}, "num_processes=2"),
+        ({"backend": "fsdp2", "num_processes": 2, "adapter_rank": 8, "coordinator_rank": 4}, "`lean=True`"),
     ],
 )
 def test_runs_that_cannot_be(shape, changes, said):
@@ -137,6 +139,12 @@ def test_sizes_are_those_that_their_makers_print():
 
 
 # The command
+
+
+def test_the_table_of_the_page_is_the_commands(capsys):
+    assert cli.main(["memory", "--table"]) == 0
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    assert capsys.readouterr().out in page
 
 
 def refusal(capsys, *arguments):

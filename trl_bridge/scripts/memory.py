@@ -118,7 +118,7 @@ def run_of(method: Method, values: Any, launch: list[str], options: argparse.Nam
         unsynced=not bridge,
         checkpointing=bool(values.gradient_checkpointing if checkpointing is None else checkpointing),
         reference=bool(getattr(values, "beta", None)),
-        coordinator_rank=values.lora_r if bridge and not lean else 0,
+        coordinator_rank=values.lora_r if bridge else 0,
         shadow=bridge and (values.preset == "paper" if gain is None else gain),
         shadow_offload=bool(getattr(values, "shadow_offload", False)),
         shadow_bf16=str(getattr(values, "shadow_dtype", None)) in ("bfloat16", "float16"),
