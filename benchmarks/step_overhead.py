@@ -20,6 +20,7 @@ import time
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -35,7 +36,11 @@ VARIANTS = {
     "bridge": (BridgeTrainer, BridgeConfig, {}),
     "bridge, selective": (BridgeTrainer, BridgeConfig, {"preset": "selective"}),
     "bridge, stateless shadow": (BridgeTrainer, BridgeConfig, {"shadow_optim": "sgd"}),
+    # The same total rank, so that what lean mode adds is the second set and w's own optimizer.
+    "grpo, lora": (GRPOTrainer, GRPOConfig, {}),
+    "bridge, lean": (BridgeTrainer, BridgeConfig, {"lean": True, "lean_lora_r": 12}),
 }
+ADAPTERS = {"grpo, lora": 16, "bridge, lean": 4}
 
 
 def reward(completions, **kwargs):
@@ -85,6 +90,9 @@ def make(name, options, folder):
     kwargs = {}
     if trainer_class is BridgeTrainer:
         kwargs["sft_dataset"] = Dataset.from_dict({"prompt": prompts, "completion": completions})
+    if name in ADAPTERS:
+        rank = ADAPTERS[name]
+        kwargs["peft_config"] = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = trainer_class(
         model=model,
         reward_funcs=reward,
@@ -170,6 +178,8 @@ def main():
     r, s = median["grpo"] - statistics.median(generation["grpo"]), sft_alone(options)
     work = {name: median[name] - statistics.median(generation[name]) for name in VARIANTS}
     parts = {"grpo": r, "bridge": 2 * r + s, "bridge, selective": r + s, "bridge, stateless shadow": 2 * r + s}
+    lora = work["grpo, lora"]
+    parts |= {"grpo, lora": lora, "bridge, lean": 2 * lora + s}
     memory = {name: peak_memory(name, options) for name in VARIANTS}
     print(f"machine: {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"options: {vars(options)}")
@@ -184,6 +194,11 @@ def main():
             f"| {name} | {median[name] / median['grpo']:.2f} | {work[name] / r:.2f} | {work[name] / parts[name]:.2f} | "
             f"{0.9 + 0.1 * work[name] / r:.2f} | {extra:.1f} |"
         )
+    ratio = memory["bridge, lean"]["peak"] / memory["grpo, lora"]["peak"]
+    print(
+        f"lean over LoRA GRPO: step {median['bridge, lean'] / median['grpo, lora']:.2f}, without generation "
+        f"{work['bridge, lean'] / lora:.2f}, peak memory of the process {ratio:.3f}"
+    )
 
 
 if __name__ == "__main__":

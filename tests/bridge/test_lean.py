@@ -14,7 +14,7 @@ TOLERANCE = 2e-4  # relative error of the movement
 SGD = {"optim": "sgd", "learning_rate": 1.0}
 
 CASES = {
-    "sgd, lambda, temperature": {**SGD, "bridge_lambda": 0.3, "temperature": 0.7},
+    "sgd at a temperature": {**SGD, "bridge_lambda": 0.3, "temperature": 0.7},
     "adamw": {},
     "sgd, iterations, checkpointing": {
         **SGD, "num_iterations": 2, "steps_per_generation": 4, "max_steps": 5, "gradient_checkpointing": True,
