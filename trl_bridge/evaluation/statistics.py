@@ -10,6 +10,9 @@ __all__ = ["bootstrap_interval", "mean_interval", "pass_at_k", "wilson_interval"
 
 Interval = tuple[float, float]
 
+# Numbers that a bootstrap holds at a time.
+_BLOCK = 1_000_000
+
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """
@@ -98,8 +101,11 @@ def bootstrap_interval(values: Sequence[float], level: float = 0.95, resamples: 
         raise ValueError("`values` is empty: there is no question to draw from.")
     given = np.asarray(values, dtype=np.float64)
     generator = np.random.default_rng(seed)
-    # One resample at a time: all of them at once would take gigabytes for the largest benchmarks.
-    means = [given[generator.integers(len(given), size=len(given))].mean() for _ in range(resamples)]
+    # In blocks: all resamples at once would take gigabytes for the largest benchmarks, one by one is slow for five seeds.
+    block = max(1, _BLOCK // len(given))
+    counts = [min(block, resamples - done) for done in range(0, resamples, block)]
+    draws = (given[generator.integers(len(given), size=(count, len(given)))] for count in counts)
+    means = np.concatenate([drawn.mean(axis=1) for drawn in draws])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
