@@ -52,8 +52,8 @@ def _ways(file: str, **changes: str) -> dict[str, str]:
         "full": own + (equals if stream else "test_update_equals_the_reference"),
         "lora": own + "test_update_of_a_lora_student" if stream else _ALL_METHODS + "test_lora_student",
         "ddp": _STREAMS if stream else _GROUPS,
-        "fsdp2": REFUSED,
-        "zero": REFUSED,
+        "fsdp2": _STREAMS if stream else REFUSED,
+        "zero": _STREAMS if stream else REFUSED,
         "vllm": _ALL_METHODS + "test_limits_are_grpo_with_vllm_to_the_bit",
         "resume": own + ("test_stop_and_resume" if stream else "test_resume_is_exact"),
     }

@@ -2,6 +2,7 @@
 
 import torch
 from peft import get_peft_model
+from torch.distributed.tensor import DTensor
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.bridge.test_resume import StopAt, assert_same
@@ -55,8 +56,12 @@ def trained(trainer_class, output_dir, **changes):
 
 
 def weights_of(trainer):
+    """Whole weights that are trained, on every rank. Collective where they are spread."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    if not hasattr(trainer, "backend"):  # plain TRL, never spread here
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    held = trainer.backend.weights(model)
+    return {name: held.whole(name).detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def logged(trainer, name):
@@ -196,10 +201,17 @@ def assert_split_makes_no_difference(trainer_class, tmp_path, **changes):
         assert movement_error(other, results[0], start) < 1e-5
 
 
+def optimizer_state_of(trainer):
+    """What this rank holds of the optimizer's state."""
+    state = trainer.optimizer.state_dict()
+    held = [v for p in state.get("state", {}).values() for v in p.values()]
+    return [v.to_local() if isinstance(v, DTensor) else v for v in held]
+
+
 def state_of(trainer):
     return {
         "weights": weights_of(trainer),
-        "optimizer": trainer.optimizer.state_dict()["state"],
+        "optimizer": optimizer_state_of(trainer),
         "demonstrations": trainer.demonstrations.state_dict(),
         "weighting": trainer.weighting.state_dict(),
         "step": trainer._step,

@@ -1,11 +1,24 @@
 """Two gloo processes, launched as a user would, and what each of them wrote."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+
+
+DEEPSPEED = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed (pip install 'trl-bridge[deepspeed]')"
+)
+
+
+def params_of(table):
+    """(way of training, case) for each of a table's cases; those that need DeepSpeed skip where it is not installed."""
+    marks = {"deepspeed": [DEEPSPEED]}
+    return [pytest.param(kind, name, marks=marks.get(kind, [])) for kind in table for name in table[kind]]
 
 
 def launch(module, *arguments):

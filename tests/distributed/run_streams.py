@@ -1,4 +1,4 @@
-"""Trains the stream baselines on the ranks that torchrun starts, recorded. Usage: run_streams.py FOLDER"""
+"""Trains the stream baselines on the ranks that torchrun starts, recorded. Usage: run_streams.py KIND FOLDER"""
 
 import importlib
 import sys
@@ -9,22 +9,41 @@ from trl import GRPOTrainer
 
 from tests.baselines.streams import logged, make, options_of, recording, sharp_model, state_of, trained, weights_of
 from tests.bridge.test_resume import StopAt
+from tests.distributed.cases import FSDP, zero
+from tests.distributed.run import pretend_accelerator
 from trl_bridge import AlternatingTrainer, CHORDTrainer, NaiveMixTrainer
 
 
 SGD = {"optim": "sgd", "learning_rate": 0.1}
 MU = {"mu_peak": 0.8, "mu_valley": 0.2, "mu_warmup_steps": 1, "mu_decay_steps": 2}
+NAIVE_MIX = (NaiveMixTrainer, {"sft_weight": 0.5, "sft_weighting": "likelihood", **SGD})
+ALTERNATING = (AlternatingTrainer, {})
+CHORD = (CHORDTrainer, {**MU, "enable_phi_function": True, **SGD})
+ZERO_3 = zero(3, stage3_param_persistence_threshold=0)
+# By way of training: method -> trainer, what the method is tested with, and what the way of training needs.
 CASES = {
-    "naive-mix": (NaiveMixTrainer, {"sft_weight": 0.5, "sft_weighting": "likelihood", **SGD}),
-    "alternating": (AlternatingTrainer, {}),
-    "chord": (CHORDTrainer, {**MU, "enable_phi_function": True, **SGD}),
+    "ddp": {"naive-mix": (*NAIVE_MIX, {}), "alternating": (*ALTERNATING, {}), "chord": (*CHORD, {})},
+    "fsdp": {
+        "naive-mix": (*NAIVE_MIX, FSDP),
+        "alternating": (*ALTERNATING, {**FSDP, "gradient_checkpointing": True}),
+        "chord": (*CHORD, FSDP),
+    },
+    "deepspeed": {
+        "naive-mix": (*NAIVE_MIX, {**zero(2), "gradient_checkpointing": True}),
+        "alternating": (*ALTERNATING, ZERO_3),
+        "chord": (*CHORD, zero(1)),
+    },
 }
 ZERO = {"mu_peak": 0.0, "mu_valley": 0.0}
 
 
-def main(folder: Path) -> None:
-    for name, (trainer_class, changes) in CASES.items():
-        trainer = trained(recording(trainer_class), folder / name, model=sharp_model(), max_steps=4, **changes)
+def main(kind: str, folder: Path) -> None:
+    if kind != "ddp":
+        pretend_accelerator()
+    for name, (trainer_class, method, way) in CASES[kind].items():
+        options = {**method, **way}
+        trainer = trained(recording(trainer_class), folder / name, model=sharp_model(), max_steps=4, **options)
+        trainer.save_model(str(folder / name / "final"))
         record = {
             "windows": trainer.windows,
             "states": trainer.states,
@@ -33,12 +52,11 @@ def main(folder: Path) -> None:
             "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         }
         torch.save(record, folder / f"{name}-{trainer.accelerator.process_index}.pt")
-    # mu = 0 is GRPO, synced as GRPO is.
-    both = {cls.__name__: weights_of(trained(cls, folder / cls.__name__, **o)) for cls, o in
-            ((GRPOTrainer, {}), (CHORDTrainer, ZERO))}  # fmt: skip
+    way = CASES[kind]["alternating"][2]
+    both = {} if kind != "ddp" else limits(folder)
     # Stopped inside an RL phase, between two updates of a generation batch.
     options = {"steps_per_generation": 4, "rl_steps": 2, "sft_steps": 2, "max_steps": 5}
-    options |= {"save_strategy": "steps", "save_steps": 1}
+    options |= {"save_strategy": "steps", "save_steps": 1, **way}
     straight = trained(AlternatingTrainer, folder / "straight", **options)
     trained(AlternatingTrainer, folder / "halves", callbacks=[StopAt(3)], **options)
     resumed = make(AlternatingTrainer, folder / "halves", **options)
@@ -48,6 +66,12 @@ def main(folder: Path) -> None:
     torch.save(both, folder / f"pairs-{straight.accelerator.process_index}.pt")
 
 
+def limits(folder: Path) -> dict:
+    """mu = 0 is GRPO, synced as GRPO is."""
+    runs = ((GRPOTrainer, {}), (CHORDTrainer, ZERO))
+    return {cls.__name__: weights_of(trained(cls, folder / cls.__name__, **options)) for cls, options in runs}
+
+
 if __name__ == "__main__":
     importlib.import_module("tests.conftest")  # offline, one thread
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,6 +1,5 @@
 """Two gloo processes, launched as a user would, against the single-process float64 reference, on each way of training."""
 
-import importlib.util
 import math
 
 import pytest
@@ -11,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from tests.bridge.lean import replay_lean
 from tests.bridge.test_resume import assert_same
 from tests.distributed.cases import CASES, LEAN_CASES, RESUMES, model_of
-from tests.distributed.launch import launch, load
+from tests.distributed.launch import DEEPSPEED, launch, load, params_of
 from tests.harness import adapters, movement_error, moves
 from tests.reference.bridge import Reference
 
@@ -19,14 +18,6 @@ from tests.reference.bridge import Reference
 pytestmark = pytest.mark.distributed
 TOLERANCE = 2e-4
 ROUNDED = 3e-2  # passes in bfloat16; leaving the gain out gives above 0.1
-DEEPSPEED = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed (pip install 'trl-bridge[deepspeed]')"
-)
-
-
-def _params(table):
-    marks = {"deepspeed": [DEEPSPEED]}
-    return [pytest.param(kind, name, marks=marks.get(kind, [])) for kind in table for name in table[kind]]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +66,7 @@ def replayed(ranks, case):
         yield {n: movement_error(got[n], want[n], start[n]) for n in names}, metrics, main["log"][step]
 
 
-@pytest.mark.parametrize(("kind", "name"), _params(CASES))
+@pytest.mark.parametrize(("kind", "name"), params_of(CASES))
 def test_two_ranks_equal_the_reference(folder, kind, name):
     case = CASES[kind][name]
     rounded = case.get("bf16", False) or "shadow_dtype" in case
@@ -114,7 +105,7 @@ def test_lean_mode_on_two_ranks_equals_the_reference(folder, name):
     assert_same(saved, {n.replace(".default", ""): p for n, p in main["student"].items()})
 
 
-@pytest.mark.parametrize(("kind", "name"), _params(CASES))
+@pytest.mark.parametrize(("kind", "name"), params_of(CASES))
 def test_ranks_agree_to_the_bit(folder, kind, name):
     first, second = load(folder(kind), name)
     for part in ("coordinator", "student", "shadow", "weighting"):
@@ -123,7 +114,7 @@ def test_ranks_agree_to_the_bit(folder, kind, name):
         assert len(first["weighting"]["verdicts"]) > 0, "no demonstration was judged"
 
 
-@pytest.mark.parametrize(("kind", "name"), _params(CASES))
+@pytest.mark.parametrize(("kind", "name"), params_of(CASES))
 def test_saved_model_is_the_policy(folder, kind, name):
     policy = load(folder(kind), name)[0]["student"]
     # As a user would who has neither this package nor the launcher.
@@ -132,7 +123,7 @@ def test_saved_model_is_the_policy(folder, kind, name):
     assert_same({n: saved[n] for n in policy}, {n: weight.to(saved[n].dtype) for n, weight in policy.items()})
 
 
-@pytest.mark.parametrize(("kind", "name"), _params(CASES))
+@pytest.mark.parametrize(("kind", "name"), params_of(CASES))
 def test_no_rank_holds_the_shadow_whole(folder, kind, name):
     ranks = load(folder(kind), name)
     if ranks[0]["shadow"] is None:
@@ -162,7 +153,7 @@ def test_ranks_train_on_different_demonstrations(folder):
     assert all(x["input_ids"].tolist() != y["input_ids"].tolist() for x, y in pairs)
 
 
-@pytest.mark.parametrize(("kind", "name"), _params(RESUMES))
+@pytest.mark.parametrize(("kind", "name"), params_of(RESUMES))
 def test_resume_is_exact_on_two_ranks(folder, kind, name):
     for rank in range(2):
         both = torch.load(folder(kind) / f"resume {name}-{rank}.pt", weights_only=False)

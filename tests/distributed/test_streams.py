@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.baselines.streams import sharp_model
 from tests.bridge.test_resume import assert_same
-from tests.distributed.launch import launch, load
+from tests.distributed.launch import launch, load, params_of
 from tests.distributed.run_streams import CASES
 from tests.harness import movement_error
 from tests.reference.stream import StreamReference
@@ -27,14 +28,21 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("streams")
-    launch("run_streams", folder)
-    return folder
+    """Where the runs of a way of training have written what they saw; one launch for all of them."""
+    done = {}
+
+    def folder_of(kind):
+        if kind not in done:
+            done[kind] = tmp_path_factory.mktemp(f"streams-{kind}")
+            launch("run_streams", kind, done[kind])
+        return done[kind]
+
+    return folder_of
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_ranks_equal_the_reference(folder, name):
-    ranks = load(folder, name)
+@pytest.mark.parametrize(("kind", "name"), params_of(CASES))
+def test_two_ranks_equal_the_reference(folder, kind, name):
+    ranks = load(folder(kind), name)
     main = ranks[0]
     ones = {"rl_weight": lambda step: 1.0, "sft_weight": lambda step: 1.0, "token_weight": torch.ones_like}
     options = {**main["options"], "world_size": 2, "schedule": lambda step: (4 - step) / 4, **ones, **METHODS[name]}
@@ -49,19 +57,31 @@ def test_two_ranks_equal_the_reference(folder, name):
                 assert entry[key] == pytest.approx(metrics[key], rel=3e-3, abs=5e-6), (step, key)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_ranks_agree_to_the_bit_and_train_on_different_rows(folder, name):
-    first, second = load(folder, name)
+@pytest.mark.parametrize(("kind", "name"), params_of(CASES))
+def test_ranks_agree_to_the_bit_and_train_on_different_rows(folder, kind, name):
+    first, second = load(folder(kind), name)
     assert_same(first["states"], second["states"])
     windows = list(zip(first["windows"], second["windows"], strict=True))
     # The same passes on every rank, on rows of its own.
-    assert all(len(x[kind]) == len(y[kind]) for x, y in windows for kind in ("rl", "sft"))
+    assert all(len(x[key]) == len(y[key]) for x, y in windows for key in ("rl", "sft"))
     pairs = [(x, y) for a, b in windows for x, y in zip(a["sft"], b["sft"], strict=True)]
     assert pairs and all(x["input_ids"].tolist() != y["input_ids"].tolist() for x, y in pairs)
 
 
+@pytest.mark.parametrize(("kind", "name"), params_of(CASES))
+def test_saved_model_is_the_student(folder, kind, name):
+    trained = load(folder(kind), name)[0]["states"][-1]
+    saved = AutoModelForCausalLM.from_pretrained(folder(kind) / name / "final").state_dict()
+    assert_same({n: saved[n] for n in trained}, trained)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
-def test_mu_zero_is_grpo_and_resume_is_exact_on_two_ranks(folder, rank):
-    pairs = load(folder, "pairs")[rank]
+def test_mu_zero_is_grpo_on_two_ranks(folder, rank):
+    pairs = load(folder("ddp"), "pairs")[rank]
     assert_same(pairs["CHORDTrainer"], pairs["GRPOTrainer"])
+
+
+@pytest.mark.parametrize(("kind", "rank"), params_of(dict.fromkeys(CASES, (0, 1))))
+def test_resume_is_exact_on_two_ranks(folder, kind, rank):
+    pairs = load(folder(kind), "pairs")[rank]
     assert_same(pairs["resumed"], pairs["straight"])

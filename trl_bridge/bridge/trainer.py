@@ -84,7 +84,6 @@ class BridgeTrainer(DemonstrationTrainer):
     """
 
     config_class = BridgeConfig
-    shards = True
     _tag_names = ["trl", "bridge"]
     _name = "BRIDGE"
     _paper = {

@@ -109,6 +109,11 @@ class StudentTrainer(ResumableTrainer):
                 f"{owner} has not been tested with {kind.value}. Launch it on one device, or with DDP (torchrun)."
             )
         plain: Any = self._plain_model
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and is_peft_model(plain):
+            raise NotImplementedError(
+                f"A LoRA student of {owner} has not been tested with {kind.value}. Leave `peft_config` out, or launch it on "
+                "one device or with DDP (torchrun)."
+            )
         head_owner = plain.get_base_model() if is_peft_model(plain) else plain
         add_demonstration_head(head_owner, args.cast_lm_head_to_fp32)
         if own_reference:

@@ -47,6 +47,7 @@ class DemonstrationTrainer(StudentTrainer):
     """
 
     config_class: type[DemonstrationConfig] = DemonstrationConfig
+    shards = True
 
     def __init__(
         self,
