@@ -7,7 +7,6 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 
@@ -107,16 +106,9 @@ def build_student(trainer: "BridgeTrainer", peft_config: PeftConfig | None) -> t
             The user's.
 
     Raises:
-        NotImplementedError: the student is spread over the ranks.
         ValueError: a target is no linear layer.
     """
     args: Any = trainer.args
-    kind = trainer.accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise NotImplementedError(
-            f"`lean=True` has not been tested with {kind.value}. Launch it on one device, or with DDP (torchrun); or set "
-            "`lean=False`."
-        )
     model: Any = trainer._plain_model
     layers = lora_layers(model)
     for module, layer in layers.items():

@@ -111,8 +111,8 @@ class StudentTrainer(ResumableTrainer):
         plain: Any = self._plain_model
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and is_peft_model(plain):
             raise NotImplementedError(
-                f"A LoRA student of {owner} has not been tested with {kind.value}. Leave `peft_config` out, or launch it on "
-                "one device or with DDP (torchrun)."
+                f"A LoRA student of {owner} has not been tested with {kind.value}. Launch it on one device or with DDP "
+                "(torchrun), or train the model in full (without `peft_config`, or `lean`)."
             )
         head_owner = plain.get_base_model() if is_peft_model(plain) else plain
         add_demonstration_head(head_owner, args.cast_lm_head_to_fp32)
