@@ -75,7 +75,7 @@ class BridgeConfig(DemonstrationConfig):
     Parameters:
         lean (`bool`, *optional*, defaults to `False`):
             Freeze the base, which may be in 16 bits or quantised, and hold theta, w and theta_hat as slices of LoRA
-            adapters on it. Costs about the memory of LoRA GRPO; `save_model` then saves an adapter.
+            adapters on it. Costs little more than LoRA GRPO; `save_model` then saves an adapter.
         lean_lora_r (`int`, *optional*, defaults to `64`):
             Rank of theta and of theta_hat.
         lean_lora_alpha (`float`, *optional*):
