@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from trl_bridge import cli
+from trl_bridge.comparison import workers
+
+from .test_workers import Threads
+
 
 pytestmark = pytest.mark.slow
 PUBLISHED = Path(__file__).parents[2] / "docs" / "results" / "comparison" / "addition-smoke" / "runs.jsonl"
@@ -51,13 +56,16 @@ def test_killed_resumed_and_as_published(tmp_path):
             assert own == pytest.approx(theirs, rel=0.02, abs=1e-3)
 
 
-def test_a_field_that_no_config_has_is_one_line(tmp_path):
+def test_a_field_that_no_config_has_is_one_line(tmp_path, monkeypatch, capsys):
+    # The worker's check in a thread, which need not import torch anew.
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Threads)
     text = "task: {name: addition}\nsettings: {a: }\nmethods: {grpo: {bridge_lambda: 0.5}}\nseeds: [0]\n"
     (tmp_path / "c.yaml").write_text(text + "learning_rates: [0.1]\nsteps: 1\n")
-    command = [*COMMAND[:-1], str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == (
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["compare", "--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.splitlines()[-1] == (
         "trl-bridge compare: error: `methods: grpo`: trl.GRPOConfig has no field `bridge_lambda`"
     )
-    assert "Traceback" not in done.stderr and not (tmp_path / "out" / "runs.jsonl").exists()
+    assert "Traceback" not in shown and not (tmp_path / "out" / "runs.jsonl").exists()
