@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,9 +10,11 @@ from trl_bridge import recipes
 from trl_bridge.comparison.config import load_comparison, parse_comparison
 from trl_bridge.comparison.plan import best_rate, runs_of
 from trl_bridge.comparison.run import execute
-from trl_bridge.comparison.trainers import check_rows, config_fields
+from trl_bridge.comparison.trainers import build_trainer, check_rows, config_fields
 from trl_bridge.comparison.workers import read_records
+from trl_bridge.data.addition import addition_dataset
 from trl_bridge.models import tiny_model, tiny_tokenizer
+from trl_bridge.rewards.arithmetic_rewards import answer_reward
 
 
 PUBLISHED = Path(__file__).parents[2] / "docs" / "results" / "comparison" / "addition"
@@ -56,6 +59,23 @@ def test_fields_of_a_config():
     # A field of the comparison that a config lacks is left out.
     assert "sft_per_device_train_batch_size" in fields
     assert "sft_per_device_train_batch_size" not in config_fields(a_run("grpo"))
+
+
+def test_the_coordinators_rank_is_a_key_of_a_row(tmp_path):
+    rows = {"rank": {"method": "bridge", "lora_r": 4, "lora_alpha": 2}, "bridge": None}
+    tokenizer = tiny_tokenizer("0123456789+=")
+    data = addition_dataset([(1, 2), (3, 4), (5, 6), (7, 8)])
+    task = SimpleNamespace(
+        fresh_model=lambda: tiny_model(tokenizer), tokenizer=tokenizer, train=data, demonstrations=data, reward=answer_reward
+    )  # fmt: skip
+    ranks = {}
+    for name in rows:
+        trainer = build_trainer(a_run(name, methods=rows), task, str(tmp_path / name), [])
+        state = trainer.coordinator_state_dict()
+        ranks[name] = {value.shape[0] for key, value in state.items() if "lora_A" in key}
+    assert ranks == {"rank": {4}, "bridge": {16}}
+    with pytest.raises(ValueError, match="GRPOConfig has no field `lora_r`"):
+        config_fields(a_run("grpo", methods={"grpo": {"lora_r": 4}}))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 from ..methods import METHODS, Method
 from ..rewards.noise import noisy
 from .addition import Task
-from .config import Comparison
+from .config import Comparison, Row
 from .plan import Run, tuning_runs
 
 
@@ -23,6 +23,8 @@ _OWN = {
     "save_strategy": "no",
 }
 _OURS = (*_OWN, "learning_rate", "output_dir", "seed")
+# Keys of a row that are no fields of its config: the coordinator's, by their names on the command line.
+_LORA = {"lora_r": "r", "lora_alpha": "lora_alpha"}
 
 
 def config_fields(run: Run) -> dict[str, Any]:
@@ -41,7 +43,8 @@ def config_fields(run: Run) -> dict[str, Any]:
     """
     row = run.row
     known = _field_names(METHODS[row.method])
-    for name in (*row.fields, *row.times_learning_rate):
+    fields = {name: value for name, value in row.fields.items() if not _is_lora(row, name)}
+    for name in (*fields, *row.times_learning_rate):
         if name not in known:
             raise ValueError(f"`methods: {row.name}`: {METHODS[row.method].config} has no field `{name}`")
         if name in _OURS:
@@ -49,7 +52,7 @@ def config_fields(run: Run) -> dict[str, Any]:
     shared = {"max_steps": run.steps, **run.trainer}
     return {
         **{name: value for name, value in shared.items() if name in known},
-        **row.fields,
+        **fields,
         **{name: times * run.learning_rate for name, times in row.times_learning_rate.items()},
         **_OWN,
         "learning_rate": run.learning_rate,
@@ -117,7 +120,16 @@ def build_trainer(run: Run, task: Task, output_dir: str, callbacks: list[Any]) -
         arguments["reward_funcs"] = [noisy(task.reward, flip, run.seed) if flip else task.reward]
     if method.family in ("bridge", "stream"):
         arguments["sft_dataset"] = task.demonstrations
+    lora = {_LORA[name]: value for name, value in run.row.fields.items() if _is_lora(run.row, name)}
+    if lora:
+        from peft import LoraConfig
+
+        arguments["peft_config"] = LoraConfig(**{"r": 16, "lora_alpha": 16, "target_modules": "all-linear", **lora})
     return _import(method.trainer)(**arguments)
+
+
+def _is_lora(row: Row, name: str) -> bool:
+    return METHODS[row.method].family == "bridge" and name in _LORA
 
 
 @functools.cache
