@@ -146,8 +146,6 @@ OWN_NAMES = {
     "_parent_scores_old_policy",
     "_plain_model",
     "_put_among_rollouts",
-    "_rate_factor",
-    "_rate_group",
     "_record",
     "_record_guidance",
     "_record_prefixes",

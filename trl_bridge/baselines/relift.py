@@ -9,11 +9,12 @@ from accelerate.utils import gather_object
 from transformers.training_args import OptimizerNames
 
 from ..training.metrics import record
+from ..training.rates import rate_factor
 from ..training.support import SIDE_OPTIMIZERS
 from .expert_config import ExpertConfig
 from .expert_trainer import ExpertTrainer
 from .plan import ExpertPlan
-from .sft_pass import SFTPass, rate_factor
+from .sft_pass import SFTPass
 from .shaping import UNCLIPPED
 
 

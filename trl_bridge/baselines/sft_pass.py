@@ -11,6 +11,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from .._upstream import decay_groups, optimizer_for
 from ..objectives.sft import demonstration_loss
 from ..training.randomness import forked_torch_rng
+from ..training.rates import rate_factor
 
 
 if TYPE_CHECKING:
@@ -116,20 +117,3 @@ class SFTPass:
                 group["lr"] = group["initial_lr"] * rate_factor(self.trainer.optimizer)
             self.optimizer.step()
         return grad_norm
-
-
-def rate_factor(optimizer: Any) -> float:
-    """
-    Where an optimizer's learning rate stands in its schedule, relative to its base rate.
-
-    Raises:
-        ValueError: no parameter group has a base rate above 0.
-    """
-    for group in optimizer.param_groups:
-        if group.get("initial_lr", 0) > 0:
-            return group["lr"] / group["initial_lr"]
-    raise ValueError(
-        "`optimizers`: the rate of the SFT pass follows the schedule of the student's, but no parameter group has an "
-        "`initial_lr` above 0. Pass a scheduler that sets it (those of torch.optim.lr_scheduler but "
-        "ReduceLROnPlateau), or set `separate_optimizer=False`."
-    )

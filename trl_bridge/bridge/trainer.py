@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from .._upstream import decay_groups, optimizer_for, plain_copy
 from ..training.backends import Weights
 from ..training.metrics import record
+from ..training.rates import rate_factor
 from ..training.trainer import DemonstrationTrainer
 from ..training.verdicts import missing_columns
 from .adapter import save_adapter
@@ -262,7 +263,7 @@ class BridgeTrainer(DemonstrationTrainer):
         self.student_gradient.clear()
         if self._shadow_schedule.due:
             # A window without a taken rollout counts: with it the others' gradients have the whole one as their mean.
-            self.shadow.step(self._rate_factor(), counts_zeros=not self._shadow_pass.share.whole)
+            self.shadow.step(rate_factor(self.optimizer), counts_zeros=not self._shadow_pass.share.whole)
 
     def after_step(self) -> None:
         self.coordinator.settle(self._held)
@@ -276,24 +277,9 @@ class BridgeTrainer(DemonstrationTrainer):
         if self.args.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self.coordinator.parameters(), self.args.max_grad_norm)
         for group in self.coordinator_optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self._rate_factor()
+            group["lr"] = group["initial_lr"] * rate_factor(self.optimizer)
         self.coordinator_optimizer.step()
         self.coordinator_optimizer.zero_grad(set_to_none=True)
-
-    def _rate_factor(self) -> float:
-        """Where theta's learning rate stands in its schedule, relative to its initial rate."""
-        group = self._rate_group()
-        return group["lr"] / group["initial_lr"]
-
-    def _rate_group(self) -> dict[str, Any]:
-        for group in self.optimizer.param_groups:
-            if group.get("initial_lr", 0) > 0:
-                return group
-        raise ValueError(
-            "`optimizers`: the coordinator's and the shadow's rates follow the schedule of theta's, but no parameter "
-            "group has an `initial_lr` above 0. Pass a scheduler that sets it (those of torch.optim.lr_scheduler but "
-            "ReduceLROnPlateau), or none."
-        )
 
     def _log_update(self, weight: float, fused: Projection, shadow: Projection | None) -> None:
         values = {"bridge/lambda": weight, "bridge/coordinator_norm": self.coordinator.norm()}
@@ -314,7 +300,7 @@ class BridgeTrainer(DemonstrationTrainer):
         self._build_parts()
         # Nothing of a window that an exception cut off in an earlier call of `train` may stay.
         self._gain, self._probe = GainMeter(self), GradientProbe(self)
-        self._rate_group()
+        rate_factor(self.optimizer)  # refuses now what would fail in the first update
         self.student_gradient.clear()
         if self.shadow is not None:
             self.shadow.clear_gradients()

@@ -1,0 +1,27 @@
+"""Learning rates of optimizers that stand beside the student's."""
+
+import torch
+
+
+def rate_factor(optimizer: torch.optim.Optimizer) -> float:
+    """
+    Where the student's learning rate stands in its schedule, for the rates that follow it.
+
+    Args:
+        optimizer ([`~torch.optim.Optimizer`]):
+            The student's.
+
+    Returns:
+        `float`: the rate of the first group that has a base rate above 0, relative to that base rate.
+
+    Raises:
+        ValueError: no parameter group has one.
+    """
+    for group in optimizer.param_groups:
+        if group.get("initial_lr", 0) > 0:
+            return group["lr"] / group["initial_lr"]
+    raise ValueError(
+        "`optimizers`: the rates of what is trained beside the student follow the student's schedule, but no parameter "
+        "group has an `initial_lr` above 0. Pass a scheduler that sets it (those of torch.optim.lr_scheduler but "
+        "ReduceLROnPlateau), or none."
+    )
