@@ -1,9 +1,9 @@
 """Learning rates of optimizers that stand beside the student's."""
 
-import torch
+from typing import Any
 
 
-def rate_factor(optimizer: torch.optim.Optimizer) -> float:
+def rate_factor(optimizer: Any) -> float:
     """
     Where the student's learning rate stands in its schedule, for the rates that follow it.
 
