@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model, load_peft_weights
 from transformers import AutoModelForCausalLM
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -217,7 +217,27 @@ def test_quantised_base_as_trl_treats_it(tmp_path):
     assert all(p.dtype == torch.float32 for n, p in trainer.model.named_parameters() if "lora_" in n)
 
 
+def test_shape_of_a_saved_adapter_is_trained(tmp_path):
+    trainer = small_trainer(tmp_path, max_steps=1, peft_config=small_lora(inference_mode=True), **LEAN)
+    assert all(p.requires_grad for n, p in trainer.model.named_parameters() if "lora_" in n)
+
+
+def test_another_frozen_base_is_refused(tmp_path):
+    small_trainer(tmp_path, max_steps=1, **SAVING, **LEAN).train()
+    model = small_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    trainer = small_trainer(tmp_path, model=model, max_steps=2, **SAVING, **LEAN)
+    with pytest.raises(ValueError, match="resume_from_checkpoint.*`frozen base`"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 # Refusals
+
+
+def with_adapter(model):
+    """As transformers loads a model from an adapter's folder: of a plain class, with adapter layers in it."""
+    return inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +247,7 @@ def test_quantised_base_as_trl_treats_it(tmp_path):
         ({"lean": True, "lean_lora_alpha": 0.0}, "`lean_lora_alpha`.*0"),
         ({"lean": True, "shadow_dtype": "bfloat16"}, "`shadow_dtype`.*`lean=True`"),
         ({"lean": True, "shadow_offload": True}, "`shadow_offload`.*`lean=True`"),
+        ({"lean": True, "cast_lm_head_to_fp32": True}, "`cast_lm_head_to_fp32`.*`lean=True`"),
         ({"lean_lora_r": 8}, "`lean_lora_r`.*lean=True"),
         ({"lean_lora_alpha": 8.0}, "`lean_lora_alpha`.*lean=True"),
     ],
@@ -247,7 +268,8 @@ def test_config(tmp_path, options, message):
         ({"peft_config": small_lora(target_modules=["embed_tokens"])}, ValueError, "target_modules.*embed_tokens"),
         ({"peft_config": small_lora(target_modules=["no_such_layer"])}, ValueError, "[Tt]arget modules"),
         ({"peft_config": small_lora(target_modules=["lm_head"])}, ValueError, "lm_head"),
-        ({"model": get_peft_model(small_model(), LoraConfig(target_modules=["q_proj"]))}, TypeError, "`model`.*PEFT"),
+        ({"model": get_peft_model(small_model(), LoraConfig(target_modules=["q_proj"]))}, TypeError, "`model`.*adapter"),
+        ({"model": with_adapter(small_model())}, TypeError, "`model`.*adapter"),
         ({"optimizers": (torch.optim.SGD([torch.zeros(1)], 0.1), None)}, NotImplementedError, "`optimizers`"),
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, str) else "",

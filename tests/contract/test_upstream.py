@@ -220,6 +220,7 @@ OWN_NAMES = {
 
 # Attributes of an instance that the parents' instances do not have.
 OWN_ATTRIBUTES = {
+    "_frozen_base",
     "_gain",
     "_outline",
     "_probe",

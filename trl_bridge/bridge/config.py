@@ -215,6 +215,11 @@ class BridgeConfig(DemonstrationConfig):
                 f"`{refused[0]}` is not supported with `lean=True`, where the shadow is no more than an adapter. Set it to "
                 f"{COST_OPTIONS[refused[0]]}."
             )
+        if self.lean and self.cast_lm_head_to_fp32:
+            raise NotImplementedError(
+                "`cast_lm_head_to_fp32` is not supported with `lean=True`: TRL does not find a tied embedding below an "
+                "adapter. Set it to False."
+            )
         if not self.lean and (self.lean_lora_r != 64 or self.lean_lora_alpha is not None):
             raise ValueError(
                 "`lean_lora_r` and `lean_lora_alpha` are read with `lean=True` alone: without it theta is the base itself, "

@@ -4,10 +4,12 @@ paper). What is refused, and how the parts are built; to the parent the student 
 """
 
 import copy
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .._upstream import decay_groups, optimizer_for
@@ -38,9 +40,10 @@ def check_lean(model: Any, peft_config: PeftConfig | None, optimizers: Any) -> N
     Raises:
         TypeError, ValueError, NotImplementedError: the argument is named, with what to change.
     """
-    if isinstance(model, PeftModel):
+    adapted = isinstance(model, nn.Module) and any(isinstance(m, BaseTunerLayer) for m in model.modules())
+    if isinstance(model, PeftModel) or adapted:
         raise TypeError(
-            "`model` already is a PEFT model. With `lean=True` the adapter is made by the trainer: pass the plain model "
+            "`model` already has an adapter. With `lean=True` the adapter is made by the trainer: pass the plain model "
             "(`model.merge_and_unload()`)."
         )
     if optimizers is not None and any(part is not None for part in optimizers):
@@ -79,6 +82,7 @@ def slices(args: "BridgeConfig", peft_config: PeftConfig | None) -> tuple[LoraCo
         `tuple[LoraConfig, LoraConfig, tuple[float, float]]`: both, on the same layers, and their scalings alpha / r.
     """
     own: Any = default_peft_config() if peft_config is None else copy.deepcopy(peft_config)
+    own.inference_mode = False  # as a saved adapter's has it, whose shape is taken over here
     theta = copy.deepcopy(own)
     theta.r, theta.lora_alpha = args.lean_lora_r, args.lean_alpha
     theta.use_rslora, theta.init_lora_weights = False, True
@@ -112,7 +116,8 @@ def build_student(trainer: "BridgeTrainer", peft_config: PeftConfig | None) -> t
     model: Any = trainer._plain_model
     layers = lora_layers(model)
     for module, layer in layers.items():
-        if ADAPTER not in layer.lora_A:
+        pair: Any = layer.lora_A
+        if ADAPTER not in pair or pair[ADAPTER].weight.dim() != 2:
             raise ValueError(
                 f"`peft_config.target_modules` matches {module!r}, a {type(layer.get_base_layer()).__name__}; adapters "
                 "act on linear layers. Exclude it (`exclude_modules`)."
@@ -135,6 +140,19 @@ def build_student(trainer: "BridgeTrainer", peft_config: PeftConfig | None) -> t
     trainer.backend.broadcast_(p.data for p in [*weights.parameters.values(), *coordinator.parameters()])
     coordinator.settle([weights])
     return coordinator, weights
+
+
+def base_identity(model: nn.Module) -> str:
+    """What tells one frozen base from another: its dtypes, its quantisation and sums over its weights, as a hash."""
+    told = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_" in name:
+            continue
+        # Bytes of packed 4-bit weights tell them apart as well. Rounded, since devices add up in orders of their own.
+        floating = parameter.is_floating_point()
+        total = parameter.detach().sum(dtype=torch.float64 if floating else torch.int64).item()
+        told.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {total:.6e};".encode())
+    return told.hexdigest()[:16]
 
 
 def build_shadow(trainer: "BridgeTrainer") -> LeanShadow:

@@ -49,8 +49,8 @@ class LeanShadow(Shadow):
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Forward and backward inside (recomputed activations too) are the shadow's."""
-        self._put(self.held)
         try:
+            self._put(self.held)
             yield
         finally:
             self._put(self._student)

@@ -19,13 +19,13 @@ _SHAPES = frozenset(
 _INITIAL_VALUES = frozenset({"gaussian", "olora", "orthogonal", "pissa"})
 _REASONS = {
     "use_dora": "DoRA rescales the base weights. Set `use_dora=False`",
-    "modules_to_save": "the base is trained as a whole. Remove it",
-    "bias": "biases belong to the base, which is trained. Set `bias='none'`",
+    "modules_to_save": "the coordinator is s B A alone. Remove it",
+    "bias": "the coordinator is s B A alone. Set `bias='none'`",
     "lora_bias": "a bias of B is not part of theta + w. Set `lora_bias=False`",
-    "lora_dropout": "a merged adapter has no input to drop. Set it to 0",
+    "lora_dropout": "the coordinator is added to the weights, where there is no input to drop. Set it to 0",
     "target_parameters": "only whole linear layers can be targets. Use `target_modules`",
     "layer_replication": "it changes the model. Remove it",
-    "trainable_token_indices": "embeddings belong to the base, which is trained. Remove it",
+    "trainable_token_indices": "the coordinator is s B A alone. Remove it",
 }
 
 

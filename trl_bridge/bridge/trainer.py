@@ -22,7 +22,7 @@ from .coordinator import Coordinator
 from .cost_options import COST_OPTIONS, shadow_storage
 from .gain import GainMeter
 from .gradients import GradientProbe
-from .lean import build_shadow, build_student, check_lean, students_adapter
+from .lean import base_identity, build_shadow, build_student, check_lean, students_adapter
 from .merged import MergedCoordinator
 from .projection import CoordinatorGradient
 from .shadow import Shadow
@@ -146,9 +146,12 @@ class BridgeTrainer(DemonstrationTrainer):
             environment_factory=environment_factory,
         )
         self._student: Weights | None = None
+        self._frozen_base: str | None = None
         self.coordinator: Coordinator
         if self.args.lean:
             self.coordinator, self._student = build_student(self, peft_config)
+            # Now: TRL's sync with vLLM merges adapters into the base and takes them out again, which leaves rounding.
+            self._frozen_base = base_identity(self._plain_model)
         else:
             check_base_model(self._plain_model, self.backend.keeps_master)
             self.coordinator = self._build_coordinator(peft_config)
@@ -298,6 +301,8 @@ class BridgeTrainer(DemonstrationTrainer):
             self._outline = self.backend.outline(self._plain_model, self._copy_student)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._build_parts()
+        # An exception may have come between the coordinator's step and the student's.
+        self.coordinator.settle(self._held)
         # Nothing of a window that an exception cut off in an earlier call of `train` may stay.
         self._gain, self._probe = GainMeter(self), GradientProbe(self)
         rate_factor(self.optimizer)  # refuses now what would fail in the first update
@@ -360,6 +365,7 @@ class BridgeTrainer(DemonstrationTrainer):
             "cooperative_gain": args.cooperative_gain,
             "lean_lora_r": args.lean_lora_r if args.lean else None,
             "lean_lora_alpha": args.lean_alpha if args.lean else None,
+            "frozen base": self._frozen_base,
             "optim": str(args.optim),
             "shadow_optim": str(args.shadow_optim or args.optim),
             "shadow_reset_steps": args.shadow_reset_steps,
