@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from trl import SFTConfig
 
 from ..objectives.distill import AGGREGATIONS
-from .support import check_best_model
+from ..training.support import check_best_model
 
 
 # Field -> (value that it must have, why).

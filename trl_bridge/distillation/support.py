@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 
 from ..training.backends import backend_for
+from ..training.backends.refusals import refuse_spread
+from ..training.support import check_best_model
 
 
 def _is_set(value: Any) -> bool:
@@ -65,30 +66,8 @@ def check_backend(accelerator: Accelerator, owner: str) -> None:
     Raises:
         NotImplementedError: neither one process nor DDP.
     """
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise NotImplementedError(
-            f"{owner} has not been tested with {kind.value}. Launch it on one device, or with DDP (torchrun)."
-        )
+    refuse_spread(accelerator.distributed_type, owner)
     backend_for(accelerator)
-
-
-def check_best_model(args: Any) -> None:
-    """
-    Refuse to go back to a best checkpoint that has no state beside the weights.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]):
-            Arguments after the parent's own checks.
-
-    Raises:
-        ValueError: `load_best_model_at_end` with `save_only_model`.
-    """
-    if args.load_best_model_at_end and args.save_only_model:
-        raise ValueError(
-            "`load_best_model_at_end` with `save_only_model` has nothing to restore its state from. Set "
-            "`save_only_model=False`."
-        )
 
 
 def check_config(args: Any) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, is_peft_model
+from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset
 from torch import nn
 from transformers import (
@@ -20,6 +20,7 @@ from transformers import (
 from trl import GRPOConfig
 
 from .._upstream import add_demonstration_head, plain_copy, without_reference_model
+from .backends.refusals import is_spread, refuse_spread
 from .resume import ResumableTrainer
 from .rollouts import RolloutRecord
 
@@ -104,12 +105,10 @@ class StudentTrainer(ResumableTrainer):
             )
         self.backend.check(args)
         kind = self.accelerator.distributed_type
-        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and not self.shards:
-            raise NotImplementedError(
-                f"{owner} has not been tested with {kind.value}. Launch it on one device, or with DDP (torchrun)."
-            )
+        if not self.shards:
+            refuse_spread(kind, owner)
         plain: Any = self._plain_model
-        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and is_peft_model(plain):
+        if is_spread(kind) and is_peft_model(plain):
             raise NotImplementedError(
                 f"A LoRA student of {owner} has not been tested with {kind.value}. Launch it on one device or with DDP "
                 "(torchrun), or train the model in full (without `peft_config`, or `lean`)."

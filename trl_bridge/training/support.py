@@ -105,10 +105,24 @@ def check_config(args: Any) -> None:
     for name, (refuses, reason) in REFUSED.items():
         if refuses(getattr(args, name)):
             raise NotImplementedError(f"`{name}` is not supported by {type(args).__name__}: {reason}.")
+    check_best_model(args)
+
+
+def check_best_model(args: Any) -> None:
+    """
+    Refuse to go back to a best checkpoint that has no state beside the weights.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Arguments after the parent's own checks.
+
+    Raises:
+        ValueError: `load_best_model_at_end` with `save_only_model`.
+    """
     if args.load_best_model_at_end and args.save_only_model:
         raise ValueError(
-            "`load_best_model_at_end` with `save_only_model` would restore the policy alone and leave the parts beside "
-            "it as they were. Set `save_only_model=False`."
+            "`load_best_model_at_end` with `save_only_model` would restore the policy alone and leave the state beside "
+            "it as it was. Set `save_only_model=False`."
         )
 
 

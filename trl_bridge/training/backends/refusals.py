@@ -2,7 +2,32 @@
 
 from typing import Any
 
+from accelerate.utils import DistributedType
 from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
+
+
+def is_spread(kind: DistributedType) -> bool:
+    """Whether a way of training spreads the student over the ranks: FSDP or DeepSpeed."""
+    return kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def refuse_spread(kind: DistributedType, owner: str) -> None:
+    """
+    Refuse to spread the student of a trainer that has not been tested so.
+
+    Args:
+        kind ([`~accelerate.utils.DistributedType`]):
+            Way of training.
+        owner (`str`):
+            The trainer, for the message.
+
+    Raises:
+        NotImplementedError: FSDP or DeepSpeed.
+    """
+    if is_spread(kind):
+        raise NotImplementedError(
+            f"{owner} has not been tested with {kind.value}. Launch it on one device, or with DDP (torchrun)."
+        )
 
 
 def refuse_fsdp(plugin: Any) -> None:
