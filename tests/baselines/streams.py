@@ -75,7 +75,11 @@ class _Recorder:
         super().__init__(*args, **kwargs)
         self.windows, self.states = [], []
         self._open = {"rl": [], "sft": [], "weights": []}
-        self.start = weights_of(self)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self.start = weights_of(self)  # now alike on all ranks, whatever each of them has initialised an adapter with
+        return prepared
 
     def policy_loss(self, model, inputs):
         self._open["rl"].append(clone(inputs))

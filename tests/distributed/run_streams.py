@@ -11,6 +11,7 @@ from tests.baselines.streams import logged, make, options_of, recording, sharp_m
 from tests.bridge.test_resume import StopAt
 from tests.distributed.cases import FSDP, zero
 from tests.distributed.run import pretend_accelerator
+from tests.harness import small_lora
 from trl_bridge import AlternatingTrainer, CHORDTrainer, NaiveMixTrainer
 
 
@@ -19,6 +20,7 @@ MU = {"mu_peak": 0.8, "mu_valley": 0.2, "mu_warmup_steps": 1, "mu_decay_steps": 
 NAIVE_MIX = (NaiveMixTrainer, {"sft_weight": 0.5, "sft_weighting": "likelihood", **SGD})
 ALTERNATING = (AlternatingTrainer, {})
 CHORD = (CHORDTrainer, {**MU, "enable_phi_function": True, **SGD})
+LORA = {"peft_config": small_lora()}
 ZERO_3 = zero(3, stage3_param_persistence_threshold=0)
 # By way of training: method -> trainer, what the method is tested with, and what the way of training needs.
 CASES = {
@@ -27,12 +29,22 @@ CASES = {
         "naive-mix": (*NAIVE_MIX, FSDP),
         "alternating": (*ALTERNATING, {**FSDP, "gradient_checkpointing": True}),
         "chord": (*CHORD, FSDP),
+        "chord, lora": (*CHORD, {**FSDP, "gradient_checkpointing": True, **LORA}),
     },
     "deepspeed": {
         "naive-mix": (*NAIVE_MIX, {**zero(2), "gradient_checkpointing": True}),
         "alternating": (*ALTERNATING, ZERO_3),
         "chord": (*CHORD, zero(1)),
+        "naive-mix, lora": (*NAIVE_MIX, {**zero(1), **LORA}),
+        "alternating, lora": (*ALTERNATING, {**zero(2), "gradient_checkpointing": True, **LORA}),
+        "chord, lora": (*CHORD, {**ZERO_3, "gradient_checkpointing": True, **LORA}),
     },
+}
+# Cases with whose way of training a run is stopped and gone on with.
+RESUMES = {
+    "ddp": ["alternating"],
+    "fsdp": ["alternating", "chord, lora"],
+    "deepspeed": ["alternating", "alternating, lora", "chord, lora"],
 }
 ZERO = {"mu_peak": 0.0, "mu_valley": 0.0}
 
@@ -52,9 +64,14 @@ def main(kind: str, folder: Path) -> None:
             "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         }
         torch.save(record, folder / f"{name}-{trainer.accelerator.process_index}.pt")
-    way = CASES[kind]["alternating"][2]
-    both = {} if kind != "ddp" else limits(folder)
-    # Stopped inside an RL phase, between two updates of a generation batch.
+    pairs = {} if kind != "ddp" else limits(folder)
+    for name in RESUMES[kind]:
+        pairs[name] = resume(folder / f"resume {name}", CASES[kind][name][2])
+    torch.save(pairs, folder / f"pairs-{trainer.accelerator.process_index}.pt")
+
+
+def resume(folder: Path, way: dict) -> tuple[dict, dict]:
+    """What a run that was stopped and gone on with ends with, and one that was not: inside an RL phase, between two updates of a generation batch."""
     options = {"steps_per_generation": 4, "rl_steps": 2, "sft_steps": 2, "max_steps": 5}
     options |= {"save_strategy": "steps", "save_steps": 1, **way}
     straight = trained(AlternatingTrainer, folder / "straight", **options)
@@ -62,8 +79,7 @@ def main(kind: str, folder: Path) -> None:
     resumed = make(AlternatingTrainer, folder / "halves", **options)
     resumed.train(resume_from_checkpoint=True)
     assert logged(resumed, "alternating/rl_update") == [0.0, 0.0, 1.0, 1.0, 0.0]
-    both |= {"straight": state_of(straight), "resumed": state_of(resumed)}
-    torch.save(both, folder / f"pairs-{straight.accelerator.process_index}.pt")
+    return state_of(resumed), state_of(straight)
 
 
 def limits(folder: Path) -> dict:

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests.baselines.streams import sharp_model
 from tests.bridge.test_resume import assert_same
 from tests.distributed.launch import launch, load, params_of
-from tests.distributed.run_streams import CASES
+from tests.distributed.run_streams import CASES, RESUMES
 from tests.harness import movement_error
 from tests.reference.stream import StreamReference
+from trl_bridge.scripts.merge import merge_adapter
 
 
 pytestmark = pytest.mark.distributed
@@ -24,6 +26,16 @@ METHODS = {
         "token_weight": lambda p: p * (1 - p),
     },
 }
+
+
+def method_of(name):
+    return name.partition(", ")[0]
+
+
+def student(kind, name):
+    """The model of a case as it is before training, with its adapter where it has one."""
+    lora = CASES[kind][name][2].get("peft_config")
+    return sharp_model() if lora is None else get_peft_model(sharp_model(), lora)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +57,14 @@ def test_two_ranks_equal_the_reference(folder, kind, name):
     ranks = load(folder(kind), name)
     main = ranks[0]
     ones = {"rl_weight": lambda step: 1.0, "sft_weight": lambda step: 1.0, "token_weight": torch.ones_like}
-    options = {**main["options"], "world_size": 2, "schedule": lambda step: (4 - step) / 4, **ones, **METHODS[name]}
-    reference = StreamReference(sharp_model(), main["start"], options)
+    options = {
+        **main["options"],
+        "world_size": 2,
+        "schedule": lambda step: (4 - step) / 4,
+        **ones,
+        **METHODS[method_of(name)],
+    }
+    reference = StreamReference(student(kind, name), main["start"], options)
     for step, (state, entry) in enumerate(zip(main["states"], main["log"], strict=True)):
         joined = {k: [x for rank in ranks for x in rank["windows"][step][k]] for k in ("rl", "sft", "weights")}
         metrics = reference.update(step, joined["rl"], joined["sft"], joined["weights"])
@@ -69,10 +87,21 @@ def test_ranks_agree_to_the_bit_and_train_on_different_rows(folder, kind, name):
 
 
 @pytest.mark.parametrize(("kind", "name"), params_of(CASES))
-def test_saved_model_is_the_student(folder, kind, name):
-    trained = load(folder(kind), name)[0]["states"][-1]
-    saved = AutoModelForCausalLM.from_pretrained(folder(kind) / name / "final").state_dict()
-    assert_same({n: saved[n] for n in trained}, trained)
+def test_saved_model_is_the_student(folder, kind, name, tmp_path):
+    trained, saved = load(folder(kind), name)[0]["states"][-1], folder(kind) / name / "final"
+    if "lora" not in name:
+        weights = AutoModelForCausalLM.from_pretrained(saved).state_dict()
+        assert_same({n: weights[n] for n in trained}, trained)
+        return
+    adapted = PeftModel.from_pretrained(sharp_model(), saved)
+    weights = adapted.state_dict()
+    assert trained.keys() == {n for n in weights if "lora_" in n}
+    assert_same({n: weights[n] for n in trained}, trained)
+    sharp_model().save_pretrained(tmp_path / "base")
+    merged = merge_adapter(saved, tmp_path / "plain", base=str(tmp_path / "base"))
+    want = adapted.merge_and_unload().state_dict()
+    for name, weight in AutoModelForCausalLM.from_pretrained(merged).state_dict().items():
+        assert torch.allclose(weight, want[name], atol=1e-6), name
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -81,7 +110,7 @@ def test_mu_zero_is_grpo_on_two_ranks(folder, rank):
     assert_same(pairs["CHORDTrainer"], pairs["GRPOTrainer"])
 
 
-@pytest.mark.parametrize(("kind", "rank"), params_of(dict.fromkeys(CASES, (0, 1))))
-def test_resume_is_exact_on_two_ranks(folder, kind, rank):
-    pairs = load(folder(kind), "pairs")[rank]
-    assert_same(pairs["resumed"], pairs["straight"])
+@pytest.mark.parametrize(("kind", "name"), params_of(RESUMES))
+def test_resume_is_exact_on_two_ranks(folder, kind, name):
+    for pairs in load(folder(kind), "pairs"):
+        assert_same(*pairs[name])

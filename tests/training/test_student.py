@@ -5,28 +5,40 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from tests.baselines.streams import make
-from tests.harness import small_lora, small_trainer
+from tests.harness import small_lora, small_model, small_trainer
 from trl_bridge import BridgeTrainer, NaiveMixTrainer
 from trl_bridge.training.backends import Backend
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-@pytest.mark.parametrize(
-    ("owner", "make_trainer"),
-    [
-        ("NaiveMixTrainer", lambda folder: make(NaiveMixTrainer, folder, peft_config=small_lora())),
-        ("BridgeTrainer", lambda folder: small_trainer(folder, BridgeTrainer, lean=True)),
-    ],
-)
-def test_a_lora_student_is_not_spread(tmp_path, monkeypatch, kind, owner, make_trainer):
-    # As soon as TRL's own constructor is through, which cannot run with either on one CPU.
+KINDS = [DistributedType.FSDP, DistributedType.DEEPSPEED]
+
+
+def spread(monkeypatch, kind, quantised=None):
+    """As soon as TRL's own constructor is through, which cannot run with either on one CPU, nor with a quantised base."""
     monkeypatch.setattr("trl_bridge.training.resume.backend_for", Backend)
     check = Backend.check
 
-    def spread(self, args):
+    def checked(self, args):
         monkeypatch.setattr(Accelerator, "distributed_type", kind)
+        if quantised is not None:
+            quantised.is_quantized = True
         check(self, args)
 
-    monkeypatch.setattr(Backend, "check", spread)
-    with pytest.raises(NotImplementedError, match=f"A LoRA student of {owner} has not been tested with {kind.value}"):
-        make_trainer(tmp_path)
+    monkeypatch.setattr(Backend, "check", checked)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_student_of_lean_mode_is_not_spread(tmp_path, monkeypatch, kind):
+    spread(monkeypatch, kind)
+    with pytest.raises(
+        NotImplementedError, match=f"A LoRA student of BridgeTrainer has not been tested with {kind.value}"
+    ):
+        small_trainer(tmp_path, BridgeTrainer, lean=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_base_is_not_spread(tmp_path, monkeypatch, kind):
+    model = small_model()
+    spread(monkeypatch, kind, quantised=model)
+    with pytest.raises(NotImplementedError, match=f"quantised base has not been tested with {kind.value}.*bfloat16"):
+        make(NaiveMixTrainer, tmp_path, model=model, peft_config=small_lora())

@@ -85,6 +85,7 @@ class BridgeTrainer(DemonstrationTrainer):
     """
 
     config_class = BridgeConfig
+    spreads_adapters = False
     _tag_names = ["trl", "bridge"]
     _name = "BRIDGE"
     _paper = {

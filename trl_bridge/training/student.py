@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import DistributedType, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset
 from torch import nn
 from transformers import (
@@ -53,6 +53,8 @@ class StudentTrainer(ResumableTrainer):
     config_class: type[GRPOConfig] = GRPOConfig
     # Whether the update is tested where the weights are spread over the ranks (FSDP2, DeepSpeed).
     shards = False
+    # The same of a LoRA student.
+    spreads_adapters = False
 
     def __init__(
         self,
@@ -109,10 +111,7 @@ class StudentTrainer(ResumableTrainer):
             refuse_spread(kind, owner)
         plain: Any = self._plain_model
         if is_spread(kind) and is_peft_model(plain):
-            raise NotImplementedError(
-                f"A LoRA student of {owner} has not been tested with {kind.value}. Launch it on one device or with DDP "
-                "(torchrun), or train the model in full (without `peft_config`, or `lean`)."
-            )
+            self._check_spread_adapter(plain, kind)
         head_owner = plain.get_base_model() if is_peft_model(plain) else plain
         add_demonstration_head(head_owner, args.cast_lm_head_to_fp32)
         if own_reference:
@@ -141,6 +140,18 @@ class StudentTrainer(ResumableTrainer):
 
     def after_step(self) -> None:
         """After the student's optimizer step, before user callbacks and saving. Nothing here."""
+
+    def _check_spread_adapter(self, model: Any, kind: DistributedType) -> None:
+        if not self.spreads_adapters:
+            raise NotImplementedError(
+                f"A LoRA student of {type(self).__name__} has not been tested with {kind.value}. Launch it on one device "
+                "or with DDP (torchrun), or train the model in full (without `peft_config`, or `lean`)."
+            )
+        if getattr(model.get_base_model(), "is_quantized", False):
+            raise NotImplementedError(
+                f"A LoRA on a quantised base has not been tested with {kind.value}. Load the base in bfloat16 (without "
+                "`quantization_config`), or launch it on one device or with DDP (torchrun)."
+            )
 
     @property
     def _plain_model(self) -> PreTrainedModel:

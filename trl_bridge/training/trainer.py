@@ -48,6 +48,7 @@ class DemonstrationTrainer(StudentTrainer):
 
     config_class: type[DemonstrationConfig] = DemonstrationConfig
     shards = True
+    spreads_adapters = True
 
     def __init__(
         self,
