@@ -52,8 +52,8 @@ def _ways(file: str, **changes: str) -> dict[str, str]:
         "full": own + (equals if stream else "test_update_equals_the_reference"),
         "lora": own + "test_update_of_a_lora_student" if stream else _ALL_METHODS + "test_lora_student",
         "ddp": _STREAMS if stream else _GROUPS,
-        "fsdp2": _STREAMS if stream else REFUSED,
-        "zero": _STREAMS if stream else REFUSED,
+        "fsdp2": _STREAMS if stream else _GROUPS,
+        "zero": _STREAMS if stream else _GROUPS,
         "vllm": _ALL_METHODS + "test_limits_are_grpo_with_vllm_to_the_bit",
         "resume": own + ("test_stop_and_resume" if stream else "test_resume_is_exact"),
     }
@@ -108,6 +108,8 @@ _ENTRIES = {
             "relift",
             lora="baselines/test_relift.py::test_lora_student_and_its_reference",
             ddp="distributed/test_groups.py::test_relift_on_two_ranks_equals_the_reference",
+            fsdp2=REFUSED,
+            zero=REFUSED,
         ),
     ),
     "uft": Capability(
@@ -126,7 +128,10 @@ _ENTRIES = {
         _ways(
             "actguide",
             lora="baselines/test_actguide.py::test_lora_student_and_its_reference",
-            ddp="distributed/test_groups.py::test_actguide_on_two_ranks_equals_the_reference",
+            **dict.fromkeys(
+                ("ddp", "fsdp2", "zero"),
+                "distributed/test_groups.py::test_actguide_on_two_ranks_equals_the_reference",
+            ),
             vllm="baselines/test_actguide.py::test_vllm_keeps_guided_rows",
         ),
     ),

@@ -4,6 +4,7 @@ import copy
 
 import torch
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
@@ -52,7 +53,11 @@ def recording(trainer_class):
             self.start = self.snapshot()
 
         def snapshot(self):
-            return {n: p.detach().clone() for n, p in self.accelerator.unwrap_model(self.model).named_parameters()}
+            # Whole where the ranks hold pieces, so collective there. FSDP leaves some gathered after a forward.
+            held = self.backend.weights(self.accelerator.unwrap_model(self.model))
+            gathered = {n for n, p in held.parameters.items() if held.spread and not isinstance(p, DTensor)}
+            whole = {n: p if n in gathered else held.whole(n) for n, p in held.parameters.items()}
+            return {n: p.detach().clone() for n, p in whole.items()}
 
         def _compute_loss(self, model, inputs):
             if self.model.training:

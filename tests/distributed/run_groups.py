@@ -1,15 +1,21 @@
-"""Trains the group baselines on the ranks that torchrun starts, recorded. Usage: run_groups.py FOLDER"""
+"""Trains the group baselines on the ranks that torchrun starts, recorded. Usage: run_groups.py KIND FOLDER [NAME...]"""
 
+import importlib
+import os
 import sys
 from pathlib import Path
+from types import NoneType, SimpleNamespace
 
 import torch
 
 import trl_bridge
 from tests.baselines.groups import StopAt, group_trainer, options, recording
+from tests.baselines.streams import optimizer_state_of, weights_of
 from tests.baselines.test_actguide import watching as watching_guidance
 from tests.baselines.test_relift import watching
 from tests.baselines.test_uft import hint_rows
+from tests.distributed.cases import FSDP, zero
+from tests.distributed.run import pretend_accelerator
 from trl_bridge.methods import METHODS
 
 
@@ -23,40 +29,86 @@ ROWS = {
     "max_steps": 3,
 }
 SGD = {"optim": "sgd", "learning_rate": 0.1}
-CASES = {
+
+
+def right_on_the_second_rank(completions, **kwargs):
+    """Of four rollouts on the second rank the first two, and none on the first rank."""
+    return [float(os.environ["RANK"] == "1" and row % 4 < 2) for row in range(len(completions))]
+
+
+# What is trained: a method, whose name comes first, with its options.
+METHOD = {
     "luffy": {"loss_type": "dapo", "preset": "code", **SGD},
     "srft": {"temperature": 0.7},
     "hpt": {"gate": 1, "gate_off": 3, "loss_type": "dapo", **SGD},
+    # One group on each rank: SFT alone on the first, RL alone on the second, and a second forward for the SFT term.
+    "hpt apart": {
+        "reward_funcs": right_on_the_second_rank, "success_threshold": 1.0, "temperature": 0.7, "max_steps": 2,
+        "per_device_train_batch_size": 4, "train_dataset": hint_rows(), **SGD,
+    },
     # Five unsolved questions in micro-batches of two: the second rank has one less than the first.
     "relift": {"buffer_size": 5, "sft_per_device_train_batch_size": 2, "success_threshold": 9.0, **SGD},
     "uft": {"hint_steps": 3, "hint_coef": 0.5, **SGD},
     "prefix-rft": {"scale_rewards": "group", **SGD},
     # Hard groups on one rank, on both and on none, in different batches.
     "actguide": {"hard_threshold": 2.0, "probe_rollouts": 6, "beta": 0.1, **SGD},
+}  # fmt: skip
+ZERO = {"zero-1": zero(1), "zero-2": zero(2), "zero-3": zero(3, stage3_param_persistence_threshold=0)}
+# By way of training: method -> what the way of training needs.
+CASES = {
+    "ddp": {name: {} for name in METHOD},
+    "fsdp": {name: FSDP for name in METHOD if name != "relift"},
+    "deepspeed": {f"{name}, {stage}": way for name in METHOD if name != "relift" for stage, way in ZERO.items()},
 }
-RESUMED = ("hpt", "relift", "actguide")
+PLAIN = (int, float, str, NoneType)
+RESUMED = {
+    "ddp": ("hpt", "relift", "actguide"),
+    "fsdp": ("srft",),
+    "deepspeed": ("srft, zero-1", "srft, zero-2", "srft, zero-3"),
+}
 WATCHING = {"relift": watching, "actguide": watching_guidance}
 
 
-def build(name, folder, recorded=False, **changes):
+def options_of(case):
+    """The entry of `METHOD` of a case."""
+    return case.partition(",")[0]
+
+
+def build(kind, case, folder, recorded=False, **changes):
+    name = options_of(case).partition(" ")[0]
     trainer_class = getattr(trl_bridge, METHODS[name].trainer.rpartition(".")[2])
     if recorded:
         trainer_class = WATCHING[name]() if name in WATCHING else recording(trainer_class)
-    options = {**ROWS, **CASES[name], **changes}
     rows = hint_rows(every=2, steps=name == "actguide")
-    return group_trainer(folder, trainer_class, train_dataset=rows, **options)
+    options = {"train_dataset": rows, **ROWS, **METHOD[options_of(case)], **CASES[kind][case], **changes}
+    return group_trainer(folder, trainer_class, **options)
 
 
-def main(folder: Path) -> None:
-    for name in CASES:
-        trainer = build(name, folder / name, recorded=True)
+def state_of(trainer):
+    return {
+        "weights": weights_of(trainer),
+        "optimizer": optimizer_state_of(trainer),
+        "shared": trainer.shared_state(),
+        "local": trainer.local_state(),
+    }
+
+
+def main(kind: str, folder: Path, names: list[str]) -> None:
+    if kind != "ddp":
+        pretend_accelerator()
+    for name in CASES[kind]:
+        if names and name not in names and options_of(name) not in names:
+            continue
+        trainer = build(kind, name, folder / name, recorded=True)
         trainer.train()
+        trainer.save_model(str(folder / name / "final"))
         rank = trainer.accelerator.process_index
         record = {
             "windows": trainer.windows,
             "states": trainer.states,
             "start": trainer.start,
-            "args": trainer.args,
+            # What the replay reads; an engine's own parts of it cannot be written.
+            "args": SimpleNamespace(**{k: v for k, v in vars(trainer.args).items() if isinstance(v, PLAIN)}),
             "options": {k: v for k, v in options(trainer.args).items() if not callable(v)},
             "log": [entry for entry in trainer.state.log_history if "loss" in entry],
             "shared": trainer.shared_state(),
@@ -64,16 +116,19 @@ def main(folder: Path) -> None:
             "born": getattr(trainer, "born", None),
         }
         torch.save(record, folder / f"{name}-{rank}.pt")
-    for name in RESUMED:
+    for name in RESUMED[kind]:
+        if names and f"resume {name}" not in names:
+            continue
         saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
-        straight = build(name, folder / f"{name}-straight", **saving)
+        straight = build(kind, name, folder / f"{name}-straight", **saving)
         straight.train()
-        build(name, folder / f"{name}-halves", callbacks=[StopAt(2)], **saving).train()
-        resumed = build(name, folder / f"{name}-halves", **saving)
+        build(kind, name, folder / f"{name}-halves", callbacks=[StopAt(2)], **saving).train()
+        resumed = build(kind, name, folder / f"{name}-halves", **saving)
         resumed.train(resume_from_checkpoint=True)
-        both = [{"model": dict(t.model.state_dict()), "shared": t.shared_state()} for t in (straight, resumed)]
+        both = [state_of(trainer) for trainer in (straight, resumed)]
         torch.save(both, folder / f"{name}-resume-{resumed.accelerator.process_index}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    importlib.import_module("tests.conftest")  # offline, one thread
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

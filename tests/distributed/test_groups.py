@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.baselines import test_actguide, test_relift
 from tests.baselines.groups import replay_recorded
@@ -13,8 +14,8 @@ from tests.baselines.test_prefix_rft import prefix_loss
 from tests.baselines.test_srft import srft_loss
 from tests.baselines.test_uft import uft_loss
 from tests.bridge.test_resume import assert_same
-from tests.distributed.launch import launch, load
-from tests.distributed.run_groups import CASES, RESUMED
+from tests.distributed.launch import launch, load, params_of
+from tests.distributed.run_groups import CASES, METHOD, RESUMED, options_of
 from tests.harness import small_model
 
 
@@ -25,18 +26,31 @@ LOSSES = {
     "luffy": luffy_loss(),
     "srft": srft_loss(),
     "hpt": hpt_loss(),
+    "hpt apart": hpt_loss(),
     "uft": uft_loss,
     "prefix-rft": prefix_loss,
 }
 # What our trainers log reduced over ranks, the same on each. TRL's own entries are the main process's.
-OURS = ("expert/", "rollouts/", "sft/", "rl/", *(f"{name.replace('-', '_')}/" for name in CASES))
+OURS = ("expert/", "rollouts/", "sft/", "rl/", *(f"{name.replace('-', '_')}/" for name in METHOD))
+
+
+def cases_of(*methods):
+    """(way of training, case) of these methods."""
+    return params_of({kind: [case for case in CASES[kind] if options_of(case) in methods] for kind in CASES})
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("groups")
-    launch("run_groups", folder)
-    return folder
+    """Where the runs of a way of training have written what they saw; one launch for all of them."""
+    done = {}
+
+    def folder_of(kind):
+        if kind not in done:
+            done[kind] = tmp_path_factory.mktemp(f"groups-{kind}")
+            launch("run_groups", kind, done[kind])
+        return done[kind]
+
+    return folder_of
 
 
 def _joined(ranks):
@@ -47,25 +61,28 @@ def _joined(ranks):
     )
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_two_ranks_equal_the_reference(folder, name):
-    run = _joined(load(folder, name))
+@pytest.mark.parametrize(("kind", "name"), cases_of(*LOSSES))
+def test_two_ranks_equal_the_reference(folder, kind, name):
+    run = _joined(load(folder(kind), name))
     steps = len(run.windows)
-    extra = {"hint_coef": CASES["uft"]["hint_coef"], "share": 0.2, "delta": run.args.delta}
+    extra = {"hint_coef": METHOD["uft"]["hint_coef"], "share": 0.2, "delta": run.args.delta}
     o = {**run.options, **extra, "world_size": 2, "schedule": lambda step: (steps - step) / steps}
     assert any(batch["expert_mask"].any() for window in run.windows for batch in window)
-    assert max(replay_recorded(run, small_model(), LOSSES[name], o)) < TOLERANCE
+    errors = replay_recorded(run, small_model(), LOSSES[options_of(name)], o)
+    assert max(errors) < TOLERANCE, errors
 
 
-def test_relift_on_two_ranks_equals_the_reference(folder):
-    run = _joined(load(folder, "relift"))
+@pytest.mark.parametrize(("kind", "name"), cases_of("relift"))
+def test_relift_on_two_ranks_equals_the_reference(folder, kind, name):
+    run = _joined(load(folder(kind), name))
     assert any(run.taken)
     errors, _ = test_relift.replay(run)
-    assert max(errors) < TOLERANCE
+    assert max(errors) < TOLERANCE, errors
 
 
-def test_actguide_on_two_ranks_equals_the_reference(folder):
-    ranks = load(folder, "actguide")
+@pytest.mark.parametrize(("kind", "name"), cases_of("actguide"))
+def test_actguide_on_two_ranks_equals_the_reference(folder, kind, name):
+    ranks = load(folder(kind), name)
     run = _joined(ranks)
     steps = len(run.windows)
     extra = {"delta": run.args.delta, "gamma": run.args.shaping_gamma, "world_size": 2}
@@ -76,12 +93,13 @@ def test_actguide_on_two_ranks_equals_the_reference(folder):
         for rank in ranks
     ]
     assert any(a != b for a, b in zip(*guided, strict=True)) and sum(map(sum, guided)) >= 8, guided
-    assert max(replay_recorded(run, run.initial_model, test_actguide.guide_loss(run), o)) < TOLERANCE
+    errors = replay_recorded(run, run.initial_model, test_actguide.guide_loss(run), o)
+    assert max(errors) < TOLERANCE, errors
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_ranks_agree_to_the_bit(folder, name):
-    first, second = load(folder, name)
+@pytest.mark.parametrize(("kind", "name"), params_of(CASES))
+def test_ranks_agree_to_the_bit(folder, kind, name):
+    first, second = load(folder(kind), name)
     for part in ("states", "shared"):
         assert_same(first[part], second[part], part)
     logs = [
@@ -91,8 +109,25 @@ def test_ranks_agree_to_the_bit(folder, name):
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize(("kind", "name"), params_of(CASES))
+def test_saved_model_is_the_student(folder, kind, name):
+    trained = load(folder(kind), name)[0]["states"][-1]
+    saved = AutoModelForCausalLM.from_pretrained(folder(kind) / name / "final").state_dict()
+    assert_same({n: saved[n] for n in trained}, trained)
+
+
+@pytest.mark.parametrize(("kind", "name"), cases_of("hpt apart"))
+def test_one_rank_trains_by_sft_and_the_other_by_rl(folder, kind, name):
+    first, second = load(folder(kind), name)
+    for left, right in zip(
+        *([batch for window in rank["windows"] for batch in window] for rank in (first, second)), strict=True
+    ):
+        assert left["sft_mask"].any() and not left["tool_mask"].any()
+        assert right["tool_mask"].all() and not right["sft_mask"].any() and right["advantages"].any()
+
+
 def test_groups_straddle_the_ranks(folder):
-    first, second = load(folder, "hpt")
+    first, second = load(folder("ddp"), "hpt")
     # Six rows each: prompts of the middle group are on both.
     prompts = [
         {tuple(row.tolist()) for batch in rank["windows"][0][:1] for row in batch["prompt_ids"]}
@@ -101,8 +136,8 @@ def test_groups_straddle_the_ranks(folder):
     assert len(prompts[0] & prompts[1]) == 1
 
 
-@pytest.mark.parametrize("name", RESUMED)
-def test_resume_is_exact_on_two_ranks(folder, name):
+@pytest.mark.parametrize(("kind", "name"), params_of(RESUMED))
+def test_resume_is_exact_on_two_ranks(folder, kind, name):
     for rank in range(2):
-        straight, resumed = torch.load(folder / f"{name}-resume-{rank}.pt", weights_only=False)
+        straight, resumed = torch.load(folder(kind) / f"{name}-resume-{rank}.pt", weights_only=False)
         assert_same(resumed, straight)

@@ -163,6 +163,7 @@ class ReLIFTTrainer(ExpertTrainer):
     """
 
     config_class = ReLIFTConfig
+    shards = False
     _tag_names = ["trl", "relift"]
     _name = "ReLIFT"
     _paper = {
