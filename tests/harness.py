@@ -167,6 +167,7 @@ def reference_options(trainer, **changes):
         "ratio": args.shadow_importance_sampling,
         "reset": args.shadow_reset_steps,
         "every": args.shadow_update_steps,
+        "overlap": args.shadow_overlap,
         "temperature": args.temperature,
         "loss_type": args.loss_type,
         "level": args.importance_sampling_level,

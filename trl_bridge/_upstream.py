@@ -10,6 +10,7 @@ import functools
 import types
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from trl.trainer.utils import add_fused_lm_head
 __all__ = [
     "PREFIX_CHECKPOINT_DIR",
     "add_demonstration_head",
+    "asked_twice",
     "decode_completions",
     "isolated_bookkeeping",
     "optimizer_for",
@@ -293,6 +295,63 @@ def outside_zero3() -> Iterator[None]:
         yield
     finally:
         transformers_deepspeed._hf_deepspeed_config_weak_ref = kept
+
+
+class TwiceAsked:
+    """
+    In the place of a trainer's client of a vLLM server, so that the same generation can be asked for and fetched apart.
+
+    TRL's generation blocks its main process between two collectives (`VLLMGeneration.generate`), where no other work
+    fits in. So it is called twice with the same prompts: the first call sends the request off and returns at once with
+    completions of one token, which the caller drops; the second returns the server's answer.
+
+    Args:
+        client ([`~trl.generation.vllm_client.VLLMClient`]):
+            The client. Nobody else may use it until the answer is there.
+    """
+
+    def __init__(self, client: Any):
+        self._client = client
+        self._thread = ThreadPoolExecutor(1)
+        self._answer: Future[dict[str, Any]] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)  # the first call sends the weights before it asks
+
+    def generate(self, prompts: list[list[int]], n: int, **options: Any) -> dict[str, Any]:
+        """As the client's own; the first time a stand-in."""
+        if self._answer is not None:
+            return self._answer.result()
+        self._answer = self._thread.submit(self._client.generate, prompts=prompts, n=n, **options)
+        rows = n * len(prompts)
+        return {"prompt_ids": prompts, "completion_ids": [[0]] * rows, "logprobs": [[[0.0]]] * rows}
+
+    def close(self) -> None:
+        """Wait for an answer that nobody fetched, after an error between the two calls."""
+        self._thread.shutdown()
+
+
+@contextlib.contextmanager
+def asked_twice(trainer: GRPOTrainer) -> Iterator[None]:
+    """
+    While inside, the first `_generate_single_turn` of a trainer in vLLM's server mode only sends the request, and the
+    second fetches the answer (see [`TwiceAsked`]).
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]):
+            The trainer. Only its main process has a client.
+    """
+    generation: Any = trainer.vllm_generation
+    if not trainer.accelerator.is_main_process:
+        yield
+        return
+    client = generation.vllm_client
+    twice = generation.vllm_client = TwiceAsked(client)
+    try:
+        yield
+    finally:
+        generation.vllm_client = client
+        twice.close()
 
 
 def teacher_client(url: str, timeout: float) -> Any:

@@ -92,22 +92,21 @@ class Drawing(ShadowRecorder):
         self.drawn, self._seen = [], []
 
     def between_passes(self, model, inputs):
-        self._seen.append((clone(inputs), self.rollouts.scores))
+        self._seen.append(self._shadow_pass.scored(clone(inputs)))
         super().between_passes(model, inputs)
 
     def end_of_window(self):
         kept = {n: p.grad for n, p in self.shadow.model.named_parameters()}
         inside, self._gain._sums = self._gain._sums, None
-        prompts = sorted({tuple(p) for batch, _ in self._seen for p in batch["prompt_ids"].tolist()})
+        prompts = sorted({tuple(p) for batch in self._seen for p in batch.inputs["prompt_ids"].tolist()})
         assert len(prompts) == 4
         results = []
         for taken in [range(4), *(taken_groups(4, 0.5, start) for start in range(4))]:
             for parameter in self.shadow.model.parameters():
                 parameter.grad = None
-            for batch, scores in self._seen:
-                rows = [prompts.index(tuple(p)) in taken for p in batch["prompt_ids"].tolist()]
-                batch["shadow_weight"] = torch.tensor([4 / len(taken) if row else 0.0 for row in rows])
-                self.rollouts.scores = scores
+            for batch in self._seen:
+                rows = [prompts.index(tuple(p)) in taken for p in batch.inputs["prompt_ids"].tolist()]
+                batch.inputs["shadow_weight"] = torch.tensor([4 / len(taken) if row else 0.0 for row in rows])
                 self._shadow_pass.run(batch)
             results.append((copies(self.shadow.gradients()), self._gain.finish()["bridge/gain"]))
         self.drawn.append((results[0][0], [r[0] for r in results[1:]], [r[1] for r in results]))

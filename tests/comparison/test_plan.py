@@ -122,6 +122,15 @@ def test_the_learning_rate_is_chosen_on_all_validation_seeds():
     assert best_rate(given, row, setting, finished(runs)) == 0.001
 
 
+def test_a_single_rate_needs_no_validation_runs():
+    given = comparison(learning_rates=[0.01], validation_seeds=[])
+    runs = list(next_runs(given, {}))
+    assert {(run.phase, run.learning_rate) for run in runs} == {("test", 0.01)}
+    assert len(runs) == number_of_runs(given, {}) == (4 * 3 - 3) * 2
+    chosen = comparison(learning_rates=[0.01])
+    assert runs_of(chosen, chosen.rows[0], chosen.settings[0], 0.01)[0].key == runs[0].key
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -140,6 +149,8 @@ def test_the_learning_rate_is_chosen_on_all_validation_seeds():
         ({"seeds": 3}, "`seeds` must be a list of different integers, got 3"),
         ({"learning_rates": [0.1, 0.1]}, "`learning_rates` must be a list of different rates"),
         ({"learning_rates": [-0.1]}, "`learning_rates` must be"),
+        ({"validation_seeds": []}, "`validation_seeds` is empty, so `learning_rates` must be one rate"),
+        ({"validation_seeds": None}, "`validation_seeds` must be a list of different integers, got None"),
         ({"steps": 0}, "`steps` must be an integer of at least 1, got 0"),
         ({"references": ["nobody"]}, "`references`: there is no `nobody`"),
         ({"trainer": [1]}, "`trainer` must be a mapping"),
@@ -180,7 +191,7 @@ def test_shipped_comparisons(name):
     given = load_comparison(name)
     assert [row.name for row in given.rows] == list(values["methods"])
     assert given.references and set(given.references) <= {row.name for row in given.rows}
-    if not name.endswith("-smoke"):
+    if not name.endswith(("-smoke", "-cpu")):
         assert len(given.learning_rates) >= 3 and len(given.seeds) >= 3
 
 

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch
 
+from tests import serving
 from tests.harness import small_model
 
 
 SGD = {"optim": "sgd", "learning_rate": 0.1}
+# A stand-in for the server; every rank but the main one waits for its answer.
+OVERLAP = {**SGD, **serving.OPTIONS, "vllm_importance_sampling_correction": False, "shadow_overlap": True}
 # What accelerate and DeepSpeed need to train on a CPU, or as TRL's own accelerate configs have it.
 SHARDED = {"use_cpu": False}
 FSDP = {**SHARDED, "fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": False}}
@@ -47,6 +50,7 @@ DDP_CASES = {
     },
     "shadow in every second update, offloaded": {**SGD, "shadow_update_steps": 2, "shadow_offload": True},
     "shadow in bf16": {**SGD, "shadow_dtype": "bfloat16"},
+    "shadow beside the server": OVERLAP,
     # SGD: Adam turns the rounding of gradients that are zero (the KL at the start) into full steps.
     "generation within a window": {"gradient_accumulation_steps": 4, "steps_per_generation": 2, "beta": 0.1, **SGD},
 }  # fmt: skip
@@ -81,6 +85,7 @@ FSDP_CASES = {
         **FSDP, **SGD, "shadow_rollout_fraction": 0.5, "shadow_update_steps": 2, "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 1,
     },
+    "shadow beside the server": {**FSDP, **OVERLAP, "shadow_reset_steps": 2},
     "offload, reset": {**FSDP, "shadow_offload": True, "shadow_reset_steps": 2, "model": {"odd_rows": True}},
     "shadow in bf16, offload": {**FSDP, **SGD, "shadow_dtype": "bfloat16", "shadow_offload": True},
     "by name, loaded by the main process": {
@@ -110,6 +115,8 @@ ZERO_CASES = {
     "zero-2, half of the rollouts, every second update": {
         **zero(2), **SGD, "shadow_rollout_fraction": 0.5, "shadow_update_steps": 2,
     },
+    "zero-2, shadow beside the server": {**zero(2), **OVERLAP},
+    "zero-3, shadow beside the server": {**zero(3, stage3_param_persistence_threshold=0), **OVERLAP},
     "zero-1, bf16": {**zero(1), **SGD, "bf16": True},
     "zero-2, bf16": {**zero(2), **SGD, "bf16": True},
     "zero-3, bf16": {**zero(3), **SGD, "bf16": True},

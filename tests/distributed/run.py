@@ -10,6 +10,7 @@ import accelerate.state
 import torch
 import transformers.training_args
 
+from tests import serving
 from tests.bridge.test_resume import StopAt, _state
 from tests.distributed.cases import CASES, LEAN_CASES, RESUMES, model_of
 from tests.harness import RecordingTrainer, reference_options, small_lora, small_trainer
@@ -39,6 +40,7 @@ def trainer_of(output_dir, options, trainer_class=RecordingTrainer, **more):
 
 
 def main(kind: str, folder: Path, names: list[str]) -> None:
+    serving.serve()
     if kind != "ddp":
         pretend_accelerator()
     for name, options in {**CASES[kind], **(LEAN_CASES if kind == "ddp" else {})}.items():

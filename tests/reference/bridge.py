@@ -63,6 +63,7 @@ class Reference:
         self.opt_hat = Optimizer(o.get("shadow_optim") or kind, len(self.theta))
         self.opt_w = Optimizer(kind, 2 * len(self.a))
         self.last_hat_w = None
+        self.put_off = []
 
     def policy(self, base, a, b):
         return {n: t + self.scaling * (b[n] @ a[n]) if n in a else t for n, t in base.items()}
@@ -97,21 +98,24 @@ class Reference:
         shadow_base, shadow_a, shadow_b = self.leaves(self.hat)
         shadow = self.policy(shadow_base, shadow_a, shadow_b)
         rl, rl_hat, gain, counts = 0.0, 0.0, 0.0, torch.zeros(3, dtype=torch.float64)
+        scored, plain = [], {"beta": 0.0, "entropy_coef": 0.0}
         for batch in micro_batches:
             log_p, entropy = objectives.scores(self.model, policy, batch, o["temperature"])
             old = batch["old_per_token_logps"].double() if "old_per_token_logps" in batch else log_p.detach()
             rl = rl + self.objective(log_p, entropy, old, batch, window) / world
-            if not o["gain"]:
-                continue
-            log_p_hat, entropy_hat = objectives.scores(self.model, shadow, batch, o["temperature"])
-            if o.get("rows"):
+            if o["gain"] and o.get("rows"):
                 batch = {**batch, "row_weight": o["rows"](batch)}
+            scored.append(
+                (batch, old, float(self.objective(log_p, entropy, old, batch, window, **plain).detach()), window)
+            )
+        # While the server generates, the shadow sees the rollouts of the update before.
+        shadows = self.put_off if o.get("overlap") else scored
+        for batch, old, student, its_window in shadows if o["gain"] else ():
+            log_p_hat, entropy_hat = objectives.scores(self.model, shadow, batch, o["temperature"])
             trained_old = old if o["ratio"] else log_p_hat.detach()
-            rl_hat = rl_hat + self.objective(log_p_hat, entropy_hat, trained_old, batch, window) / world
-            plain = {"beta": 0.0, "entropy_coef": 0.0}
-            better = self.objective(log_p_hat, entropy_hat, old, batch, window, **plain)
-            better = better - self.objective(log_p, entropy, old, batch, window, **plain)
-            gain += float(better.detach()) / world
+            rl_hat = rl_hat + self.objective(log_p_hat, entropy_hat, trained_old, batch, its_window) / world
+            better = self.objective(log_p_hat, entropy_hat, old, batch, its_window, **plain)
+            gain += (float(better.detach()) - student) / world
             counts += torch.stack(objectives.clip_statistics(log_p_hat, old, batch, o)).detach()
         rl_theta, rl_w = self.gradients(rl, base, a, b)
         # SFT at (theta, w): summed over the window and all ranks, divided by the token count once
@@ -140,7 +144,8 @@ class Reference:
         }
         w_grads = [(1 - lam) * s + lam * r for s, r in zip(sft_w, rl_w, strict=True)]
         # The shadow's turn: every so many updates; between, its last gradient over w, and none is a bracket of zero.
-        due = (step + 1) % o.get("every", 1) == 0
+        due = bool(shadows) and (step + 1) % o.get("every", 1) == 0
+        self.put_off = scored
         if o["gain"]:
             if due:
                 hat_theta, self.last_hat_w = self.gradients(rl_hat, shadow_base, shadow_a, shadow_b)

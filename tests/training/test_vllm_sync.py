@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 
+from tests import serving
 from tests.baselines.groups import group_trainer
 from tests.baselines.streams import make
 from tests.bridge.test_options_run import _Engine
@@ -43,28 +44,6 @@ class Colocated:
         self._open = []
 
 
-class Client:
-    """Stands in for TRL's client of a server, in whose place it keeps what it is sent."""
-
-    def __init__(self, base_url, **options):
-        self.base_url, self.pushes = base_url, []
-
-    def init_communicator(self, device):
-        pass
-
-    def get_server_info(self):
-        return {"model_config": {"logprobs_mode": "processed_logprobs"}}
-
-    def update_named_params(self, metadata, named_params):
-        sent = [(name, weight.detach().clone()) for name, weight in named_params]
-        # The server unpacks by what was announced.
-        assert metadata == [(n, str(w.dtype).removeprefix("torch."), list(w.shape)) for n, w in sent]
-        self.pushes.append(sent)
-
-    def reset_prefix_cache(self):
-        pass
-
-
 events: list[str] = []
 
 
@@ -72,9 +51,8 @@ events: list[str] = []
 def vllm(request, monkeypatch):
     """Options of a run with the stand-ins, and the function that returns what was pushed."""
     events.clear()
-    monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
+    serving.serve(monkeypatch.setattr)
     monkeypatch.setattr(vllm_generation, "LLM", Colocated, raising=False)
-    monkeypatch.setattr(vllm_generation, "VLLMClient", Client)
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Generation)
     # Colocate mode sets them for vLLM; here they would reach later tests.
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from ..objectives.schedules import linear_ramp
 from ..training.config import DemonstrationConfig
 from ..training.support import check_side_optimizer
-from .cost_options import COST_OPTIONS, check_cost_options
+from .cost_options import COST_OPTIONS, LEAN_COST_OPTIONS, check_cost_options
 
 
 PRESETS = ("paper", "selective")
@@ -69,6 +69,10 @@ class BridgeConfig(DemonstrationConfig):
         shadow_update_steps (`int`, *optional*, defaults to `1`):
             The shadow runs and steps in every so many-th update. Between them the coordinator's gradient takes the
             projection of the shadow's last gradient; before the first one the bracket is zero.
+        shadow_overlap (`bool`, *optional*, defaults to `False`):
+            Whether the shadow runs on an update's rollouts while the vLLM server generates the next ones, in which time
+            the trainer's GPUs have nothing else to do. Its part of the coordinator's gradient is then one batch of
+            rollouts old. Needs `use_vllm=True` with `vllm_mode="server"`.
 
     > Parameters that control lean mode (ours, not the paper's: `docs/bridge.md`)
 
@@ -147,6 +151,10 @@ class BridgeConfig(DemonstrationConfig):
         default=1,
         metadata={"help": "The shadow runs in every so many-th update; its last gradient serves between. 1 is exact."},
     )
+    shadow_overlap: bool = field(
+        default=False,
+        metadata={"help": "Run the shadow on the last rollouts while the vLLM server generates the next ones."},
+    )
     lean: bool = field(
         default=False,
         metadata={"help": "Hold theta, w and the shadow as LoRA adapters on one frozen base (not the paper's form)."},
@@ -209,7 +217,7 @@ class BridgeConfig(DemonstrationConfig):
         if self.lean_lora_alpha is not None and not self.lean_lora_alpha > 0:
             raise ValueError(f"`lean_lora_alpha` must be above 0, got {self.lean_lora_alpha}.")
         changed = [name for name, default in COST_OPTIONS.items() if getattr(self, name) != default]
-        refused = [name for name in changed if name not in ("shadow_rollout_fraction", "shadow_update_steps")]
+        refused = [name for name in changed if name not in LEAN_COST_OPTIONS]
         if self.lean and refused:
             raise NotImplementedError(
                 f"`{refused[0]}` is not supported with `lean=True`, where the shadow is no more than an adapter. Set it to "

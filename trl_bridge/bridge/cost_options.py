@@ -10,8 +10,10 @@ from ..training.backends import Storage
 
 # Cost option -> the value that costs what the exact rule does.
 COST_OPTIONS: dict[str, Any] = {
-    "shadow_dtype": None, "shadow_offload": False, "shadow_rollout_fraction": 1.0, "shadow_update_steps": 1,
+    "shadow_dtype": None, "shadow_offload": False, "shadow_rollout_fraction": 1.0, "shadow_update_steps": 1, "shadow_overlap": False,
 }  # fmt: skip
+# Those that lean mode has too.
+LEAN_COST_OPTIONS = frozenset({"shadow_rollout_fraction", "shadow_update_steps", "shadow_overlap"})
 # Those of bitsandbytes have their kernels on the GPU.
 _CPU_OPTIMIZERS = frozenset(
     {
@@ -58,6 +60,8 @@ def check_cost_options(args: Any) -> None:
             f"`shadow_reset_steps={reset}` undoes every update that `shadow_update_steps={args.shadow_update_steps}` leaves "
             "to the shadow, right after it is made. Reset more rarely, or set one of them to its default."
         )
+    if args.shadow_overlap:
+        _check_overlap(args)
     if args.shadow_dtype not in (None, "bfloat16"):
         raise ValueError(
             f"`shadow_dtype` must be None (as the student) or 'bfloat16', got {args.shadow_dtype!r}. float16 would need a "
@@ -80,6 +84,24 @@ def check_cost_options(args: Any) -> None:
         raise ValueError(
             f"`{changed[0]}` has no effect without the cooperative gain, where there is no shadow. Set it to "
             f"{COST_OPTIONS[changed[0]]}, or `cooperative_gain=True`."
+        )
+
+
+def _check_overlap(args: Any) -> None:
+    if not args.use_vllm or args.vllm_mode != "server":
+        raise ValueError(
+            "`shadow_overlap` uses the time in which a vLLM server generates. Set `use_vllm=True` and "
+            '`vllm_mode="server"`, or `shadow_overlap=False`.'
+        )
+    if args.shadow_update_steps > 1:
+        raise NotImplementedError(
+            "`shadow_overlap` is not supported with `shadow_update_steps` above 1. Set one of them to its default."
+        )
+    if args.num_iterations > 1 or args.steps_per_generation != args.gradient_accumulation_steps:
+        raise NotImplementedError(
+            "`shadow_overlap` needs one generation for each update, in which the shadow has its turn. Set "
+            f"`num_iterations=1` and `steps_per_generation={args.gradient_accumulation_steps}` (as "
+            "`gradient_accumulation_steps`), or `shadow_overlap=False`."
         )
 
 

@@ -1,5 +1,6 @@
 """The shadow's pass over a micro-batch: the parent's RL loss at (theta_hat, w), on all of the rollouts or a part."""
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,28 @@ from .rollout_share import RolloutShare
 
 if TYPE_CHECKING:
     from .trainer import BridgeTrainer
+
+
+@dataclasses.dataclass
+class Scored:
+    """
+    A micro-batch that the policy has scored, with all that the shadow's pass must find as the student's did.
+
+    Attributes:
+        inputs (`dict[str, Any]`):
+            The micro-batch.
+        scores (`Scores`):
+            The student's, detached.
+        rng (`list[torch.Tensor]`):
+            States of the CPU's and the GPU's generator before the student's pass.
+        entropy_control (`tuple[float, float]`):
+            Entropy coefficient and last measured entropy then.
+    """
+
+    inputs: dict[str, Any]
+    scores: Scores
+    rng: list[torch.Tensor]
+    entropy_control: tuple[float, float]
 
 
 class ShadowPass:
@@ -38,28 +61,38 @@ class ShadowPass:
             self._rng.append(torch.cuda.get_rng_state(device))
         self._entropy_control = (trainer.entropy_coef, trainer._last_world_entropy)
 
-    def run(self, inputs: dict[str, Any]) -> None:
+    def scored(self, inputs: dict[str, Any]) -> Scored:
+        """
+        After a micro-batch's policy pass: what `run` needs of it, now or later.
+
+        Args:
+            inputs (`dict[str, Any]`):
+                The micro-batch.
+        """
+        return Scored(inputs, self.trainer.rollouts.scores, self._rng, self._entropy_control)
+
+    def run(self, batch: Scored) -> None:
         """
         The micro-batch's loss and its backward.
 
         Args:
-            inputs (`dict[str, Any]`):
-                The micro-batch that the policy has just scored.
+            batch ([`Scored`]):
+                What `scored` returned.
         """
         trainer: Any = self.trainer
-        student = trainer.rollouts.scores
+        student = batch.scores
         # The rollouts were drawn with the student's probabilities, so those are what the shadow's ratio divides by.
-        shared = {"old_per_token_logps": student[0], **inputs}
-        trained = shared if trainer.args.shadow_importance_sampling else _without_old(inputs)
+        shared = {"old_per_token_logps": student[0], **batch.inputs}
+        trained = shared if trainer.args.shadow_importance_sampling else _without_old(batch.inputs)
         trainer.shadow.model.train(trainer.model.training)
         trainer.shadow.held.bring()
         with (
             forked_torch_rng(trainer.accelerator.device),
-            isolated_bookkeeping(trainer, self._entropy_control),
+            isolated_bookkeeping(trainer, batch.entropy_control),
             trainer.backend.beside(),
             trainer.shadow.active(),
         ):
-            self._restore_rng()
+            self._restore_rng(batch.rng)
             if self.share.whole:
                 loss = trainer._compute_loss(trainer.shadow.model, trained)
                 scores = trainer.rollouts.scores
@@ -92,10 +125,10 @@ class ShadowPass:
             loss = weight.max() * trainer._compute_loss(trainer.shadow.model, inputs)
         return loss, (scores[0].detach(), scores[1].detach(), None)
 
-    def _restore_rng(self) -> None:
-        torch.set_rng_state(self._rng[0])
-        if len(self._rng) > 1:
-            torch.cuda.set_rng_state(self._rng[1], self.trainer.accelerator.device)
+    def _restore_rng(self, rng: list[torch.Tensor]) -> None:
+        torch.set_rng_state(rng[0])
+        if len(rng) > 1:
+            torch.cuda.set_rng_state(rng[1], self.trainer.accelerator.device)
 
 
 def _placed(whole: torch.Tensor | None, rows: torch.Tensor, part: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`shadow_update_steps`: in which updates the shadow runs and steps, and what the bracket takes in the others."""
+"""In which updates the shadow steps (`shadow_update_steps`, `shadow_overlap`), and what the bracket takes in the others."""
 
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 class ShadowSchedule:
     """
-    The shadow's turn comes in updates n, 2n, ... of `shadow_update_steps=n`.
+    The shadow's turn comes in updates n, 2n, ... of `shadow_update_steps=n`; with `shadow_overlap` in those whose
+    generation it has run in.
 
     In the updates between, the coordinator's gradient takes the projection of the last G_hat. Where there is none yet,
     or the shadow has been reset since, it takes the projection of the student's own RL gradient, which leaves a bracket
@@ -31,8 +32,13 @@ class ShadowSchedule:
 
     @property
     def due(self) -> bool:
-        """Whether the shadow runs and steps in the update under way."""
-        return self.trainer.shadow is not None and (self.trainer.state.global_step + 1) % self.every == 0
+        """Whether the shadow has its turn in the update under way: its gradient counts, and it steps."""
+        trainer = self.trainer
+        if trainer.shadow is None:
+            return False
+        if trainer.args.shadow_overlap:
+            return trainer._shadow_overlap.done
+        return (trainer.state.global_step + 1) % self.every == 0
 
     @property
     def needs_policy_part(self) -> bool:
@@ -55,7 +61,7 @@ class ShadowSchedule:
             return None
         if self.due:
             whole = self.trainer.shadow_gradient.whole()
-            self._last = whole if self.every > 1 else None
+            self._last = whole if self.every > 1 or self.trainer.args.shadow_overlap else None
             return whole
         if self._last is not None:
             return self._last

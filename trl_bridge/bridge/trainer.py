@@ -26,6 +26,7 @@ from .lean import base_identity, build_shadow, build_student, check_lean, studen
 from .merged import MergedCoordinator
 from .projection import CoordinatorGradient
 from .shadow import Shadow
+from .shadow_overlap import ShadowOverlap
 from .shadow_pass import ShadowPass
 from .shadow_schedule import ShadowSchedule
 from .targets import Projection, check_base_model, check_initial_values
@@ -129,6 +130,10 @@ class BridgeTrainer(DemonstrationTrainer):
             )
         elif isinstance(model, (PreTrainedModel, PeftModel)):
             check_base_model(model)
+        if rollout_func is not None and getattr(args, "shadow_overlap", False):
+            raise NotImplementedError(
+                "`shadow_overlap` is not supported with `rollout_func`, which does not generate through TRL. Set it to False."
+            )
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -165,6 +170,7 @@ class BridgeTrainer(DemonstrationTrainer):
         self._probe = GradientProbe(self)
         self._shadow_pass = ShadowPass(self)
         self._shadow_schedule = ShadowSchedule(self)
+        self._shadow_overlap = ShadowOverlap(self)
 
     # Parts beside the student
 
@@ -252,8 +258,10 @@ class BridgeTrainer(DemonstrationTrainer):
         return loss
 
     def between_passes(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        if self._shadow_schedule.due:
-            self._shadow_pass.run(inputs)
+        if self.shadow is not None and self.args.shadow_overlap:
+            self._shadow_overlap.put_off(self._shadow_pass.scored(inputs))
+        elif self._shadow_schedule.due:
+            self._shadow_pass.run(self._shadow_pass.scored(inputs))
 
     def end_of_window(self) -> None:
         weight = self.policy_weight()
@@ -268,6 +276,7 @@ class BridgeTrainer(DemonstrationTrainer):
         if self._shadow_schedule.due:
             # A window without a taken rollout counts: with it the others' gradients have the whole one as their mean.
             self.shadow.step(rate_factor(self.optimizer), counts_zeros=not self._shadow_pass.share.whole)
+        self._shadow_overlap.end_of_update()
 
     def after_step(self) -> None:
         self.coordinator.settle(self._held)
@@ -300,6 +309,7 @@ class BridgeTrainer(DemonstrationTrainer):
         if self.args.cooperative_gain and self.shadow is None and self.backend.shards_copies and not self.args.lean:
             # From the plain model, before its backend takes hold of it.
             self._outline = self.backend.outline(self._plain_model, self._copy_student)
+        self._shadow_overlap.clear()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._build_parts()
         # An exception may have come between the coordinator's step and the student's.
@@ -318,6 +328,9 @@ class BridgeTrainer(DemonstrationTrainer):
             output.update(self._shadow_pass.share.mark(len(inputs)))
         return output
 
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        return self._shadow_overlap.during(lambda: super(BridgeTrainer, self)._generate_single_turn(*args, **kwargs))
+
     # Saving and resuming
 
     def shared_state(self) -> dict[str, Any]:
@@ -332,7 +345,11 @@ class BridgeTrainer(DemonstrationTrainer):
     def local_state(self) -> dict[str, Any]:
         # Each rank saves its own rows of a shadow that is spread.
         spread = self.shadow is not None and self.shadow.held.spread
-        return {**super().local_state(), "shadow": self.shadow.state_dict() if spread else None}
+        return {
+            **super().local_state(),
+            "shadow": self.shadow.state_dict() if spread else None,
+            "shadow_overlap": self._shadow_overlap.state_dict(),
+        }
 
     def load_shared_state(self, state: dict[str, Any]) -> None:
         self._build_parts()
@@ -345,6 +362,7 @@ class BridgeTrainer(DemonstrationTrainer):
 
     def load_local_state(self, state: dict[str, Any]) -> None:
         super().load_local_state(state)
+        self._shadow_overlap.load_state_dict(state["shadow_overlap"])
         if state["shadow"] is not None:
             self.shadow.load_state_dict(state["shadow"])
 
