@@ -62,8 +62,10 @@ def _logistic_regression(s, r, penalty=1.0):
     return b.detach()
 
 
-def test_judge_weights_equal_a_plain_fit(tmp_path):
+@pytest.mark.parametrize("per_token", [False, True])
+def test_judge_weights_equal_a_plain_fit(tmp_path, per_token):
     options = {"sft_weighting": "judge", "judge_window": 2, "reward_funcs": short_reward, "max_steps": 4}
+    options["judge_per_token"] = per_token
     trainer = _run(tmp_path, per_device_train_batch_size=32, cooperative_gain=False, temperature=1.0, **options)
     eos = trainer._tokenizer.eos_token_id
     a, b = adapters(trainer.start["w"])
@@ -75,6 +77,7 @@ def test_judge_weights_equal_a_plain_fit(tmp_path):
         pairs = []
         for batch in window["rl"]:
             s, ends = _log_likelihoods(policy, batch, eos)
+            s = s / batch["completion_mask"].sum(1)[ends] if per_token else s
             pairs.append((s, (batch["rollout_reward"][ends] >= 1.0).double()))
         windows.append((torch.cat([s for s, _ in pairs]), torch.cat([r for _, r in pairs]), policy))
     assert all(w is not None and torch.equal(w, torch.ones_like(w)) for w in trainer.windows[0]["weights"])
@@ -88,7 +91,8 @@ def test_judge_weights_equal_a_plain_fit(tmp_path):
         for batch, got in zip(trainer.windows[step]["sft"], trainer.windows[step]["weights"], strict=True):
             with torch.no_grad():
                 log_p, mask, _ = objectives.demonstration_scores(small_model().double(), windows[step][2], batch)
-            own = (log_p * mask).sum(1).clamp(s.min(), s.max())
+            own = (log_p * mask).sum(1) / (mask.sum(1) if per_token else 1)
+            own = own.clamp(s.min(), s.max())
             q = torch.sigmoid(b0 + b1 * (own - s.mean()) / (s.std(unbiased=False) + 1e-6))
             want = ((q + 0.001) / (r.mean() + 0.001)).clamp(max=1) ** 4
             assert torch.allclose(got.double().squeeze(1), want, atol=5e-3), (step, got, want)

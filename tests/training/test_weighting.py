@@ -185,6 +185,22 @@ def test_judge_worked_example():
     assert tempered.max() < 0.1 < 0.8 < weights.max()
 
 
+def test_judge_by_token():
+    (weighting,) = make("judge", judge_per_token=True)
+    run_window([weighting], 0)
+    weighting.begin_window()
+    pairs = sorted(window_of(0)[3])
+    fit = rules.fit_judge(*zip(*pairs, strict=True), 1.0)
+    log_probs, mask = torch.tensor([[-4.0, -5.0, -6.0, -9.0], [-4.0, -9.0, -9.0, -9.0]]), torch.ones(2, 4) > 0
+    mask[0, 3], mask[1, 1:] = False, False
+    means = torch.tensor([-5.0, -4.0])
+    assert torch.allclose(
+        weighting.token_weights(log_probs, mask, [0, 1], None)[:, 0].double(), rules.judge_weight(means, fit, 4.0)
+    )
+    tempered = weighting.token_weights(log_probs, mask, [0, 1], torch.tensor([-21.0, -8.0]))
+    assert torch.allclose(tempered[:, 0].double(), rules.judge_weight([-7.0, -8.0], fit, 4.0))
+
+
 def test_judge_sees_the_last_windows_but_not_its_own():
     (weighting,) = make("judge", judge_window=2)
     for seed in range(4):
@@ -284,7 +300,14 @@ def test_resume_changes_nothing(kind, before):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("judge_window", 3), ("judge_beta", 1.0), ("judge_penalty", 2.0), ("verdict_calls", 2), ("kind", "judge")],
+    [
+        ("judge_window", 3),
+        ("judge_beta", 1.0),
+        ("judge_penalty", 2.0),
+        ("judge_per_token", True),
+        ("verdict_calls", 2),
+        ("kind", "judge"),
+    ],
 )
 def test_resume_with_other_options_is_refused_by_name(option, value):
     state = DemonstrationWeighting("judge_verdict").state_dict()

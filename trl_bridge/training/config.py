@@ -48,6 +48,9 @@ class DemonstrationConfig(GRPOConfig):
             Exponent of the judge's weight: how sharply demonstrations below the policy's own reward fade out.
         judge_penalty (`float`, *optional*, defaults to `1.0`):
             L2 penalty on the judge's slope.
+        judge_per_token (`bool`, *optional*, defaults to `False`):
+            Whether the judge reads the mean log-likelihood of a completion's tokens in place of their sum, by which a
+            demonstration much longer than the rollouts is unlikely whatever it says.
         verdict_calls (`int`, *optional*, defaults to `1`):
             Times the reward functions are called on a demonstration at each visit (once more at its first).
         success_threshold (`float`, *optional*, defaults to `1.0`):
@@ -92,6 +95,10 @@ class DemonstrationConfig(GRPOConfig):
     )
     judge_beta: float = field(default=4.0, metadata={"help": "Exponent of the judge's weight."})
     judge_penalty: float = field(default=1.0, metadata={"help": "L2 penalty on the judge's slope."})
+    judge_per_token: bool = field(
+        default=False,
+        metadata={"help": "Whether the judge reads the mean log-likelihood of the tokens in place of their sum."},
+    )
     verdict_calls: int = field(
         default=1,
         metadata={"help": "Calls of the reward functions on a demonstration at each visit (once more at its first)."},

@@ -141,6 +141,6 @@ class RolloutObserver(RolloutRecord):
         # A rollout that was cut off has no likelihood as a whole; one that nobody could score has no reward.
         usable = (lengths > 0) & torch.isin(last, eos) & ~torch.isnan(inputs["rollout_reward"])
         own = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
-        sums = (log_probs.double() * own).sum(dim=1)[usable]
+        sums = self.trainer.weighting.judged((log_probs.double() * own).sum(dim=1), own.sum(dim=1))[usable]
         right = (inputs["rollout_reward"][usable] >= self.trainer.args.success_threshold).double()
         self.trainer.weighting.observe_rollouts(list(zip(sums.tolist(), right.tolist(), strict=True)))

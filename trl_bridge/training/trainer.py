@@ -92,6 +92,7 @@ class DemonstrationTrainer(StudentTrainer):
             judge_window=args.judge_window,
             judge_beta=args.judge_beta,
             judge_penalty=args.judge_penalty,
+            judge_per_token=args.judge_per_token,
             verdict_calls=args.verdict_calls,
         )
         if self.weighting.needs_verdicts:

@@ -40,6 +40,8 @@ class DemonstrationWeighting:
             Sharpness of the judge's weight.
         judge_penalty (`float`, *optional*, defaults to `1.0`):
             Weight of the judge's squared slope, above zero.
+        judge_per_token (`bool`, *optional*, defaults to `False`):
+            Whether the judge reads the mean log-likelihood of a completion's tokens in place of their sum.
         verdict_calls (`int`, *optional*, defaults to `1`):
             Calls of the verifier at each visit of a demonstration (one more at its first).
 
@@ -54,6 +56,7 @@ class DemonstrationWeighting:
         judge_window: int = 20,
         judge_beta: float = 4.0,
         judge_penalty: float = 1.0,
+        judge_per_token: bool = False,
         verdict_calls: int = 1,
     ):
         kinds = ["none", *_NORMALISED, "judge", "verdict", "judge_verdict"]
@@ -70,6 +73,7 @@ class DemonstrationWeighting:
         self.judge_window = judge_window
         self.judge_beta = judge_beta
         self.judge_penalty = judge_penalty
+        self.judge_per_token = judge_per_token
         self.verdict_calls = verdict_calls
         # Past windows, the same on all ranks.
         self._total, self._count = 0.0, 0.0  # raw weights summed, and how many
@@ -226,11 +230,27 @@ class DemonstrationWeighting:
         if self.needs_rollouts:
             if sequence_log_probs is None:
                 sequence_log_probs = log_probs.detach().double().masked_fill(~mask, 0.0).sum(dim=1)
-            weights = weights * rules.judge_weight(sequence_log_probs, self._fit, self.judge_beta)[:, None]
+            judged = self.judged(sequence_log_probs, mask.sum(dim=1))
+            weights = weights * rules.judge_weight(judged, self._fit, self.judge_beta)[:, None]
         if self.needs_verdicts:
             verdict = rules.verdict_weight(*self._counts(rows), self._eps, self._prior)
             weights = weights * verdict.to(weights.device)[:, None]
         return weights.to(log_probs.dtype)
+
+    def judged(self, log_likelihoods: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """
+        What the judge reads of completions.
+
+        Args:
+            log_likelihoods (`torch.Tensor` of shape `(B,)`):
+                Summed log-likelihoods, in nats.
+            lengths (`torch.Tensor` of shape `(B,)`):
+                Numbers of tokens that they are over.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`: the sums, or with `judge_per_token` the means.
+        """
+        return log_likelihoods / lengths.clamp(min=1) if self.judge_per_token else log_likelihoods
 
     def observe_rollouts(self, pairs: list[tuple[float, float]]) -> None:
         """
@@ -238,7 +258,8 @@ class DemonstrationWeighting:
 
         Args:
             pairs (`list[tuple[float, float]]`):
-                Summed log-likelihood under the policy that drew it, in nats, and reward, 0 or 1, of each rollout.
+                Log-likelihood under the policy that drew it, in nats and as `judged` returns it, and reward, 0 or 1, of
+                each rollout.
 
         Raises:
             `ValueError`: if one is not finite.
@@ -297,6 +318,7 @@ class DemonstrationWeighting:
             "judge_window": self.judge_window,
             "judge_beta": self.judge_beta,
             "judge_penalty": self.judge_penalty,
+            "judge_per_token": self.judge_per_token,
             "verdict_calls": self.verdict_calls,
         }
 
