@@ -107,9 +107,9 @@ _ENTRIES = {
         _ways(
             "relift",
             lora="baselines/test_relift.py::test_lora_student_and_its_reference",
-            ddp="distributed/test_groups.py::test_relift_on_two_ranks_equals_the_reference",
-            fsdp2=REFUSED,
-            zero=REFUSED,
+            **dict.fromkeys(
+                ("ddp", "fsdp2", "zero"), "distributed/test_groups.py::test_relift_on_two_ranks_equals_the_reference"
+            ),
         ),
     ),
     "uft": Capability(

@@ -72,10 +72,11 @@ def test_two_ranks_equal_the_reference(folder, kind, name):
     assert max(errors) < TOLERANCE, errors
 
 
-@pytest.mark.parametrize(("kind", "name"), cases_of("relift"))
+@pytest.mark.parametrize(("kind", "name"), cases_of("relift", "relift one"))
 def test_relift_on_two_ranks_equals_the_reference(folder, kind, name):
     run = _joined(load(folder(kind), name))
-    assert any(run.taken)
+    # The second step of an optimizer of its own reads the first one's moments.
+    assert sum(map(bool, run.taken)) >= (2 if run.args.separate_optimizer else 1)
     errors, _ = test_relift.replay(run)
     assert max(errors) < TOLERANCE, errors
 

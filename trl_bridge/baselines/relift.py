@@ -163,7 +163,6 @@ class ReLIFTTrainer(ExpertTrainer):
     """
 
     config_class = ReLIFTConfig
-    shards = False
     _tag_names = ["trl", "relift"]
     _name = "ReLIFT"
     _paper = {
@@ -229,6 +228,7 @@ class ReLIFTTrainer(ExpertTrainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        _ = self.sft_pass  # before any forward
         if self.args.separate_optimizer:
             rate_factor(self.optimizer)
         return prepared
@@ -236,20 +236,30 @@ class ReLIFTTrainer(ExpertTrainer):
     # Saving and resuming
 
     def shared_state(self) -> dict[str, Any]:
-        optimizer = self.sft_pass.optimizer
+        optimizer = None if self.sft_pass.spread else self.sft_pass.state_dict()
         return {
             **super().shared_state(),
             "buffer": self.buffer,
             "sft_steps": self.sft_steps,
-            "sft_optimizer": None if optimizer is None else optimizer.state_dict(),
+            "sft_optimizer": optimizer,
         }
 
     def load_shared_state(self, state: dict[str, Any]) -> None:
         super().load_shared_state(state)
         self.buffer[:] = state["buffer"]
         self.sft_steps = state["sft_steps"]
-        if self.sft_pass.optimizer is not None:
-            self.sft_pass.optimizer.load_state_dict(state["sft_optimizer"])
+        if not self.sft_pass.spread:
+            self.sft_pass.load_state_dict(state["sft_optimizer"])
+
+    def local_state(self) -> dict[str, Any]:
+        if not self.sft_pass.spread:
+            return super().local_state()
+        return {**super().local_state(), "sft_optimizer": self.sft_pass.state_dict()}
+
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        super().load_local_state(state)
+        if self.sft_pass.spread:
+            self.sft_pass.load_state_dict(state["sft_optimizer"])
 
     def resume_requirements(self) -> dict[str, Any]:
         args = self.args

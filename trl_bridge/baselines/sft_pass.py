@@ -1,15 +1,16 @@
 """An optimizer step of SFT between two RL updates."""
 
-import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .._upstream import decay_groups, optimizer_for
 from ..objectives.sft import demonstration_loss
+from ..training.backends.engine_steps import EngineSteps
 from ..training.randomness import forked_torch_rng
 from ..training.rates import rate_factor
 
@@ -46,16 +47,41 @@ class SFTPass:
         self.trainer: Any = trainer
         self.batch_size = batch_size
         self.max_grad_norm = max_grad_norm
+        self.learning_rate = learning_rate
         self.optimizer: torch.optim.Optimizer | None = None
         args: Any = self.trainer.args
-        if learning_rate is not None:
-            model: Any = self.trainer.model
-            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        backend = self.trainer.backend
+        self._engine = EngineSteps(self.trainer.model_wrapped) if backend.steps_in_backward else None
+        model: Any = self.trainer.model
+        # Kept from here on: forwards hide the weights that FSDP holds behind gathered ones.
+        self._held = backend.weights(model)
+        self._leaves: dict[str, nn.Parameter] = {}
+        if learning_rate is not None and self._engine is None:
+            self._leaves = self._held.leaves()
+            trained = {n: leaf for n, leaf in self._leaves.items() if self._held.parameters[n].requires_grad}
             groups = decay_groups(self.trainer, model, trained, args.weight_decay)
             self.optimizer = optimizer_for(self.trainer, groups, learning_rate, args.optim)
         self._collator = DataCollatorForLanguageModeling(
             pad_token_id=self.trainer._tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
         )
+
+    @property
+    def spread(self) -> bool:
+        """Whether each rank has an optimizer state of its own."""
+        return self._held.spread or self._engine is not None
+
+    def state_dict(self) -> dict[Any, Any] | None:
+        """State of the pass's own optimizer; `None` where it has none."""
+        if self.learning_rate is None:
+            return None
+        own: Any = self.optimizer or self._engine
+        return own.state_dict()
+
+    def load_state_dict(self, state: dict[Any, Any] | None) -> None:
+        """Take over what `state_dict` returned."""
+        if self.learning_rate is not None:
+            own: Any = self.optimizer or self._engine
+            own.load_state_dict(state)
 
     def run(self, demonstrations: Sequence[Demonstration]) -> dict[str, float]:
         """
@@ -81,15 +107,14 @@ class SFTPass:
         with forked_torch_rng(trainer.accelerator.device):
             for index in range(passes):
                 rows = share[index * self.batch_size : (index + 1) * self.batch_size]
-                earlier = trainer.backend.earlier_pass(model) if index < passes - 1 else contextlib.nullcontext()
-                with earlier:
-                    log_probs, mask = self._score(model, rows or demonstrations[:1])
-                    # A rank that has run out of demonstrations runs a pass that trains on nothing.
-                    mask = mask & bool(rows)
-                    loss, sums = demonstration_loss(log_probs, mask, None, num_tokens, world_size)
-                    trainer.backend.backward(loss)
+                if index < passes - 1:
+                    with trainer.backend.earlier_pass(model):
+                        loss, sums = self._loss(model, rows, demonstrations[:1], num_tokens)
+                        trainer.backend.backward(loss)
+                else:
+                    loss, sums = self._loss(model, rows, demonstrations[:1], num_tokens)
+                    grad_norm = self._step(loss)
                 total += sums["nll_sum"]
-        grad_norm = self._step()
         model.zero_grad()
         return {"loss": trainer.accelerator.reduce(total).item() / num_tokens, "grad_norm": grad_norm}
 
@@ -106,14 +131,33 @@ class SFTPass:
             outputs = model(**inputs, use_cache=False, demonstration_head=True)
         return outputs.log_probs, outputs.label_mask
 
-    def _step(self) -> float:
+    def _loss(
+        self, model: nn.Module, rows: Sequence[Demonstration], filler: Sequence[Demonstration], num_tokens: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        log_probs, mask = self._score(model, rows or filler)
+        # A rank that has run out of demonstrations runs a pass that trains on nothing.
+        mask = mask & bool(rows)
+        return demonstration_loss(log_probs, mask, None, num_tokens, self.trainer.backend.world_size)
+
+    def _step(self, loss: torch.Tensor) -> float:
+        """Last backward and step; the norm of the gradient before clipping."""
+        rate = None
+        if self.learning_rate is not None:
+            rate = self.learning_rate * rate_factor(self.trainer.optimizer)
+        if self._engine is not None:
+            with self._engine.instead(self.max_grad_norm, rate):
+                self.trainer.backend.last_backward(loss)
+            return float(self._engine.engine.get_global_grad_norm())
+        self.trainer.backend.last_backward(loss)
         parameters = [p for p in self.trainer.model.parameters() if p.grad is not None]
         limit = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
-        grad_norm = nn.utils.clip_grad_norm_(parameters, limit).item()
+        grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
         if self.optimizer is None:
             self.trainer.optimizer.step()
         else:
+            self._held.refresh(self._leaves)
             for group in self.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * rate_factor(self.trainer.optimizer)
+                group["lr"] = rate
             self.optimizer.step()
-        return grad_norm
+            self.optimizer.zero_grad()
+        return (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()

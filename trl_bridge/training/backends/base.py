@@ -105,6 +105,10 @@ class Backend(Reducer):
         with torch.autocast(device_type=loss.device.type, enabled=False):
             self.accelerator.backward(loss)
 
+    def last_backward(self, loss: torch.Tensor) -> None:
+        """Backward of the last pass of a step that is not the student's; there the engine steps, if it does so."""
+        self.backward(loss)
+
     def weights(self, model: nn.Module) -> Weights:
         """The student's weights and gradients; `model` is the unwrapped student as it stands now."""
         return Weights(model, self)

@@ -92,6 +92,10 @@ class ZeroBackend(Backend):
         with torch.autocast(device_type=loss.device.type, enabled=False), without_gradient_sync(self.accelerator):
             self.accelerator.backward(loss, scale_wrt_gas=False)
 
+    def last_backward(self, loss: torch.Tensor) -> None:
+        with torch.autocast(device_type=loss.device.type, enabled=False):
+            self.accelerator.backward(loss, scale_wrt_gas=False)
+
     def weights(self, model: nn.Module) -> Weights:
         parameters = list(model.parameters())
         if any(hasattr(p, "_z3_optimizer") or hasattr(p, "_hp_mapping") for p in parameters):
