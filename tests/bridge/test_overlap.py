@@ -128,7 +128,7 @@ def test_a_server_that_fails_is_heard(tmp_path):
 
     def failing(**options):
         calls.append(options)
-        if len(calls) > 1:
+        if len(calls) > 2:
             raise ConnectionError("the server is gone")
         return generate(**options)
 
@@ -136,7 +136,8 @@ def test_a_server_that_fails_is_heard(tmp_path):
     with pytest.raises(ConnectionError, match="the server is gone"):
         trainer.train()
     assert trainer.vllm_generation.vllm_client is client
-    # Called again it starts anew, without the rollouts that were waiting.
+    assert logged(trainer, "bridge/gain_grad_norm")[1] > 1e-4
+    # Called again it starts anew, without the rollouts that were waiting, and without the last gradient on them.
     client.generate = generate
     trainer.train()
     assert logged(trainer, "bridge/gain_grad_norm")[0] < 1e-5

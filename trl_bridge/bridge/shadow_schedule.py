@@ -61,7 +61,8 @@ class ShadowSchedule:
             return None
         if self.due:
             whole = self.trainer.shadow_gradient.whole()
-            self._last = whole if self.every > 1 or self.trainer.args.shadow_overlap else None
+            # With `shadow_overlap` it has its turn in every update but the first of a call of `train`.
+            self._last = whole if self.every > 1 else None
             return whole
         if self._last is not None:
             return self._last
