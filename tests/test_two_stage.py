@@ -6,6 +6,8 @@ import weakref
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from peft import LoraConfig, load_peft_weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
@@ -20,6 +22,7 @@ from trl_bridge.methods import METHODS
 from trl_bridge.models import tiny_tokenizer
 from trl_bridge.scripts import train
 from trl_bridge.scripts.parsing import parse_command_line
+from trl_bridge.training.backends import Backend
 
 
 SFT = {"learning_rate": 2e-3, "max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
@@ -289,6 +292,25 @@ def test_bad_input_is_refused_before_the_first_stage(tmp_path, changes, error, s
     arguments |= {"train_dataset": rl_rows(), "sft_dataset": sft_rows(), "processing_class": tiny_tokenizer()}
     with pytest.raises(error, match=said):
         TwoStageTrainer(model=small_model(), **{**arguments, **changes})
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_an_adapter_is_not_spread(tmp_path, model_folder, monkeypatch, kind):
+    check = Backend.check
+
+    def spread(self, args):
+        monkeypatch.setattr(Accelerator, "distributed_type", kind)
+        check(self, args)
+
+    # As soon as TRL's own constructor is through, which cannot run with either on one CPU.
+    monkeypatch.setattr("trl_bridge.baselines.two_stage.backend_for", Backend)
+    monkeypatch.setattr(Backend, "check", spread)
+    trainer = two_stage(tmp_path, model=model_folder, peft_config=LoraConfig(r=2, task_type="CAUSAL_LM"))
+    with pytest.raises(
+        NotImplementedError, match=f"`peft_config` of TwoStageTrainer has not been tested with {kind.value}"
+    ):
+        trainer.train()
+    assert not list(tmp_path.glob("*/checkpoint-*"))
 
 
 # The command

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations import deepspeed as transformers_deepspeed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer, is_conversational
@@ -33,6 +33,7 @@ __all__ = [
     "optimizer_for",
     "plain_copy",
     "served_log_probs",
+    "set_up_again",
     "teacher_client",
     "without_reference_model",
 ]
@@ -284,6 +285,15 @@ def without_gradient_sync(accelerator: Accelerator) -> Iterator[None]:
         yield
     finally:
         state._set_sync_gradients(synced)
+
+
+def set_up_again(args: TrainingArguments) -> None:
+    """
+    Let the next trainer of this process have the FSDP or DeepSpeed configuration of its own arguments: accelerate keeps
+    the last trainer's until training arguments look for their device.
+    """
+    vars(args).pop("_setup_devices", None)
+    _ = args.device
 
 
 @contextlib.contextmanager

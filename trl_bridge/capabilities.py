@@ -163,9 +163,7 @@ _ENTRIES = {
                 (
                     "test_two_stage.py::test_is_sft_and_then_grpo",
                     "test_two_stage.py::test_one_adapter_goes_through_both_stages",
-                    UNTESTED,
-                    REFUSED,
-                    REFUSED,
+                    *["distributed/test_two_stage.py::test_two_ranks_equal_the_reference"] * 3,
                     UNTESTED,
                     "test_two_stage.py::test_a_run_that_is_cut_off_ends_as_one_that_is_not",
                 ),

@@ -2,18 +2,22 @@
 
 import gc
 import json
-import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
+from .._upstream import set_up_again
 from ..training import checkpoint as checkpoints
+from ..training.backends import backend_for
+from ..training.backends.refusals import is_spread
 from ..training.resume import ResumableTrainer
 from .two_stage_config import FINISHED, TwoStageConfig
 
@@ -74,12 +78,6 @@ class TwoStageTrainer:
                 "`peft_config` with a model object is not supported: the second stage loads the base anew. Pass the "
                 "model's name or path."
             )
-        for name in ("FSDP", "DEEPSPEED"):
-            # Known before an accelerator is built; the second stage would refuse it only once the first is over.
-            if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true"):
-                raise NotImplementedError(
-                    f"TwoStageTrainer has not been tested with {name}. Launch it on one device, or with DDP (torchrun)."
-                )
         self.args = args
         self._first_args = args.first_stage()
         self._model: Any = model
@@ -106,7 +104,7 @@ class TwoStageTrainer:
                 `True` goes on with the stage that was cut off; a finished SFT stage is not repeated.
 
         Returns:
-            `TrainOutput`, *optional*: of the second stage; `None` where there was nothing left to train.
+            `TrainOutput`: of the second stage.
 
         Raises:
             ValueError: `output_dir` holds an earlier run that is not to be resumed, or none that can be.
@@ -118,9 +116,6 @@ class TwoStageTrainer:
             checkpoint = checkpoints.latest(second)
         else:
             self._run_first_stage(resume=bool(resume_from_checkpoint))
-        if checkpoint is not None and _is_finished(checkpoint):  # transformers would make one update more
-            self._second = self._build_second_stage(checkpoint)
-            return None
         self._second = self._build_second_stage(first)
         return self._second.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
@@ -148,48 +143,62 @@ class TwoStageTrainer:
         checkpoint = _latest(folder) if resume else None
         if checkpoint is not None and _is_finished(checkpoint):
             # Cut off between its last checkpoint and its end; transformers would make one update more.
-            model, processing_class = self._load(checkpoint)
-            trainer = self._sft_trainer(model, processing_class)
+            steps = (_progress(checkpoint) or {})["global_step"]
+            if PartialState().is_main_process:
+                _copy_model(checkpoint, folder)
         else:
-            model, processing_class = self._model, self._processing_class
-            trainer = self._sft_trainer(
-                model, processing_class, quantization_config=self._quantization_config, peft_config=self._peft_config
-            )
+            trainer = self._sft_trainer()
             # A model object is not needed again: the second stage loads what this one saves.
             self._model = self._model if self._by_name else None
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        del model
-        trainer.save_model(str(folder))
-        trainer.accelerator.wait_for_everyone()
-        if trainer.accelerator.is_main_process:
-            (folder / FINISHED).write_text(json.dumps({"global_step": trainer.state.global_step}))
-        trainer.accelerator.wait_for_everyone()
-        # Trainers are reference cycles: without this, two models would be held.
-        trainer.accelerator.free_memory()
-        del trainer
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            trainer.save_model(str(folder))
+            steps = trainer.state.global_step
+            # Trainers are reference cycles: without this, two models would be held.
+            trainer.accelerator.free_memory()
+            del trainer
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            (folder / FINISHED).write_text(json.dumps({"global_step": steps}))
+        PartialState().wait_for_everyone()
 
-    def _sft_trainer(self, model: Any, processing_class: Any, **loading: Any) -> SFTTrainer:
-        return SFTTrainer(
-            model=model,
+    def _sft_trainer(self) -> SFTTrainer:
+        trainer = SFTTrainer(
+            model=self._model,
             args=self._first_args,
             train_dataset=self._sft_dataset,
-            processing_class=processing_class,
+            processing_class=self._processing_class,
             callbacks=self._callbacks,
-            **loading,
+            quantization_config=self._quantization_config,
+            peft_config=self._peft_config,
         )
+        self._check_backend(trainer)
+        return trainer
+
+    def _check_backend(self, trainer: Trainer) -> None:
+        backend_for(trainer.accelerator).check(self.args)
+        kind = trainer.accelerator.distributed_type
+        if is_spread(kind) and self._peft_config is not None:
+            raise NotImplementedError(
+                f"`peft_config` of TwoStageTrainer has not been tested with {kind.value}. Launch it on one device or with "
+                "DDP (torchrun), or train the model in full."
+            )
 
     def _build_second_stage(self, folder: Path) -> ResumableTrainer:
         model, processing_class = self._load(folder)
         args = self.args.second_stage()
+        # What FSDP and DeepSpeed are told of accumulation and clipping is each stage's own.
+        set_up_again(args)
         if not self._by_name:
             # A model object's own dtype, which the first stage has saved it in.
             args.model_init_kwargs = {"dtype": "auto"}
-        return ResumableTrainer(
+        trainer = ResumableTrainer(
             model=model, args=args, processing_class=processing_class, callbacks=self._callbacks, **self._rl
         )
+        self._check_backend(trainer)
+        return trainer
 
     def _load(self, folder: Path) -> tuple[Any, Any]:
         """Student and tokenizer that a stage has saved."""
@@ -248,6 +257,13 @@ def _progress(checkpoint: Path) -> dict[str, Any] | None:
 def _is_finished(checkpoint: Path) -> bool:
     state = _progress(checkpoint)
     return state is not None and state["global_step"] >= state["max_steps"]
+
+
+def _copy_model(checkpoint: Path, folder: Path) -> None:
+    """Model and tokenizer of a checkpoint, to where the stage's end would have saved them."""
+    for file in checkpoint.iterdir():
+        if file.is_file() and file.suffix not in (".pt", ".pth", ".bin") and file.name != TRAINER_STATE_NAME:
+            shutil.copy2(file, folder / file.name)
 
 
 def _latest(folder: Path) -> Path | None:

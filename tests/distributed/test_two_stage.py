@@ -1,0 +1,89 @@
+"""The cold start on two gloo processes, launched as a user would, against the single-process float64 reference."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.bridge.test_resume import assert_same
+from tests.distributed.launch import launch, load, params_of
+from tests.distributed.run_two_stage import CASES, CUTS, RUN
+from tests.harness import movement_error, small_model
+from tests.reference import objectives
+from tests.reference.bridge import Optimizer, clip
+
+
+pytestmark = pytest.mark.distributed
+TOLERANCE = 2e-4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the runs of a way of training have written what they saw; one launch for all of them."""
+    done = {}
+
+    def folder_of(kind):
+        if kind not in done:
+            done[kind] = tmp_path_factory.mktemp(f"two-stage-{kind}")
+            launch("run_two_stage", kind, done[kind])
+        return done[kind]
+
+    return folder_of
+
+
+def _sft_loss(model, weights, window, o):
+    """Mean over all trained tokens of the update."""
+    scored = [objectives.demonstration_scores(model, weights, batch)[:2] for batch in window]
+    return -sum((log_p * mask).sum() for log_p, mask in scored) / sum(mask.sum() for _, mask in scored)
+
+
+def _rl_loss(model, weights, window, o):
+    total = 0.0
+    for batch in window:
+        log_p, entropy = objectives.scores(model, weights, batch, o["temperature"])
+        shape = (len(window) // 2, o["steps_per_generation"])
+        total += objectives.policy_loss(log_p, entropy, log_p.detach(), batch, {**o, "world_size": 2}, shape)
+    return total / 2
+
+
+@pytest.mark.parametrize(("kind", "name"), params_of(CASES))
+def test_two_ranks_equal_the_reference(folder, kind, name):
+    model = small_model().double().eval()
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    stages = list(zip(*load(folder(kind), name), strict=True))
+    assert len(stages) == 2
+    for loss, (first, second) in zip((_sft_loss, _rl_loss), stages, strict=True):
+        o, theta = first["options"], dict(start)
+        optimizer = Optimizer("adamw", len(theta), eps=RUN["adam_epsilon"])
+        assert_same(first["states"], second["states"])
+        assert len(first["states"]) == 2
+        for step, state in enumerate(first["states"]):
+            window = first["windows"][step] + second["windows"][step]
+            assert len(window) == (6 if loss is _sft_loss else 4)
+            leaves = {n: t.detach().requires_grad_() for n, t in theta.items()}
+            gradients = torch.autograd.grad(loss(model, leaves, window, o), list(leaves.values()))
+            gradients, _ = clip(list(gradients), o["max_grad_norm"])
+            rate = o["lr"] * (2 - step) / 2
+            directions = optimizer.directions(gradients)
+            theta = {n: t - rate * d for (n, t), d in zip(theta.items(), directions, strict=True)}
+            assert movement_error(state, theta, start) < TOLERANCE, (loss.__name__, step)
+        start = {n: t.double() for n, t in first["states"][-1].items()}
+
+
+@pytest.mark.parametrize(("kind", "name"), params_of(CASES))
+def test_saved_models_are_the_stages_ends(folder, kind, name):
+    ends = [stage["states"][-1] for stage in load(folder(kind), name)[0]]
+    for place, end in zip(("sft", "."), ends, strict=True):
+        saved = AutoModelForCausalLM.from_pretrained(folder(kind) / name / place).state_dict()
+        assert_same({n: saved[n] for n in end}, end)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    params_of(
+        {kind: [f"{name} {stage} {step}" for name in CASES[kind] for stage, step in CUTS[kind]] for kind in CASES}
+    ),
+)
+def test_a_run_that_is_cut_off_ends_as_one_that_is_not(folder, kind, name):
+    straight, resumed = (folder(kind) / run / "model.safetensors" for run in (name.partition(" ")[0], name))
+    assert_same(load_file(resumed), load_file(straight))
