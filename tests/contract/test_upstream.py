@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer
@@ -37,7 +39,7 @@ from trl_bridge import (
     SRFTTrainer,
     UFTTrainer,
 )
-from trl_bridge._upstream import isolated_bookkeeping, policy_objective
+from trl_bridge._upstream import isolated_bookkeeping, policy_objective, set_up_again
 from trl_bridge.baselines.shaping import ShapedTrainer
 from trl_bridge.bridge.trainer import BridgeTrainer as _Bridge
 from trl_bridge.training.resume import BufferResumable, Resumable, ResumableTrainer
@@ -610,3 +612,12 @@ def test_model_card(tmp_path):
     assert "This model was trained with BRIDGE" in card
     for text in (BridgeTrainer._paper["title"], BridgeTrainer._paper["id"], "chen2026bridge", "- bridge", "- trl"):
         assert text in card, text
+
+
+def test_arguments_that_look_for_their_device_make_accelerate_forget(tmp_path):
+    args = small_config(tmp_path, GRPOConfig)
+    Accelerator(cpu=True)
+    assert AcceleratorState._shared_state
+    set_up_again(args)
+    assert not AcceleratorState._shared_state
+    assert args.process_index == 0
