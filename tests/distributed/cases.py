@@ -56,16 +56,6 @@ DDP_CASES = {
 }  # fmt: skip
 
 LEAN = {"lean": True, "lean_lora_r": 6, "lean_lora_alpha": 9.0, "lora": {"lora_alpha": 10}, "learning_rate": 1e-2}
-LEAN_CASES = {
-    "lean, adamw, decay": {**LEAN, "weight_decay": 0.1, "max_grad_norm": 0.3, "gradient_checkpointing": True},
-    "lean, sgd, metrics": {
-        **LEAN, "optim": "sgd", "learning_rate": 1.0, "log_gradient_stats": True, "bridge_lambda": 0.3, "beta": 0.1,
-        # One group on each rank, so that one of them has no row for the shadow.
-        "shadow_rollout_fraction": 0.5, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
-    },
-    "lean, selective": {**LEAN, "preset": "selective"},
-}  # fmt: skip
-
 FSDP_CASES = {
     "adamw, decay, weights on one rank": {
         **FSDP, "weight_decay": 0.1, "max_grad_norm": 0.3, "model": {"absent": True},
@@ -122,6 +112,54 @@ ZERO_CASES = {
     "zero-3, bf16": {**zero(3), **SGD, "bf16": True},
 }  # fmt: skip
 
+LEAN_DDP_CASES = {
+    "lean, adamw, decay": {**LEAN, "weight_decay": 0.1, "max_grad_norm": 0.3, "gradient_checkpointing": True},
+    "lean, sgd, metrics": {
+        **LEAN, "optim": "sgd", "learning_rate": 1.0, "log_gradient_stats": True, "bridge_lambda": 0.3, "beta": 0.1,
+        # One group on each rank, so that one of them has no row for the shadow.
+        "shadow_rollout_fraction": 0.5, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
+    },
+    "lean, bf16": {**LEAN, **SGD, "bf16": True},
+    "lean, selective": {**LEAN, "preset": "selective"},
+}  # fmt: skip
+
+LEAN_FSDP_CASES = {
+    # A weight of w's own rows on one rank alone, A's ten rows being five on each; the base where the main process loaded it.
+    "lean, adamw, decay, by name": {
+        **FSDP, **LEAN, "weight_decay": 0.1, "max_grad_norm": 0.3, "gradient_checkpointing": True, "model": {"by_name": True},
+        "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True},
+    },
+    "lean, sgd, metrics, uneven rows": {
+        **FSDP, **LEAN, "optim": "sgd", "learning_rate": 1.0, "log_gradient_stats": True, "bridge_lambda": 0.3, "beta": 0.1,
+        "temperature": 0.7, "shadow_rollout_fraction": 0.5, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
+        "model": {"odd_rows": True},
+    },
+    "lean, reset, bf16": {**FSDP, **LEAN, **SGD, "bf16": True, "shadow_reset_steps": 2},
+}  # fmt: skip
+
+_ALL_AWAY = {"stage3_param_persistence_threshold": 0}
+LEAN_ZERO_CASES = {
+    "lean, zero-1, decay": {**zero(1), **LEAN, "weight_decay": 0.1, "max_grad_norm": 0.3, "model": {"odd_rows": True}},
+    "lean, zero-2, sgd, reset": {
+        **zero(2), **LEAN, "optim": "sgd", "learning_rate": 1.0, "bridge_lambda": 0.3, "temperature": 0.7, "gradient_checkpointing": True,
+        "shadow_reset_steps": 2,
+    },
+    "lean, zero-2, selective": {**zero(2), **LEAN, "preset": "selective"},
+    "lean, zero-3, decay, reentrant": {
+        **zero(3, **_ALL_AWAY), **LEAN, "weight_decay": 0.1, "max_grad_norm": 0.3, "gradient_checkpointing": True, "model": {"odd_rows": True},
+    },
+    # All weights are below the default threshold, so none of them is given away.
+    "lean, zero-3, sgd, half of the rollouts": {
+        **zero(3), **LEAN, "optim": "sgd", "learning_rate": 1.0, "shadow_rollout_fraction": 0.5, "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1, "shadow_update_steps": 2,
+    },
+    "lean, zero-3, by name": {**zero(3, **_ALL_AWAY), **LEAN, **SGD, "beta": 0.1, "model": {"by_name": True}},
+    "lean, zero-1, bf16": {**zero(1), **LEAN, **SGD, "bf16": True},
+    "lean, zero-2, bf16": {**zero(2), **LEAN, **SGD, "bf16": True},
+    "lean, zero-3, bf16": {**zero(3, **_ALL_AWAY), **LEAN, **SGD, "bf16": True},
+}  # fmt: skip
+
+LEAN_CASES = {"ddp": LEAN_DDP_CASES, "fsdp": LEAN_FSDP_CASES, "deepspeed": LEAN_ZERO_CASES}
 CASES = {"ddp": DDP_CASES, "fsdp": FSDP_CASES, "deepspeed": ZERO_CASES}
 
 _LATE = {"num_iterations": 2, "steps_per_generation": 4}
@@ -138,8 +176,15 @@ RESUMES = {
             "shadow_offload": True,
             "model": {"odd_rows": True},
         },
+        "lean": {**FSDP, **_LATE, **LEAN, "shadow_reset_steps": 2},
     },
-    "deepspeed": {"zero-2": {**zero(2), **_LATE}, "zero-3": {**zero(3, stage3_param_persistence_threshold=0)}},
+    "deepspeed": {
+        "zero-2": {**zero(2), **_LATE},
+        "zero-3": {**zero(3, stage3_param_persistence_threshold=0)},
+        "lean, zero-1": {**zero(1), **LEAN, "weight_decay": 0.1},
+        "lean, zero-2": {**zero(2), **_LATE, **LEAN},
+        "lean, zero-3": {**zero(3, **_ALL_AWAY), **_LATE, **LEAN},
+    },
 }
 
 

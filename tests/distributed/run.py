@@ -43,7 +43,7 @@ def main(kind: str, folder: Path, names: list[str]) -> None:
     serving.serve()
     if kind != "ddp":
         pretend_accelerator()
-    for name, options in {**CASES[kind], **(LEAN_CASES if kind == "ddp" else {})}.items():
+    for name, options in {**CASES[kind], **LEAN_CASES[kind]}.items():
         if names and name not in names:
             continue
         trainer = trainer_of(folder / name, options, max_steps=options.get("max_steps", 4))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from peft import load_peft_weights
+from peft import PeftModel, load_peft_weights
 from transformers import AutoModelForCausalLM
 
 from tests.bridge.lean import replay_lean
@@ -13,10 +13,14 @@ from tests.distributed.cases import CASES, LEAN_CASES, RESUMES, model_of
 from tests.distributed.launch import DEEPSPEED, launch, load, params_of
 from tests.harness import adapters, movement_error, moves
 from tests.reference.bridge import Reference
+from trl_bridge.scripts.merge import merge_adapter
 
 
 pytestmark = pytest.mark.distributed
 TOLERANCE = 2e-4
+LEAN_ROUNDED = (
+    0.09  # of one gradient, where the merged form has as many again to outweigh it; without the gain above 0.1
+)
 ROUNDED = 3e-2  # passes in bfloat16; leaving the gain out gives above 0.1
 
 
@@ -78,10 +82,10 @@ def test_two_ranks_equal_the_reference(folder, kind, name):
             assert got[key] == pytest.approx(want[key], rel=3e-3, abs=5e-6), (step, key)
 
 
-@pytest.mark.parametrize("name", LEAN_CASES)
-def test_lean_mode_on_two_ranks_equals_the_reference(folder, name):
-    ranks = load(folder("ddp"), name)
-    main, steps, case = ranks[0], len(ranks[0]["states"]), LEAN_CASES[name]
+@pytest.mark.parametrize(("kind", "name"), params_of(LEAN_CASES))
+def test_lean_mode_on_two_ranks_equals_the_reference(folder, kind, name):
+    ranks, case = load(folder(kind), name), LEAN_CASES[kind][name]
+    main, steps = ranks[0], len(ranks[0]["states"])
     options = {
         **main["options"],
         "world_size": 2,
@@ -94,15 +98,38 @@ def test_lean_mode_on_two_ranks_equals_the_reference(folder, name):
         {key: [x for rank in ranks for x in rank["windows"][step][key]] for key in ("rl", "sft", "weights")}
         for step in range(steps)
     ]
-    replay = replay_lean(model_of({}), main["start"], windows, main["states"], options)
+    start = main["start"]
+    if case.get("bf16") and "deepspeed" in case:
+        # DeepSpeed takes its float32 master from weights that it has rounded.
+        start = {**start, "theta": {n: t.bfloat16().float() for n, t in start["theta"].items()}}
+    replay = replay_lean(model_of(case.get("model", {})), start, windows, main["states"], options)
     for step, (errors, want) in enumerate(replay):
-        assert all(error < TOLERANCE for error in errors.values()), (step, errors)
+        assert all(error < (LEAN_ROUNDED if case.get("bf16") else TOLERANCE) for error in errors.values()), (
+            step,
+            errors,
+        )
+        if case.get("bf16"):
+            continue
         for key in want.keys() & main["log"][step].keys() - {"sft/num_tokens", "loss"}:
             assert main["log"][step][key] == pytest.approx(want[key], rel=3e-3, abs=5e-6), (step, key)
     for part in ("coordinator", "student", "shadow"):
         assert_same(ranks[0][part], ranks[1][part], part)
-    saved = load_peft_weights(str(folder("ddp") / name / "final"))
-    assert_same(saved, {n.replace(".default", ""): p for n, p in main["student"].items()})
+
+
+@pytest.mark.parametrize(("kind", "name"), params_of(LEAN_CASES))
+def test_adapter_saved_by_lean_mode_is_the_policy(folder, kind, name, tmp_path):
+    saved, student = folder(kind) / name / "final", load(folder(kind), name)[0]["student"]
+    # DeepSpeed saves in the engine's precision.
+    held = load_peft_weights(str(saved))
+    assert_same(
+        held, {n.replace(".default", ""): p.to(held[n.replace(".default", "")].dtype) for n, p in student.items()}
+    )
+    base = model_of({n: v for n, v in LEAN_CASES[kind][name].get("model", {}).items() if n != "by_name"})
+    base.save_pretrained(tmp_path / "base")
+    merged = merge_adapter(saved, tmp_path / "plain", base=str(tmp_path / "base"))
+    want = PeftModel.from_pretrained(base, saved).merge_and_unload().state_dict()
+    got = AutoModelForCausalLM.from_pretrained(merged).state_dict()
+    assert all(torch.allclose(got[n], want[n], atol=1e-6) for n in want)
 
 
 @pytest.mark.parametrize(("kind", "name"), params_of(CASES))

@@ -90,6 +90,12 @@ def test_options_of_the_shadow(shape):
     adapter = 80 * shape.adapter_width
     assert estimate(shape, lean).parts["weights"] == 4 * (shape.parameters + adapter)
     assert estimate(shape, lean).total - estimate(shape, without).total == pytest.approx(16 * adapter)
+    # Its base and the student's adapter are spread where the backend spreads weights, the shadow's never.
+    fsdp = estimate(shape, replace(lean, backend="fsdp2", num_processes=4)).parts
+    assert fsdp["weights"] == shape.parameters + adapter and fsdp["optimizer"] == 2 * adapter
+    assert fsdp["shadow"] == 12 * adapter and fsdp["shadow's gradients"] == 4 * adapter
+    zero = estimate(shape, replace(lean, backend="zero1", num_processes=4)).parts
+    assert zero["weights"] == 4 * (shape.parameters + adapter) and zero["optimizer"] == 3 * adapter
 
 
 def test_what_the_batch_costs(shape):
@@ -118,7 +124,6 @@ def test_vllm_takes_its_share_throughout_unless_it_sleeps(shape):
         ({"backend": "fsdp1"}, "one of one-process"),
         ({"backend": "ddp"}, "num_processes=1"),
         ({"num_processes": 2}, "num_processes=2"),
-        ({"backend": "fsdp2", "num_processes": 2, "adapter_rank": 8, "coordinator_rank": 4}, "`lean=True`"),
     ],
 )
 def test_runs_that_cannot_be(shape, changes, said):

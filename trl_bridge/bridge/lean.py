@@ -8,11 +8,13 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .._upstream import decay_groups, optimizer_for
+from ..training.backends import Backend
 from .coordinator import default_peft_config
 from .lean_coordinator import LeanCoordinator, initial_values
 from .lean_shadow import LeanShadow
@@ -129,30 +131,45 @@ def build_student(trainer: "BridgeTrainer", peft_config: PeftConfig | None) -> t
         {module: (a.to(device), b.to(device)) for module, (a, b) in initial_w.items()}, own, scalings
     )
     parameters = adapter_pairs(model, ADAPTER)
-    weights = AdapterWeights(parameters, theta.r, trainer.backend)
     with torch.no_grad():
         for module, (a, b) in parameters.items():
             for parameter in (a, b):
-                # TRL rounds the adapters of a quantised base to 16 bits, where small steps would be lost.
-                parameter.data = parameter.data.float()
+                # TRL rounds the adapters of a quantised base to 16 bits, where small steps would be lost. Where there
+                # is a master in float32, the working weights are as the engine wants them.
+                if not trainer.backend.keeps_master:
+                    parameter.data = parameter.data.float()
             first_a, first_b = initial_theta[module]
             a[: theta.r], b[:, : theta.r] = first_a, first_b
-    trainer.backend.broadcast_(p.data for p in [*weights.parameters.values(), *coordinator.parameters()])
+    pairs = [parameter.data for pair in parameters.values() for parameter in pair]
+    trainer.backend.broadcast_([*pairs, *(parameter.data for parameter in coordinator.parameters())])
+    weights = student_weights(trainer)
     coordinator.settle([weights])
     return coordinator, weights
 
 
-def base_identity(model: nn.Module) -> str:
-    """What tells one frozen base from another: its dtypes, its quantisation and sums over its weights, as a hash."""
+def student_weights(trainer: "BridgeTrainer") -> AdapterWeights:
+    """The student's LoRA weights as they are held now, before or after it has been prepared."""
+    model: Any = trainer._plain_model
+    return AdapterWeights(adapter_pairs(model, ADAPTER), trainer.args.lean_lora_r, trainer.backend.weights(model))
+
+
+def base_identity(model: nn.Module, backend: Backend) -> str:
+    """
+    What tells one frozen base from another: its dtypes, its quantisation and sums over its weights, as a hash. Collective.
+    """
     told = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if "lora_" in name:
             continue
-        # Bytes of packed 4-bit weights tell them apart as well. Rounded, since devices add up in orders of their own.
-        floating = parameter.is_floating_point()
-        total = parameter.detach().sum(dtype=torch.float64 if floating else torch.int64).item()
-        told.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {total:.6e};".encode())
-    return told.hexdigest()[:16]
+        with backend.readable(parameter):
+            if backend.rank > 0:
+                continue
+            # Bytes of packed 4-bit weights tell them apart as well. Rounded, since devices add up in orders of their own.
+            floating = parameter.is_floating_point()
+            total = parameter.detach().sum(dtype=torch.float64 if floating else torch.int64).item()
+            told.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {total:.6e};".encode())
+    # The main process's: the others may hold nothing yet.
+    return broadcast_object_list([told.hexdigest()[:16]])[0]
 
 
 def build_shadow(trainer: "BridgeTrainer") -> LeanShadow:

@@ -1,14 +1,15 @@
 """The coordinator `w` of lean mode: slices of the student's LoRA adapter, with weights and an optimizer of its own."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from ..training.backends import Weights
+from ..training.backends import Part, Weights
 from .coordinator import Coordinator
-from .lean_weights import AdapterWeights, adapter_pairs
+from .lean_weights import ADAPTER, AdapterWeights, adapter_pairs
 from .projection import CoordinatorGradient
 from .targets import Projection, Target
 
@@ -16,6 +17,8 @@ from .targets import Projection, Target
 class SliceGradient(CoordinatorGradient):
     """
     In lean mode A and B's part of a gradient is a slice, where the merged form projects.
+
+    Where the engine takes gradients away (DeepSpeed), the slice is taken out of each as it comes, and summed here.
 
     Args:
         weights ([`AdapterWeights`]):
@@ -29,13 +32,35 @@ class SliceGradient(CoordinatorGradient):
     def __init__(self, weights: AdapterWeights, ratio: float):
         super().__init__(weights)
         self._ratio = ratio
+        self._sums: dict[str, torch.Tensor] = {}
+        if weights.watched:
+            for name, part in weights.parts.items():
+                shape = [side.stop - side.start for side in part]
+                self._sums[name] = torch.zeros(shape, device=weights.backend.device)
+                weights.watch(name, functools.partial(_take, self._sums[name], part))
 
     def so_far(self) -> Projection:
-        return [(a, self._ratio * b) for a, b in self.weights.coordinator_gradients()]
+        if self._sums:
+            parts = [total.clone() for total in self._sums.values()]
+            slices = list(zip(parts[::2], parts[1::2], strict=True))
+        else:
+            slices = self.weights.coordinator_gradients()
+        return [(a, self._ratio * b) for a, b in slices]
 
     def clear(self) -> None:
         """Take it out of the gradient, which theta is clipped by and steps on."""
-        self.weights.forget_coordinator_gradients()
+        for total in self._sums.values():
+            total.zero_()
+        if not self._sums:
+            self.weights.forget_coordinator_gradients()
+
+
+def _take(total: torch.Tensor, part: Part, gradient: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        total += gradient[part]
+        gradient = gradient.clone()
+        gradient[part] = 0
+    return gradient
 
 
 class LeanCoordinator(Coordinator):
@@ -78,7 +103,12 @@ class LeanCoordinator(Coordinator):
 
     def subtract_from(self, weights: AdapterWeights, keep: bool) -> dict[str, torch.Tensor]:
         """Theta's slices, under PEFT's names: an adapter of rank r_theta on the frozen base."""
-        return {name: part.float().cpu().clone() for name, part in weights.theta().items()} if keep else {}
+        state = {}
+        for name in weights.parameters:
+            part = weights.theta(name)
+            if keep:
+                state[name.replace(f".{ADAPTER}.", ".")] = part.float().cpu().clone()
+        return state
 
 
 def initial_values(

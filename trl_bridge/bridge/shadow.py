@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..training.backends import Weights, copy_rows_
+from ..training.backends import Backend, Weights, copy_rows_
 
 
 class Shadow:
@@ -40,9 +40,9 @@ class Shadow:
         self.optimizer = optimizer_for(self._leaves)
         self.max_grad_norm = max_grad_norm
 
-    def active(self) -> contextlib.AbstractContextManager[None]:
-        """Around the shadow's forward and backward. Nothing: it is a model of its own."""
-        return contextlib.nullcontext()
+    def active(self, backend: Backend) -> contextlib.AbstractContextManager[None]:
+        """Around the shadow's forward and backward: it is a model of its own, beside the backend's."""
+        return backend.beside()
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:

@@ -89,8 +89,7 @@ class ShadowPass:
         with (
             forked_torch_rng(trainer.accelerator.device),
             isolated_bookkeeping(trainer, batch.entropy_control),
-            trainer.backend.beside(),
-            trainer.shadow.active(),
+            trainer.shadow.active(trainer.backend),
         ):
             self._restore_rng(batch.rng)
             if self.share.whole:

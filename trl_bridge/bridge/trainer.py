@@ -22,7 +22,7 @@ from .coordinator import Coordinator
 from .cost_options import COST_OPTIONS, shadow_storage
 from .gain import GainMeter
 from .gradients import GradientProbe
-from .lean import base_identity, build_shadow, build_student, check_lean, students_adapter
+from .lean import base_identity, build_shadow, build_student, check_lean, student_weights, students_adapter
 from .merged import MergedCoordinator
 from .projection import CoordinatorGradient
 from .shadow import Shadow
@@ -86,7 +86,6 @@ class BridgeTrainer(DemonstrationTrainer):
     """
 
     config_class = BridgeConfig
-    spreads_adapters = False
     _tag_names = ["trl", "bridge"]
     _name = "BRIDGE"
     _paper = {
@@ -157,7 +156,7 @@ class BridgeTrainer(DemonstrationTrainer):
         if self.args.lean:
             self.coordinator, self._student = build_student(self, peft_config)
             # Now: TRL's sync with vLLM merges adapters into the base and takes them out again, which leaves rounding.
-            self._frozen_base = base_identity(self._plain_model)
+            self._frozen_base = base_identity(self._plain_model, self.backend)
         else:
             check_base_model(self._plain_model, self.backend.keeps_master)
             self.coordinator = self._build_coordinator(peft_config)
@@ -196,7 +195,7 @@ class BridgeTrainer(DemonstrationTrainer):
         groups = [{"params": list(self.coordinator.parameters()), "weight_decay": args.weight_decay}]
         self.coordinator_optimizer = optimizer_for(self, groups, args.coordinator_rate, args.optim)
         # Kept from here on: forwards hide the weights that FSDP holds behind gathered ones.
-        self._student = self.student
+        self._student = student_weights(self) if args.lean else self.student
         self.student_gradient = self.coordinator.gradient_of(self._student)
         if args.cooperative_gain:
             self.shadow = build_shadow(self) if args.lean else self._build_shadow()

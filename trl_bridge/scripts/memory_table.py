@@ -45,9 +45,6 @@ def scaling_table() -> str:
         for option, changes in _OPTIONS.items():
             cells = []
             for backend, count in _COLUMNS:
-                if "adapter_rank" in changes and backend not in ("one-process", "ddp"):
-                    cells.append("-")  # refused
-                    continue
                 run = Run(**{**vars(_RUN), **changes, "backend": backend, "num_processes": count})
                 cells.append(f"{estimate(shape, run).total / 2**30:.0f}")
             lines.append(f"| {size} | {option} | {' | '.join(cells)} |")

@@ -215,7 +215,7 @@ def estimate(shape: ModelShape, run: Run) -> Estimate:
         [`Estimate`]: the parts of the largest phase.
 
     Raises:
-        ValueError: no such backend, a backend of several processes with fewer, or one that the lean mode refuses.
+        ValueError: no such backend, or a backend of several processes with fewer.
     """
     if run.backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {run.backend!r}")
@@ -223,8 +223,6 @@ def estimate(shape: ModelShape, run: Run) -> Estimate:
         raise ValueError(
             f"`num_processes={run.num_processes}` with `backend={run.backend}`: one-process has one, the others have more"
         )
-    if run.adapter_rank and run.coordinator_rank and run.backend not in ("one-process", "ddp"):
-        raise ValueError(f"`lean=True` runs in one process or under ddp, not with `backend={run.backend}`")
     held = _held(shape, run)
     phases = [{**held, **phase} for phase in _phases(shape, run)]
     parts = {name: round(size) for name, size in max(phases, key=lambda p: sum(p.values())).items() if round(size)}
@@ -235,16 +233,18 @@ def _held(shape: ModelShape, run: Run) -> dict[str, float]:
     """What is there throughout."""
     n = run.num_processes
     sharded = n if run.backend in ("fsdp2", "zero3") else 1
-    total, adapter = shape.parameters, shape.adapter_width * run.adapter_rank / sharded
+    total, adapter = shape.parameters, shape.adapter_width * run.adapter_rank
     reference = run.compute_bytes if run.deepspeed else 4
     # The lean mode's is a slice of the adapter.
     coordinator = 0 if run.adapter_rank else shape.adapter_width * run.coordinator_rank
     held = {"reference": total * reference / sharded if run.reference and not run.adapter_rank else 0.0}
     held["coordinator"] = coordinator * (4 + run.state_bytes)
     if run.adapter_rank:
-        held["weights"] = total * run.base_bytes / sharded + 4 * adapter
-        held["optimizer"] = adapter * run.state_bytes
+        working, master = (run.compute_bytes, 4) if run.deepspeed else (4, 0)
+        held["weights"] = (total * run.base_bytes + adapter * working) / sharded
+        held["optimizer"] = adapter * (master + run.state_bytes) / (n if run.deepspeed else sharded)
         held["reduction buffers"] = adapter * 4 if run.backend == "ddp" else 0
+        # The lean mode's is whole on each rank.
         held["shadow"] = 0 if not run.shadow or run.shadow_offload else adapter * (4 + run.shadow_state_bytes)
         return held
     if run.deepspeed:
@@ -266,9 +266,8 @@ def _phases(shape: ModelShape, run: Run) -> list[dict[str, float]]:
     """What comes and goes: generation, the policy's, the shadow's and the demonstrations' pass, the step."""
     n = run.num_processes
     trained = shape.adapter_width * run.adapter_rank or shape.parameters
-    sharded = n if run.backend in ("fsdp2", "zero3") else 1
     student = _student_gradient(trained, run)
-    shadow_rows = sharded if run.adapter_rank else n
+    shadow_rows = 1 if run.adapter_rank else n
     shadow = trained * 4 / shadow_rows if run.shadow and not run.shadow_offload else 0.0
     # Spread over ranks it comes layer by layer, from the CPU too.
     offloaded = trained * (2.0 if run.shadow_bf16 else 4.0) if run.shadow_offload and shadow_rows == 1 else 0.0

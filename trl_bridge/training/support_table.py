@@ -207,8 +207,8 @@ def as_markdown() -> str:
         "Every field of `trl.GRPOConfig` with `BridgeTrainer`. *Tested*: a test of ours sets it and compares the update. "
         "*Refused*: the config or the trainer raises an error that names it. *Neutral*: it never reaches code of ours.",
         "",
-        "With `lean=True` (`docs/bridge.md`) the same hold, with these refused beside them: `fsdp`, `deepspeed` and `cast_lm_head_to_fp32`. The update is "
-        "compared in `tests/bridge/test_lean.py` for the options that it names.",
+        "With `lean=True` (`docs/bridge.md`) the same hold, with `cast_lm_head_to_fp32` refused beside them. The update is compared in "
+        "`tests/bridge/test_lean.py` and `tests/distributed/test_backends.py` for the options that they name.",
         "",
         "This page is printed by `python -m trl_bridge.training.support_table`.",
         "",

@@ -5,12 +5,13 @@ from accelerate.utils import DistributedType
 
 from .base import Backend
 from .storage import ApartWeights, Storage
-from .weights import Rows, RowWeights, Weights, copy_rows_, gradient_of
+from .weights import Part, Rows, RowWeights, Weights, copy_rows_, gradient_of, overlap
 
 
 __all__ = [
     "ApartWeights",
     "Backend",
+    "Part",
     "RowWeights",
     "Rows",
     "Storage",
@@ -18,6 +19,7 @@ __all__ = [
     "backend_for",
     "copy_rows_",
     "gradient_of",
+    "overlap",
 ]
 
 

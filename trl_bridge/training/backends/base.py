@@ -113,6 +113,11 @@ class Backend(Reducer):
         """The student's weights and gradients; `model` is the unwrapped student as it stands now."""
         return Weights(model, self)
 
+    @contextlib.contextmanager
+    def readable(self, parameter: nn.Parameter) -> Iterator[None]:
+        """A weight of the student's before it is prepared, whole on the main process. Collective."""
+        yield
+
     # Models beside the student
 
     @contextlib.contextmanager
@@ -192,7 +197,10 @@ class Backend(Reducer):
         """Give every rank the main process's values, in place."""
         if self.world_size > 1:
             for tensor in tensors:
-                torch.distributed.broadcast(tensor, src=0)
+                sent = tensor.to(self.device)  # weights that are not prepared may be on the CPU, where NCCL has no say
+                torch.distributed.broadcast(sent, src=0)
+                if sent is not tensor:
+                    tensor.copy_(sent)
 
     def _reduce(self, tensors: Iterable[torch.Tensor], divisor: int) -> None:
         if self.world_size == 1:

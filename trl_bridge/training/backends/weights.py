@@ -9,6 +9,8 @@ from torch.distributed.tensor import DTensor
 
 # Rows first to last of an addition to a weight, in the weight's own orientation.
 Rows = Callable[[int, int], torch.Tensor]
+# Rows and columns of a weight.
+Part = tuple[slice, slice]
 
 
 class Weights:
@@ -16,8 +18,8 @@ class Weights:
     Whole on each rank: one process, or replicas that DDP keeps alike.
 
     Args:
-        model (`nn.Module`):
-            Plain model, unwrapped.
+        model (`nn.Module` or `dict[str, nn.Parameter]`):
+            Plain model, unwrapped; or weights by name.
         backend:
             Reduces over ranks (see [`Backend`](training.backends.base.Backend)).
     """
@@ -27,9 +29,10 @@ class Weights:
     # Whether gradients must be read as they come (`watch`), because the engine takes them away.
     watched = False
 
-    def __init__(self, model: nn.Module, backend: "Reducer"):
+    def __init__(self, model: nn.Module | Mapping[str, nn.Parameter], backend: "Reducer"):
         self.backend = backend
-        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        named = model.named_parameters() if isinstance(model, nn.Module) else model
+        self.parameters: dict[str, nn.Parameter] = dict(named)
 
     def shape(self, name: str) -> torch.Size:
         """Shape of the whole weight."""
@@ -55,8 +58,11 @@ class Weights:
         """Accumulated gradient of the rows that this rank holds; zero where no loss has reached them."""
         return gradient_of(self.parameters[name])
 
-    def watch(self, name: str, hook: Callable[[torch.Tensor], None]) -> None:
-        """Call a function with each gradient of a whole weight, of this rank and before any reduction."""
+    def watch(self, name: str, hook: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+        """
+        Call a function with each gradient of a whole weight, of this rank and before any reduction; what it returns goes
+        on in the gradient's place.
+        """
         self.parameters[name].register_hook(hook)
 
     def bring(self) -> None:
@@ -81,6 +87,20 @@ class Weights:
         """Add to a weight what a function of first and last row returns."""
         weight = self.parameters[name].detach()
         weight.add_(rows(*self.bounds(name)).to(weight))
+
+    def write_(self, name: str, part: Part, values: torch.Tensor) -> None:
+        """
+        Overwrite a part of a weight, between two updates.
+
+        Args:
+            name (`str`):
+                The weight's name.
+            part (`tuple[slice, slice]`):
+                Rows and columns, with first and last.
+            values (`torch.Tensor`):
+                The part's new values, all of them on every rank.
+        """
+        self.parameters[name].detach()[part] = values.to(self.parameters[name].dtype)
 
     def average_unsynced_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Average over ranks what was read off gradients before the window's last backward, in place."""
@@ -145,6 +165,11 @@ class RowWeights(Weights):
         weight = local(self.parameters[name].detach())
         weight.add_(rows(*self.bounds(name)).to(weight))
 
+    def write_(self, name: str, part: Part, values: torch.Tensor) -> None:
+        held, given = overlap(self.bounds(name), part[0])
+        piece = local(self.parameters[name].detach())
+        piece[held, part[1]] = values[given].to(piece)
+
     def average_unsynced_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Nothing: each backward has averaged already."""
 
@@ -175,6 +200,13 @@ class Reducer:
 def gradient_of(parameter: nn.Parameter) -> torch.Tensor:
     """The gradient of a parameter; zero where no loss has reached it."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def overlap(bounds: tuple[int, int], rows: slice) -> tuple[slice, slice]:
+    """Where rows that a rank holds and a part's rows overlap: counted from the first of those, and of these."""
+    first, last = max(bounds[0], rows.start), min(bounds[1], rows.stop)
+    last = max(first, last)
+    return slice(first - bounds[0], last - bounds[0]), slice(first - rows.start, last - rows.start)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

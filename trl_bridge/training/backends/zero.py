@@ -25,7 +25,7 @@ from trl.models import prepare_deepspeed
 from ..._upstream import outside_zero3, without_gradient_sync
 from .base import Backend
 from .refusals import refuse_deepspeed
-from .weights import Rows, Weights
+from .weights import Part, Rows, Weights
 
 
 class ZeroBackend(Backend):
@@ -103,6 +103,11 @@ class ZeroBackend(Backend):
         return _PartitionedWeights(model, self) if _partitioned(parameters) else Weights(model, self)
 
     @contextlib.contextmanager
+    def readable(self, parameter: nn.Parameter) -> Iterator[None]:
+        with _gathered(parameter):
+            yield
+
+    @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
         with outside_zero3():
             yield
@@ -175,6 +180,28 @@ class ZeroWeights(Weights):
             address = mapping.lp_fragment_address
             mapping.hp_fragment.add_(flat.narrow(0, address.start, address.numel).view_as(mapping.hp_fragment))
 
+    @torch.no_grad()
+    def write_(self, name: str, part: Part, values: torch.Tensor) -> None:
+        parameter, shape = self.parameters[name], self.shape(name)
+        new = torch.zeros(shape, dtype=torch.float32, device=values.device)
+        chosen = torch.zeros(shape, dtype=torch.bool, device=values.device)
+        new[part], chosen[part] = values.float(), True
+        write = functools.partial(_write_flat, new.reshape(-1), chosen.reshape(-1))
+        # Master and working weights: the engine refreshes these from that in its steps alone.
+        if not hasattr(parameter, "ds_id"):
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                write(mapping.hp_fragment, mapping.lp_fragment_address.start)
+            write(parameter.data, 0)
+            return
+        master = safe_get_local_fp32_param(parameter).detach().clone()
+        first = self.backend.rank * master.numel()
+        write(master, first)
+        safe_set_local_fp32_param(parameter, master)
+        write(parameter.ds_tensor.data, first)
+        if parameter.data.numel() == shape.numel():  # small ones are never given away
+            write(parameter.data, 0)
+
     def complete_(self, tensors: Iterable[torch.Tensor], synced: bool) -> None:
         # The hooks see this rank's gradients, before any reduction.
         self.backend.average_(tensors)
@@ -205,6 +232,13 @@ class _PartitionedWeights(Weights):
 
 def _nothing() -> None:
     """Before `attach`."""
+
+
+def _write_flat(new: torch.Tensor, chosen: torch.Tensor, piece: torch.Tensor, first: int) -> None:
+    """Overwrite what was chosen of a whole weight, flat, in a piece of it that starts at `first` and may be padded."""
+    flat = piece.view(-1)[: max(0, new.numel() - first)]
+    where = slice(first, first + flat.numel())
+    flat.copy_(torch.where(chosen[where], new[where].to(flat), flat))
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
