@@ -122,6 +122,7 @@ def options_of(trainer, **method):
         "eps_low": args.epsilon,
         "eps_high": args.epsilon,
         "beta": args.beta,
+        "bias_corrected_kl": args.use_bias_correction_kl,
         "steps_per_generation": args.steps_per_generation,
         "rl_weight": lambda step: 1.0,
         "sft_weight": lambda step: 1.0,

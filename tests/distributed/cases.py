@@ -188,6 +188,15 @@ RESUMES = {
 }
 
 
+def on_main_process(model):
+    """What a rank may hold that waits for the main process's weights."""
+    if os.environ["RANK"] != "0":
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(torch.nan)
+    return model
+
+
 def model_of(changes: dict, output_dir: Path | None = None):
     """The model of a case, alike on all ranks; or the folder that it is to be loaded from (`by_name`), or nothing (`absent`)."""
     changes = dict(changes)
@@ -199,11 +208,8 @@ def model_of(changes: dict, output_dir: Path | None = None):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
             model = type(model)(config).eval()
-    if absent and output_dir is not None and os.environ["RANK"] != "0":
-        # What a rank may hold that waits for the main process's weights.
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.fill_(torch.nan)
+    if absent and output_dir is not None:
+        model = on_main_process(model)
     if not by_name or output_dir is None:
         return model
     folder = output_dir / "base"

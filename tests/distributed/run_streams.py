@@ -9,7 +9,7 @@ from trl import GRPOTrainer
 
 from tests.baselines.streams import logged, make, options_of, recording, sharp_model, state_of, trained, weights_of
 from tests.bridge.test_resume import StopAt
-from tests.distributed.cases import FSDP, zero
+from tests.distributed.cases import FSDP, on_main_process, zero
 from tests.distributed.run import pretend_accelerator
 from tests.harness import small_lora
 from trl_bridge import AlternatingTrainer, CHORDTrainer, NaiveMixTrainer
@@ -21,12 +21,14 @@ NAIVE_MIX = (NaiveMixTrainer, {"sft_weight": 0.5, "sft_weighting": "likelihood",
 ALTERNATING = (AlternatingTrainer, {})
 CHORD = (CHORDTrainer, {**MU, "enable_phi_function": True, **SGD})
 LORA = {"peft_config": small_lora()}
+ABSENT = {"fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}}
 ZERO_3 = zero(3, stage3_param_persistence_threshold=0)
 # By way of training: method -> trainer, what the method is tested with, and what the way of training needs.
 CASES = {
     "ddp": {"naive-mix": (*NAIVE_MIX, {}), "alternating": (*ALTERNATING, {}), "chord": (*CHORD, {})},
     "fsdp": {
-        "naive-mix": (*NAIVE_MIX, FSDP),
+        # The KL reference too has the main process's weights.
+        "naive-mix": (*NAIVE_MIX, {**FSDP, **ABSENT, "beta": 0.1}),
         "alternating": (*ALTERNATING, {**FSDP, "gradient_checkpointing": True}),
         "chord": (*CHORD, FSDP),
         "chord, lora": (*CHORD, {**FSDP, "gradient_checkpointing": True, **LORA}),
@@ -54,7 +56,9 @@ def main(kind: str, folder: Path) -> None:
         pretend_accelerator()
     for name, (trainer_class, method, way) in CASES[kind].items():
         options = {**method, **way}
-        trainer = trained(recording(trainer_class), folder / name, model=sharp_model(), max_steps=4, **options)
+        absent = way.get("fsdp_config") == ABSENT["fsdp_config"]
+        model = on_main_process(sharp_model()) if absent else sharp_model()
+        trainer = trained(recording(trainer_class), folder / name, model=model, max_steps=4, **options)
         trainer.save_model(str(folder / name / "final"))
         record = {
             "windows": trainer.windows,

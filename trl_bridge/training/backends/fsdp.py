@@ -66,6 +66,9 @@ class FSDP2Backend(Backend):
         return self.accelerator.state.fsdp_plugin.mixed_precision_policy
 
     def prepare_reference(self, twin: PreTrainedModel) -> nn.Module:
+        if not self.loads_everywhere:
+            # It was copied before `prepare` gave every rank the main process's values, and is sharded from what each has.
+            self.broadcast_(parameter.data for parameter in twin.parameters())
         reference: Any = prepare_fsdp(twin, self.accelerator)
         return reference
 
