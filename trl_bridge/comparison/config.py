@@ -86,7 +86,8 @@ class Comparison:
         rows (`list[Row]`):
             Rows of the table.
         seeds, validation_seeds (`list[int]`):
-            Seeds of test runs, and of the runs that choose the learning rate.
+            Seeds of test runs, and of the runs that choose the learning rate: none with a single rate, where nothing is to
+            choose and only test runs are wanted.
         learning_rates (`list[float]`):
             The grid, the same for every row.
         steps (`int`):
@@ -199,7 +200,7 @@ def parse_comparison(values: Any, source: str = "the comparison") -> Comparison:
         settings=_settings(values),
         rows=[_row(name, fields) for name, fields in values["methods"].items()],
         seeds=_list(values, "seeds", int),
-        validation_seeds=_list(values, "validation_seeds", int) if "validation_seeds" in values else [1000],
+        validation_seeds=_list({"validation_seeds": [1000], **values}, "validation_seeds", int, empty=True),
         learning_rates=_list(values, "learning_rates", float),
         steps=_positive(values, "steps"),
         points=_positive(values, "points") if "points" in values else 10,
@@ -208,6 +209,8 @@ def parse_comparison(values: Any, source: str = "the comparison") -> Comparison:
         curves=[_known(name, names, "`curves`") for name in values.get("curves") or names[:6]],
         output_dir=str(values.get("output_dir", "outputs/comparison")),
     )
+    if not comparison.validation_seeds and len(comparison.learning_rates) > 1:
+        raise ValueError(f"{source}: `validation_seeds` is empty, so `learning_rates` must be one rate")
     both = set(comparison.seeds) & set(comparison.validation_seeds)
     if both:
         raise ValueError(f"{source}: `seeds` and `validation_seeds` must not share seeds, and both have {min(both)}")
@@ -247,9 +250,9 @@ def _mapping(value: Any, place: str) -> dict[str, Any]:
     return value
 
 
-def _list(values: Mapping[str, Any], key: str, kind: type) -> list[Any]:
+def _list(values: Mapping[str, Any], key: str, kind: type, empty: bool = False) -> list[Any]:
     given = values[key]
-    right = isinstance(given, list) and given and all(type(each) in (int, kind) for each in given)
+    right = isinstance(given, list) and (given or empty) and all(type(each) in (int, kind) for each in given)
     if not right or len(set(given)) != len(given) or (kind is float and min(given) <= 0):
         raise ValueError(
             f"`{key}` must be a list of different {'rates' if kind is float else 'integers'}, got {given!r}"

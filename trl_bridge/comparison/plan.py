@@ -134,6 +134,8 @@ def best_rate(comparison: Comparison, row: Row, setting: Setting, records: Recor
     Returns:
         `float`, *optional*: `None` while validation runs are missing.
     """
+    if not comparison.validation_seeds:
+        return comparison.learning_rates[0]
     scores = validation_scores(comparison, row, setting, records)
     if len(scores) < len(comparison.learning_rates):
         return None

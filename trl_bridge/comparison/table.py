@@ -31,7 +31,8 @@ def report(comparison: Comparison, records: Records) -> str:
         part = comparison.only(results)
         parts += [f"## {setting.name}", *_summary(part, setting, results), _scores(part, setting, results)]
         parts.append(_cost(part, results))
-    parts += ["## Learning rates", _RATES, _rates(comparison, records)]
+    if comparison.validation_seeds:
+        parts += ["## Learning rates", _RATES, _rates(comparison, records)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -96,14 +97,21 @@ def _how(comparison: Comparison, records: Records) -> str:
     versions = sorted({", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in used})
     lines = [
         f"- {len(used)} runs, {comparison.steps} updates each unless a row says otherwise, seeds "
-        f"{_listed(comparison.seeds)}; learning rates {_listed(f'{rate:g}' for rate in comparison.learning_rates)} tried on "
-        f"{'seed' if len(comparison.validation_seeds) == 1 else 'seeds'} {_listed(comparison.validation_seeds)}.",
+        f"{_listed(comparison.seeds)}; {_choice(comparison)}.",
         f"- Machine: {'; '.join(machines)}. Date: {_span(dates)}. Commit: {', '.join(commits)}.",
         f"- {'; '.join(versions)}.",
         "- Differences are taken seed by seed, with a 95 % bootstrap interval over the seeds. With five seeds such an interval is too "
         "narrow: read it as a rough guide. Bold: the interval does not contain 0.",
     ]
     return "\n".join(lines)
+
+
+def _choice(comparison: Comparison) -> str:
+    rates = _listed(f"{rate:g}" for rate in comparison.learning_rates)
+    if not comparison.validation_seeds:
+        return f"learning rate {rates} for every row, not chosen"
+    seeds = "seed" if len(comparison.validation_seeds) == 1 else "seeds"
+    return f"learning rates {rates} tried on {seeds} {_listed(comparison.validation_seeds)}"
 
 
 def _commit(commit: str | None) -> str:
@@ -195,7 +203,8 @@ def _rates(comparison: Comparison, records: Records) -> str:
 def _rate(comparison: Comparison, result: Result) -> str:
     if result.learning_rate is None:
         return ""
-    ends = {min(comparison.learning_rates), max(comparison.learning_rates)}
+    chosen = bool(comparison.validation_seeds)
+    ends = {min(comparison.learning_rates), max(comparison.learning_rates)} if chosen else set()
     return f"{result.learning_rate:g}{'*' if result.learning_rate in ends else ''}"
 
 
