@@ -9,7 +9,7 @@ from ..methods import METHODS, Method
 from ..rewards.noise import noisy
 from .addition import Task
 from .config import Comparison, Row
-from .plan import Run, tuning_runs
+from .plan import Run, runs_of
 
 
 __all__ = ["build_trainer", "check_rows", "config_fields"]
@@ -80,7 +80,7 @@ def check_rows(comparison: Comparison, output_dir: str) -> None:
         if not any(name in _field_names(method) for method in METHODS.values()):
             raise ValueError(f"`trainer`: no method has a field `{name}`")
     for row in comparison.rows:
-        (run, *_) = tuning_runs(comparison, row, comparison.settings[0])
+        run = runs_of(comparison, row, comparison.settings[0], comparison.learning_rates[0])[0]
         fields = config_fields(run)
         try:
             _import(METHODS[row.method].config)(**fields, output_dir=output_dir)
