@@ -120,11 +120,11 @@ def test_saved_model_is_the_student(folder, kind, name):
 @pytest.mark.parametrize(("kind", "name"), cases_of("hpt apart"))
 def test_one_rank_trains_by_sft_and_the_other_by_rl(folder, kind, name):
     first, second = load(folder(kind), name)
-    for left, right in zip(
-        *([batch for window in rank["windows"] for batch in window] for rank in (first, second)), strict=True
-    ):
-        assert left["sft_mask"].any() and not left["tool_mask"].any()
-        assert right["tool_mask"].all() and not right["sft_mask"].any() and right["advantages"].any()
+    for left, right in zip(first["windows"], second["windows"], strict=True):
+        # The demonstrations of a generation batch may all be in one of its micro-batches.
+        assert any(batch["sft_mask"].any() for batch in left) and any(batch["advantages"].any() for batch in right)
+        assert not any(batch["tool_mask"].any() for batch in left)
+        assert all(batch["tool_mask"].all() and not batch["sft_mask"].any() for batch in right)
 
 
 def test_groups_straddle_the_ranks(folder):
