@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
+from accelerate.utils import send_to_device
 
 from .._upstream import asked_twice
 from .shadow_pass import Scored
@@ -82,14 +82,7 @@ class ShadowOverlap:
         """Take over what `state_dict` returned."""
         device = self.trainer.accelerator.device
         self._waiting = [
-            Scored(**{**batch, "inputs": _to(batch["inputs"], device), "scores": _to(batch["scores"], device)})
+            # The generators' states stay on the CPU.
+            Scored(**{**batch, **send_to_device({name: batch[name] for name in ("inputs", "scores")}, device)})
             for batch in state
         ]
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, dict):
-        return {name: _to(each, device) for name, each in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_to(each, device) for each in value)
-    return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -257,7 +257,7 @@ class BridgeTrainer(DemonstrationTrainer):
         return loss
 
     def between_passes(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        if self.shadow is not None and self.args.shadow_overlap:
+        if self.args.shadow_overlap:
             self._shadow_overlap.put_off(self._shadow_pass.scored(inputs))
         elif self._shadow_schedule.due:
             self._shadow_pass.run(self._shadow_pass.scored(inputs))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -165,7 +166,7 @@ class BufferResumable(Resumable):
     def load_progress_state(self, state: dict[str, Any]) -> None:
         super().load_progress_state(state)
         self._step = state["step"]
-        self._buffered_inputs = _to_device(state["buffered_inputs"], self.accelerator.device)
+        self._buffered_inputs = send_to_device(state["buffered_inputs"], self.accelerator.device)
         self._advance_sampler(int(self.state.epoch or 0))
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
@@ -216,12 +217,3 @@ class ResumableTrainer(BufferResumable, GRPOTrainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         self._entropy_window_stats = None
         return super()._prepare_for_training(*args, **kwargs)
-
-
-def _to_device(batches: Any, device: torch.device) -> Any:
-    if batches is None:
-        return None
-    return [
-        {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-        for batch in batches
-    ]
