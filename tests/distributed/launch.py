@@ -32,6 +32,27 @@ def launch(module, *arguments):
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+def folder_of_runs(module):
+    """
+    A fixture: from a way of training to the folder where the runs of a module of this folder have written what they saw.
+    One launch for all runs of a way of training.
+    """
+
+    @pytest.fixture(scope="module")
+    def folder(tmp_path_factory):
+        done = {}
+
+        def folder_of(kind):
+            if kind not in done:
+                done[kind] = tmp_path_factory.mktemp(f"{module}-{kind}")
+                launch(module, kind, done[kind])
+            return done[kind]
+
+        return folder_of
+
+    return folder
+
+
 def load(folder, name):
     """What both ranks wrote of a run, in rank order."""
     return [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(2)]

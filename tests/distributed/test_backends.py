@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from tests.bridge.lean import replay_lean
 from tests.bridge.test_resume import assert_same
 from tests.distributed.cases import CASES, LEAN_CASES, RESUMES, model_of
-from tests.distributed.launch import DEEPSPEED, launch, load, params_of
+from tests.distributed.launch import DEEPSPEED, folder_of_runs, load, params_of
 from tests.harness import adapters, movement_error, moves
 from tests.reference.bridge import Reference
 from trl_bridge.scripts.merge import merge_adapter
@@ -24,18 +24,8 @@ LEAN_ROUNDED = (
 ROUNDED = 3e-2  # passes in bfloat16; leaving the gain out gives above 0.1
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the runs of a way of training have written what they saw; one launch for all of them."""
-    done = {}
-
-    def folder_of(kind):
-        if kind not in done:
-            done[kind] = tmp_path_factory.mktemp(kind)
-            launch("run", kind, done[kind])
-        return done[kind]
-
-    return folder_of
+# By way of training.
+folder = folder_of_runs("run")
 
 
 def replayed(ranks, case):

@@ -14,7 +14,7 @@ from tests.baselines.test_prefix_rft import prefix_loss
 from tests.baselines.test_srft import srft_loss
 from tests.baselines.test_uft import uft_loss
 from tests.bridge.test_resume import assert_same
-from tests.distributed.launch import launch, load, params_of
+from tests.distributed.launch import folder_of_runs, load, params_of
 from tests.distributed.run_groups import CASES, METHOD, RESUMED, options_of
 from tests.harness import small_model
 
@@ -39,18 +39,8 @@ def cases_of(*methods):
     return params_of({kind: [case for case in CASES[kind] if options_of(case) in methods] for kind in CASES})
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the runs of a way of training have written what they saw; one launch for all of them."""
-    done = {}
-
-    def folder_of(kind):
-        if kind not in done:
-            done[kind] = tmp_path_factory.mktemp(f"groups-{kind}")
-            launch("run_groups", kind, done[kind])
-        return done[kind]
-
-    return folder_of
+# By way of training.
+folder = folder_of_runs("run_groups")
 
 
 def _joined(ranks):

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.baselines.streams import sharp_model
 from tests.bridge.test_resume import assert_same
-from tests.distributed.launch import launch, load, params_of
+from tests.distributed.launch import folder_of_runs, load, params_of
 from tests.distributed.run_streams import CASES, RESUMES
 from tests.harness import movement_error
 from tests.reference.stream import StreamReference
@@ -38,18 +38,8 @@ def student(kind, name):
     return sharp_model() if lora is None else get_peft_model(sharp_model(), lora)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the runs of a way of training have written what they saw; one launch for all of them."""
-    done = {}
-
-    def folder_of(kind):
-        if kind not in done:
-            done[kind] = tmp_path_factory.mktemp(f"streams-{kind}")
-            launch("run_streams", kind, done[kind])
-        return done[kind]
-
-    return folder_of
+# By way of training.
+folder = folder_of_runs("run_streams")
 
 
 @pytest.mark.parametrize(("kind", "name"), params_of(CASES))

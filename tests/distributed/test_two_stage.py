@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.bridge.test_resume import assert_same
-from tests.distributed.launch import launch, load, params_of
+from tests.distributed.launch import folder_of_runs, load, params_of
 from tests.distributed.run_two_stage import CASES, CUTS, RUN
 from tests.harness import movement_error, small_model
 from tests.reference import objectives
@@ -17,18 +17,8 @@ pytestmark = pytest.mark.distributed
 TOLERANCE = 2e-4
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the runs of a way of training have written what they saw; one launch for all of them."""
-    done = {}
-
-    def folder_of(kind):
-        if kind not in done:
-            done[kind] = tmp_path_factory.mktemp(f"two-stage-{kind}")
-            launch("run_two_stage", kind, done[kind])
-        return done[kind]
-
-    return folder_of
+# By way of training.
+folder = folder_of_runs("run_two_stage")
 
 
 def _sft_loss(model, weights, window, o):
