@@ -167,7 +167,8 @@ def main():
         run_alone(options.only, options)
         return
     if options.process_time:
-        globals()["clock"] = time.process_time
+        global clock
+        clock = time.process_time
     steps = {name: [] for name in VARIANTS}
     generation = {name: [] for name in VARIANTS}
     for _ in range(options.rounds):
