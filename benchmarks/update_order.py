@@ -1,0 +1,58 @@
+"""
+BRIDGE with w's gradient taken *after* theta's and the shadow's step (sequential), beside the paper's order (all at one iterate).
+
+    OMP_NUM_THREADS=1 python benchmarks/update_order.py [--workers N] [--output_dir DIR]
+
+A comparison like those of `trl-bridge compare`, whose options it has; its rows and settings are in `update_order.yaml`. An update
+of the sequential order is two of the trainer's on the same rollouts and demonstrations: the first moves theta and theta_hat, the
+second moves w, with gradients at the moved weights. So it runs all passes twice.
+"""
+
+import sys
+from pathlib import Path
+
+from trl_bridge import BridgeTrainer
+from trl_bridge.methods import METHODS
+from trl_bridge.scripts.compare import main
+from trl_bridge.training.rates import rate_factor
+
+
+class SequentialBridgeTrainer(BridgeTrainer):
+    """Expects `num_iterations=2`, no accumulation, one process: each batch of rollouts is seen by two updates."""
+
+    @property
+    def _moves_w(self) -> bool:
+        return self.state.global_step % 2 == 1
+
+    def _draw_shares(self):
+        if not self._moves_w:
+            self._drawn = super()._draw_shares()
+        return self._drawn
+
+    def end_of_window(self):
+        if not self._moves_w:
+            self.student_gradient.clear()
+            self.shadow_gradient.clear()
+            self.shadow.step(rate_factor(self.optimizer))
+            return
+        weight = self.policy_weight()
+        fused, shadow = self.student_gradient.whole(), self.shadow_gradient.whole()
+        self._log_update(weight, fused, shadow)
+        self.coordinator.pull(fused, shadow, weight)
+        old = self.coordinator.snapshot()
+        self._step_coordinator()
+        self.coordinator.push(old, self._held)
+        self.student_gradient.clear()
+        self.shadow.clear_gradients()
+        # AdamW passes over what has no gradient: neither its moments nor theta move.
+        self.model.zero_grad(set_to_none=True)
+
+
+METHODS["bridge-sequential"] = METHODS["bridge"]._replace(
+    name="bridge-sequential", trainer="update_order.SequentialBridgeTrainer"
+)
+
+
+if __name__ == "__main__":
+    config = Path(__file__).with_suffix(".yaml")
+    sys.exit(main(["--config", str(config), *sys.argv[1:]]))
