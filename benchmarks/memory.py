@@ -34,7 +34,13 @@ VARIANTS = {
     "BRIDGE": {"method": "bridge"},
     "BRIDGE, SGD shadow": {"method": "bridge", "shadow_optim": "sgd"},
     "BRIDGE, selective": {"method": "bridge", "preset": "selective"},
+    "GRPO, LoRA": {"method": "grpo", "rank": 16},
+    "BRIDGE, lean": {"method": "bridge", "lean": True, "lean_lora_r": 12, "rank": 4},
+    "BRIDGE, lean, SGD shadow": {"method": "bridge", "lean": True, "lean_lora_r": 12, "rank": 4, "shadow_optim": "sgd"},
+    "BRIDGE, lean, no gain": {"method": "bridge", "lean": True, "lean_lora_r": 12, "rank": 4, "cooperative_gain": False},
 }
+# What a variant's peak is divided by.
+BASES = ("GRPO", "GRPO, LoRA")
 
 
 @dataclasses.dataclass
@@ -83,13 +89,14 @@ def reward(completion_ids, **kwargs):
 def make_trainer(variant, sizes, backend, folder):
     """The trainer of a variant. Every completion has full length; prompts differ in length, so that batches are padded."""
     from datasets import Dataset
+    from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
 
     from trl_bridge import BridgeConfig, BridgeTrainer
     from trl_bridge.models import tiny_tokenizer
 
     changes = dict(VARIANTS[variant])
-    bridge = changes.pop("method") == "bridge"
+    bridge, rank = changes.pop("method") == "bridge", changes.pop("rank", None)
     prompts = [f"{a}+{b}=" + "?" * (sizes.prompt_length - 6 - a % 2) for a in range(10, 42) for b in range(10, 20)]
     config = {
         "output_dir": folder, "use_cpu": backend != "fsdp2", "bf16": sizes.bf16, "report_to": "none", "disable_tqdm": True,
@@ -101,6 +108,8 @@ def make_trainer(variant, sizes, backend, folder):
     if backend == "fsdp2":
         config.update(fsdp=True, fsdp_config={"version": 2, "cpu_ram_efficient_loading": False})
     options = {}
+    if rank:
+        options["peft_config"] = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
     if bridge:
         answers = ["1" * (sizes.completion_length - 1)] * len(prompts)
         options["sft_dataset"] = Dataset.from_dict({"prompt": prompts, "completion": answers})
@@ -177,6 +186,7 @@ def formula(variant, sizes, backend):
 
     changes, length = VARIANTS[variant], sizes.prompt_length + sizes.completion_length
     bridge = changes["method"] == "bridge"
+    adapter = changes.get("rank", 0) + changes.get("lean_lora_r", 0)
     run = Run(
         backend=backend,
         num_processes=1 if backend == "one-process" else 2,
@@ -190,8 +200,9 @@ def formula(variant, sizes, backend):
         accumulation=2,
         unsynced=not bridge,
         checkpointing=sizes.gradient_checkpointing,
-        coordinator_rank=16 if bridge else 0,
-        shadow=bridge and "preset" not in changes,
+        coordinator_rank=16 if bridge and not adapter else 0,
+        adapter_rank=adapter,
+        shadow=bridge and "preset" not in changes and "cooperative_gain" not in changes,
         generation_rows=2 * sizes.batch_size,
         triton=False,
     )
@@ -250,10 +261,9 @@ def main():
     print("| | backend | measured, MB | / GRPO's | formula, MB | formula / measured |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for backend in options.backends:
-        base = None
         for variant in VARIANTS:
             peak = measure(variant, sizes, backend)["peak"]
-            base = base or peak
+            base = peak if variant in BASES else base
             said = formula(variant, sizes, backend).total
             print(
                 f"| {variant} | {backend} | {peak / 1e6:.1f} | {peak / base:.2f} | {said / 1e6:.1f} | {said / peak:.3f} |",
