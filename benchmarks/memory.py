@@ -36,8 +36,20 @@ VARIANTS = {
     "BRIDGE, selective": {"method": "bridge", "preset": "selective"},
     "GRPO, LoRA": {"method": "grpo", "rank": 16},
     "BRIDGE, lean": {"method": "bridge", "lean": True, "lean_lora_r": 12, "rank": 4},
-    "BRIDGE, lean, SGD shadow": {"method": "bridge", "lean": True, "lean_lora_r": 12, "rank": 4, "shadow_optim": "sgd"},
-    "BRIDGE, lean, no gain": {"method": "bridge", "lean": True, "lean_lora_r": 12, "rank": 4, "cooperative_gain": False},
+    "BRIDGE, lean, SGD shadow": {
+        "method": "bridge",
+        "lean": True,
+        "lean_lora_r": 12,
+        "rank": 4,
+        "shadow_optim": "sgd",
+    },
+    "BRIDGE, lean, no gain": {
+        "method": "bridge",
+        "lean": True,
+        "lean_lora_r": 12,
+        "rank": 4,
+        "cooperative_gain": False,
+    },
 }
 # What a variant's peak is divided by.
 BASES = ("GRPO", "GRPO, LoRA")
@@ -261,6 +273,7 @@ def main():
     print("| | backend | measured, MB | / GRPO's | formula, MB | formula / measured |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for backend in options.backends:
+        base = 1.0
         for variant in VARIANTS:
             peak = measure(variant, sizes, backend)["peak"]
             base = peak if variant in BASES else base
