@@ -8,10 +8,11 @@ import torch
 
 from tests.baselines.groups import options
 from tests.distributed.cases import FSDP, zero
-from tests.distributed.run import pretend_accelerator
+from tests.distributed.run import look_on_main_process_alone, pretend_accelerator
 from tests.harness import clone
 from tests.test_two_stage import Cut, two_stage
 from trl_bridge.baselines import two_stage as module
+from trl_bridge.training import checkpoint
 from trl_bridge.training.backends import backend_for
 
 
@@ -71,6 +72,12 @@ def options_of(args):
 def main(kind: str, folder: Path) -> None:
     if kind != "ddp":
         pretend_accelerator()
+    look_on_main_process_alone(
+        (checkpoint, "latest"),
+        (module, "_latest"),
+        (module, "_steps_of_finished"),
+        (module.TwoStageConfig, "can_resume"),
+    )
     stages = module.SFTTrainer, module.ResumableTrainer
     for name, way in CASES[kind].items():
         runs: list[dict] = []

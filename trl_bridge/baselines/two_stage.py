@@ -112,8 +112,8 @@ class TwoStageTrainer:
         self._check_resume(resume_from_checkpoint)
         first, second = self.args.folders
         checkpoint = None
-        if resume_from_checkpoint and self.args.first_stage_finished:
-            checkpoint = checkpoints.latest(second)
+        if resume_from_checkpoint and checkpoints.agreed(lambda: self.args.first_stage_finished):
+            checkpoint = checkpoints.agreed(lambda: checkpoints.latest(second))
         else:
             self._run_first_stage(resume=bool(resume_from_checkpoint))
         self._second = self._build_second_stage(first)
@@ -126,12 +126,13 @@ class TwoStageTrainer:
                 f"`resume_from_checkpoint={resume_from_checkpoint!r}`: a two-stage run finds the checkpoint itself. Set "
                 "it to true, and `output_dir` to the run's folder."
             )
-        if not resume_from_checkpoint and args.can_resume():
+        held = checkpoints.agreed(args.can_resume)
+        if not resume_from_checkpoint and held:
             raise ValueError(
                 f"`output_dir`: {args.output_dir!r} holds an earlier two-stage run. Set `resume_from_checkpoint` to go on "
                 "with it, remove it, or take another folder."
             )
-        if resume_from_checkpoint and not args.can_resume():
+        if resume_from_checkpoint and not held:
             raise ValueError(f"`resume_from_checkpoint` is set, but {args.output_dir!r} holds no two-stage run.")
         if resume_from_checkpoint and args.save_only_model:
             raise ValueError("`resume_from_checkpoint` needs checkpoints that were made with `save_only_model=False`.")
@@ -140,10 +141,10 @@ class TwoStageTrainer:
 
     def _run_first_stage(self, resume: bool) -> None:
         folder = self.args.folders[0]
-        checkpoint = _latest(folder) if resume else None
-        if checkpoint is not None and _is_finished(checkpoint):
+        checkpoint = checkpoints.agreed(lambda: _latest(folder)) if resume else None
+        steps = None if checkpoint is None else checkpoints.agreed(lambda: _steps_of_finished(checkpoint))
+        if checkpoint is not None and steps is not None:
             # Cut off between its last checkpoint and its end; transformers would make one update more.
-            steps = (_progress(checkpoint) or {})["global_step"]
             if PartialState().is_main_process:
                 _copy_model(checkpoint, folder)
         else:
@@ -254,9 +255,10 @@ def _progress(checkpoint: Path) -> dict[str, Any] | None:
         return None
 
 
-def _is_finished(checkpoint: Path) -> bool:
+def _steps_of_finished(checkpoint: Path) -> int | None:
+    """Updates that the checkpoint of a stage's end has behind it; `None` where the stage was not at its end."""
     state = _progress(checkpoint)
-    return state is not None and state["global_step"] >= state["max_steps"]
+    return state["global_step"] if state is not None and state["global_step"] >= state["max_steps"] else None
 
 
 def _copy_model(checkpoint: Path, folder: Path) -> None:

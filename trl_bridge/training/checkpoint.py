@@ -8,10 +8,11 @@ cut off half-way is recognised and passed over.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -21,6 +22,8 @@ logger = logging.get_logger(__name__)
 
 FOLDER = "bridge"
 _MARKER = "complete.json"
+
+T = TypeVar("T")
 
 
 def discard_marker(checkpoint: Path) -> None:
@@ -150,6 +153,22 @@ def check(checkpoint: Path, requirements: dict[str, Any]) -> None:
             f"`resume_from_checkpoint`: {str(checkpoint)!r} was made with other options: {listed}. Restore them, or "
             "start a new run."
         )
+
+
+def agreed(find: Callable[[], T]) -> T:
+    """
+    What the main process finds in a folder, on every rank. Collective.
+
+    Ranks may see a file at different times: each by itself, one would go on from a checkpoint and another start anew,
+    and both would wait for ever.
+
+    Args:
+        find (`Callable`):
+            Looks; called on the main process, once all ranks have come here.
+    """
+    state = PartialState()
+    state.wait_for_everyone()
+    return broadcast_object_list([find() if state.is_main_process else None])[0]
 
 
 def latest(output_dir: Path) -> Path | None:

@@ -93,7 +93,7 @@ class Resumable(Trainer):
             ValueError: the checkpoint lacks a part, or was made with other options; the message names it.
         """
         if resume_from_checkpoint is True:
-            found = checkpoints.latest(Path(str(self.args.output_dir)))
+            found = checkpoints.agreed(lambda: checkpoints.latest(Path(str(self.args.output_dir))))
             if found is None:
                 raise ValueError(f"`resume_from_checkpoint`: no whole checkpoint in {self.args.output_dir!r}.")
             resume_from_checkpoint = str(found)
