@@ -5,7 +5,9 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
+
+from ..scripts.tool_parser import ToolParser
 
 
 if TYPE_CHECKING:
@@ -18,11 +20,6 @@ __all__ = ["main"]
 # The rows that the curves are measured on.
 _HELD_OUT = "validation"
 _EXAMPLES = 3
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,11 +84,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = ToolParser(
         prog="trl-bridge demo",
         description="Compare GRPO, cold start and BRIDGE on sums of two numbers, with some demonstrations wrong.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--steps", type=int, default=120, help="RL updates of each method")
     parser.add_argument("--base_steps", type=int, default=600, help="training steps of the base model")

@@ -49,6 +49,7 @@ def confine() -> None:
 
 
 def limit(request: dict) -> None:
+    """Bound this process's time (seconds), memory, file size (bytes) and open files, as the request says."""
     seconds = int(request["seconds"]) + 1
     for name, value in (
         (resource.RLIMIT_CPU, seconds),
@@ -61,6 +62,7 @@ def limit(request: dict) -> None:
 
 
 def main() -> None:
+    """Read one request from stdin, run its program confined, and answer on stdout."""
     request = json.loads(sys.stdin.buffer.readline())
     limit(request)
     confine()

@@ -131,6 +131,7 @@ def watch_parent(parent: int) -> None:
 
 
 def main() -> None:
+    """Serve requests, one JSON line each on stdin, until it ends; verdicts go to stdout."""
     # Whatever a library prints must not end up between the verdicts.
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
