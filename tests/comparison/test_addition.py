@@ -56,6 +56,22 @@ def test_the_base_model_stops_where_it_is_told_to(task):
     assert 0.01 <= base.score(base.base, "validation")["probability"] < 0.04
 
 
+def test_the_teacher_is_another_model_and_made_when_it_is_wanted(task, tmp_path):
+    assert task.teacher is None and task.fresh_teacher() is None
+    spec = dataclasses.replace(SPEC, base_steps=300, base_probability=0.001, base_rate=3e-3, teacher_probability=0.01)
+    built = spec.build(0, tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    assert 0.01 <= built.score(built.teacher, "validation")["probability"] < 0.04
+    stored = dataclasses.replace(spec, wrong_share=1.0, reward_flip=0.5).build(0, tmp_path)
+    weights = [each.state_dict()["lm_head.weight"] for each in (built.teacher, stored.teacher, built.base)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    fresh = built.fresh_teacher()
+    assert fresh is not built.teacher and torch.equal(fresh.state_dict()["lm_head.weight"], weights[0])
+    with pytest.raises(ValueError, match="After `base_steps: 11` updates the teacher of seed 0 has not reached"):
+        _ = dataclasses.replace(spec, base_steps=11, teacher_probability=0.9).build(0).teacher
+
+
 def test_scores_against_one_row_at_a_time(task):
     task = dataclasses.replace(task, splits={"test": task.splits["test"].select(range(40))})
     scores = task.score(task.base, "test")

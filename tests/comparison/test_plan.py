@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from trl_bridge.comparison.plan import (
     tuning_runs,
     validation_scores,
 )
+from trl_bridge.comparison.workers import read_records
 from trl_bridge.recipes import find_recipe, list_recipes
 
 
@@ -72,6 +74,31 @@ def test_what_a_method_does_not_read_does_not_count(row, same):
     for first in keys:
         for second in keys:
             assert (keys[first] == keys[second]) == (first == second or {first, second} == set(same))
+
+
+def test_what_only_a_teacher_row_reads_counts_for_it_alone():
+    methods = dict.fromkeys(("grpo", "bridge", "sft", "opd", "aopd", "lightning-opd"))
+    weak, strong = (
+        comparison(task={**VALUES["task"], "teacher_probability": value}, methods=methods) for value in (0.5, 0.9)
+    )
+    for row in weak.rows:
+        keys = [tuning_runs(given, row, setting)[0].key for given in (weak, strong) for setting in given.settings]
+        if row.name in ("grpo", "bridge", "sft"):
+            assert keys[:3] == keys[3:]
+        else:
+            # Neither demonstrations nor rewards: one run for all settings.
+            assert len(set(keys[:3])) == len(set(keys[3:])) == 1 and keys[0] != keys[3]
+
+
+def test_a_teacher_in_the_task_leaves_published_runs_what_they_are():
+    values = yaml.safe_load(find_recipe("comparison/addition").read_text())
+    values["task"]["teacher_probability"] = 0.123
+    given = parse_comparison(values)
+    published = read_records(Path(__file__).parents[2] / "docs" / "results" / "comparison" / "addition")
+    rows = [row for row in given.rows if not row.reads_teacher]
+    assert len(rows) >= 16
+    keys = {run.key for row in rows for setting in given.settings for run in tuning_runs(given, row, setting)}
+    assert keys <= set(published)
 
 
 def test_the_order_of_runs():
@@ -145,6 +172,14 @@ def test_a_single_rate_needs_no_validation_runs():
         ({"settings": {}}, "`settings` is empty"),
         ({"task": {"name": "additon"}}, "did you mean `addition`?"),
         ({"task": {"name": "addition", "max_number": 3}}, "has 16 pairs"),
+        (
+            {"task": {"name": "addition", "teacher_probability": 1.0}},
+            "`teacher_probability` must lie in (0, 1), got 1.0",
+        ),
+        (
+            {"task": {"name": "addition", "teacher_probability": 0.5, "validation_size": 0}},
+            "measured on validation rows",
+        ),
         ({"seeds": [0, 8]}, "must not share seeds, and both have 8"),
         ({"seeds": 3}, "`seeds` must be a list of different integers, got 3"),
         ({"learning_rates": [0.1, 0.1]}, "`learning_rates` must be a list of different rates"),

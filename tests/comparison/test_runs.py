@@ -5,12 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from trl_bridge import recipes
 from trl_bridge.comparison.config import load_comparison, parse_comparison
 from trl_bridge.comparison.plan import best_rate, runs_of
 from trl_bridge.comparison.run import execute
-from trl_bridge.comparison.trainers import build_trainer, check_rows, config_fields
+from trl_bridge.comparison.trainers import build_trainer, check_rows, config_fields, sample_offline
 from trl_bridge.comparison.workers import read_records
 from trl_bridge.data.addition import addition_dataset
 from trl_bridge.models import tiny_model, tiny_tokenizer
@@ -116,6 +117,71 @@ def test_a_cold_start_is_counted_and_drawn_from_where_rl_starts(cache):
     assert 16 <= record["sft_tokens"] <= 24
     assert record["peak_memory_mb"] > 100 and record["cpu_seconds"] > 0
     json.dumps(record)
+
+
+TEACHER = {
+    "task": {**VALUES["task"], "teacher_probability": 0.005},
+    "settings": {"noisy": {"wrong_share": 1.0, "reward_flip": 0.5}},
+    "methods": {"opd": None, "aopd": None, "lightning-opd": {"temperature": 0.5}},
+}
+
+
+@pytest.mark.parametrize("row", list(TEACHER["methods"]))
+def test_rows_that_learn_from_a_teacher(row, cache):
+    record = execute(a_run(row, **TEACHER), cache)
+    assert record["updates"] == {"rl": 4, "sft": 0} and record["sft_tokens"] == 0
+    # As many rollouts as the RL methods have; stored ones are all there at the start.
+    assert record["rollouts"] == 32 and 32 <= record["generated_tokens"] <= 4 * 32
+    assert [point["rollouts"] for point in record["curve"]] == ([32] * 3 if row == "lightning-opd" else [0, 16, 32])
+    assert set(record["scores"]) == {"test", "ood"} and record["series"]["opd/reverse_kl"]
+    json.dumps(record)
+
+
+def test_the_tasks_teacher_is_the_trainers(cache, tmp_path):
+    run = a_run("opd", **TEACHER)
+    task = run.setting.task.build(0, Path(cache))
+    trainer = build_trainer(run, task, str(tmp_path), [])
+    weights = [model.state_dict()["lm_head.weight"] for model in (trainer.teacher_model, task.teacher, trainer.model)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    # A row's own goes before.
+    tiny_model(task.tokenizer, seed=5).save_pretrained(tmp_path / "own")
+    methods = {"opd": {"teacher_model_name_or_path": str(tmp_path / "own")}}
+    given = parse_comparison({**copy.deepcopy(VALUES), "methods": methods})
+    check_rows(given, str(tmp_path))
+    own = build_trainer(
+        runs_of(given, given.rows[0], given.settings[1], 1e-3)[0], task, str(tmp_path), []
+    ).teacher_model
+    assert torch.equal(own.state_dict()["lm_head.weight"], tiny_model(task.tokenizer, seed=5).lm_head.weight)
+
+
+def test_stored_rollouts_are_the_students_with_the_teachers_scores(cache, tmp_path):
+    run = a_run("lightning-opd", **TEACHER)
+    task = run.setting.task.build(0, Path(cache))
+    rows = sample_offline(run, task, str(tmp_path))
+    # 32 rollouts of 40 prompts: the first ones, once each.
+    assert [task.tokenizer.decode(ids) for ids in rows["prompt_ids"]] == list(task.train["prompt"])[:32]
+    assert json.loads(rows[0]["scored_with"])["sampling"] == {
+        "temperature": 0.5,
+        "max_completion_length": 4,
+        "seed": 0,
+    }
+    likely = {"base": 0.0, "teacher": 0.0}
+    for row in rows:
+        prompt, answer = row["prompt_ids"], row["completion_ids"]
+        for name, model in (("base", task.base), ("teacher", task.teacher)):
+            logps = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+            scores = [logps[len(prompt) - 1 + place, token].item() for place, token in enumerate(answer)]
+            likely[name] += sum(scores)
+        assert row["teacher_logprobs"] == pytest.approx(scores, abs=1e-4)
+    # Drawn from the base model, at half the temperature.
+    assert likely["base"] > likely["teacher"]
+
+
+def test_a_row_without_its_teacher_is_refused(tmp_path):
+    for row, said in (("opd", "or the row's `teacher_model_name_or_path`"), ("lightning-opd", "`addition` task.")):
+        given = parse_comparison({**copy.deepcopy(VALUES), "methods": {row: None}})
+        with pytest.raises(ValueError, match=f"`{row}` needs a teacher, and the task of `settings: wrong`.*{said}"):
+            check_rows(given, str(tmp_path))
 
 
 def test_validation_runs_do_not_see_the_test_rows(cache):

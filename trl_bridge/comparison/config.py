@@ -18,7 +18,9 @@ __all__ = ["Comparison", "Row", "Setting", "load_comparison", "parse_comparison"
 
 # YAML reads `1e-3` as text: it wants `1.0e-3`.
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-_ROW_KEYS = ("method", "times_learning_rate")
+# Families of methods that read demonstrations, and of those that read a teacher.
+_WITH_DEMONSTRATIONS = ("bridge", "stream", "group", "sft")
+_WITH_TEACHER = ("distillation", "scored")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +53,17 @@ class Row:
     def reads_demonstrations(self) -> bool:
         """Whether demonstrations change the result. At lambda = 1 their term has weight 0."""
         only_rl = self.fields.get("bridge_lambda") == 1 and self.fields.get("bridge_lambda_start") is None
-        return self.family != "rl" and not only_rl
+        return self.family in _WITH_DEMONSTRATIONS and not only_rl
 
     @property
     def reads_rewards(self) -> bool:
         """Whether rewards change the result."""
-        return self.family != "sft"
+        return self.family != "sft" and not self.reads_teacher
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether a teacher changes the result."""
+        return self.family in _WITH_TEACHER
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,6 +66,7 @@ class Run:
         task = dataclasses.asdict(self.setting.task)
         unread = () if self.row.reads_demonstrations else self.setting.task.demonstration_fields
         unread += () if self.row.reads_rewards else self.setting.task.reward_fields
+        unread += () if self.row.reads_teacher else self.setting.task.teacher_fields
         return {
             "method": self.row.method,
             "fields": self.row.fields,

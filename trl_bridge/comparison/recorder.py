@@ -4,6 +4,7 @@ import math
 import time
 from typing import Any
 
+from datasets import Dataset
 from transformers import TrainerCallback
 from trl import SFTConfig
 
@@ -36,6 +37,9 @@ _SERIES = (
     "bridge/grad_cosine",
     "bridge/coordinator_norm",
     "bridge/shadow_distance",
+    "opd/reverse_kl",
+    "opd/teacher_logprob",
+    "aopd/gate_fraction",
 )
 _PARTS = 20
 
@@ -62,9 +66,23 @@ class Recorder(TrainerCallback):
         self.logs: list[dict[str, float]] = []
         self.rollouts = self.generated_tokens = 0
         self.sft_tokens = 0.0
+        # On rollouts, with rewards or a teacher, and on demonstrations.
         self.updates = {"rl": 0, "sft": 0}
+        self.offline = False
         # Wall-clock and processor time of evaluation.
         self.away = (0.0, 0.0)
+
+    def sampled_before(self, rollouts: Dataset) -> None:
+        """
+        Count rollouts that were made before training.
+
+        Args:
+            rollouts ([`~datasets.Dataset`]):
+                Rows with `completion_ids`.
+        """
+        self.offline = True
+        self.rollouts = len(rollouts)
+        self.generated_tokens = sum(map(len, rollouts["completion_ids"]))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not self._in_first_stage(args):
@@ -82,7 +100,7 @@ class Recorder(TrainerCallback):
         values = {name: float(value) for name, value in logs.items() if _is_number(value)}
         if len(self.first) < _FIRST_STEPS:
             self.first.append({name: values[name] for name in _FIRST if name in values})
-        supervised = isinstance(args, SFTConfig)
+        supervised = isinstance(args, SFTConfig) and not self.offline
         self.updates["sft" if supervised else "rl"] += 1
         if supervised:
             self.sft_tokens += args.per_device_train_batch_size * self._mean_demonstration()

@@ -19,7 +19,7 @@ from .addition import Task
 from .plan import Run
 from .recorder import Recorder
 from .specs import TaskSpec
-from .trainers import build_trainer
+from .trainers import build_trainer, sample_offline
 
 
 __all__ = ["execute"]
@@ -38,7 +38,7 @@ def execute(run: Run, cache: str | None = None, stop_after: int | None = None) -
         run ([`~trl_bridge.comparison.plan.Run`]):
             The run.
         cache (`str`, *optional*):
-            Folder for base models.
+            Folder for base models and teachers.
         stop_after (`int`, *optional*):
             Updates after which to stop, to repeat the start of a longer run.
 
@@ -47,9 +47,16 @@ def execute(run: Run, cache: str | None = None, stop_after: int | None = None) -
     """
     task = _task(run.setting.task, run.seed, cache)
     recorder = Recorder(task, run.points, run.row.method == "two-stage", stop_after)
+    if run.row.reads_teacher:
+        _ = task.teacher  # made now, so that it is in no run's time and memory
     _reset_peak()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(run, task, folder, [recorder])
+        clocks = time.perf_counter(), time.process_time()
+        rollouts = sample_offline(run, task, folder)
+        if rollouts is not None:
+            recorder.sampled_before(rollouts)
+        before = time.perf_counter() - clocks[0], time.process_time() - clocks[1]
+        trainer = build_trainer(run, task, folder, [recorder], rollouts)
         clocks = time.perf_counter(), time.process_time()
         diverged = None
         try:
@@ -58,8 +65,8 @@ def execute(run: Run, cache: str | None = None, stop_after: int | None = None) -
             if _is_finite(_policy(trainer)):
                 raise
             diverged = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        seconds = time.perf_counter() - clocks[0] - recorder.away[0]
-        cpu_seconds = time.process_time() - clocks[1] - recorder.away[1]
+        seconds = before[0] + time.perf_counter() - clocks[0] - recorder.away[0]
+        cpu_seconds = before[1] + time.process_time() - clocks[1] - recorder.away[1]
         peak = _peak()
         policy = _policy(trainer)
         if diverged is None and not _is_finite(policy):

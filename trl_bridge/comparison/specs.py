@@ -27,9 +27,10 @@ class TaskSpec:
     wrong_share: float = 0.0
     reward_flip: float = 0.0
 
-    # Fields that a method without demonstrations, or without rollouts, does not see.
+    # Fields that a method without demonstrations, without rewards, or without a teacher does not see.
     demonstration_fields: ClassVar[tuple[str, ...]] = ("wrong_share",)
     reward_fields: ClassVar[tuple[str, ...]] = ("reward_flip",)
+    teacher_fields: ClassVar[tuple[str, ...]] = ()
     # Score by which learning rates are chosen and methods compared.
     metric: ClassVar[str] = "accuracy"
 
@@ -37,6 +38,11 @@ class TaskSpec:
         for name in ("wrong_share", "reward_flip"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the task makes a teacher for the methods that need one."""
+        return False
 
     def build(self, seed: int, cache: Path | None = None) -> "Task":
         """
@@ -71,11 +77,14 @@ class AdditionSpec(TaskSpec):
         validation_size, test_size, ood_size (`int`):
             Rows that are in none of the others.
         base_steps (`int`):
-            AdamW steps of the base model, at most.
+            AdamW steps of the base model, and of the teacher, at most.
         base_probability (`float`, *optional*):
             Mean probability of the right answer on the validation rows at which the base model's training stops.
         base_rate (`float`):
-            Learning rate of the base model.
+            Learning rate of the base model, and of the teacher.
+        teacher_probability (`float`, *optional*):
+            Mean probability of the right answer on the validation rows at which the teacher's training stops: a model like
+            the base model that learns from right answers alone. `None` makes none.
     """
 
     max_number: int = 49
@@ -88,7 +97,9 @@ class AdditionSpec(TaskSpec):
     base_steps: int = 600
     base_probability: float | None = None
     base_rate: float = 1e-3
+    teacher_probability: float | None = None
 
+    teacher_fields: ClassVar[tuple[str, ...]] = ("teacher_probability",)
     metric: ClassVar[str] = "probability"
 
     def __post_init__(self) -> None:
@@ -104,6 +115,14 @@ class AdditionSpec(TaskSpec):
             raise ValueError(f"`max_number: {self.max_number}` has {pairs} pairs, and {used} are asked for.")
         if self.base_steps < 1:
             raise ValueError(f"`base_steps` must be at least 1, got {self.base_steps}.")
+        if self.teacher_probability is not None and not 0.0 < self.teacher_probability < 1.0:
+            raise ValueError(f"`teacher_probability` must lie in (0, 1), got {self.teacher_probability}.")
+        if self.teacher_probability is not None and not self.validation_size:
+            raise ValueError("`teacher_probability` is measured on validation rows, and `validation_size` is 0.")
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.teacher_probability is not None
 
     def build(self, seed: int, cache: Path | None = None) -> "Task":
         from .addition import make_task

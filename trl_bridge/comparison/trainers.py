@@ -3,16 +3,20 @@
 import dataclasses
 import functools
 import inspect
+from pathlib import Path
 from typing import Any
+
+from datasets import Dataset
 
 from ..methods import METHODS, Method
 from ..rewards.noise import noisy
 from .addition import Task
 from .config import Comparison, Row
 from .plan import Run, runs_of
+from .scored import SAMPLING, scored_rollouts
 
 
-__all__ = ["build_trainer", "check_rows", "config_fields"]
+__all__ = ["build_trainer", "check_rows", "config_fields", "sample_offline"]
 
 # What the comparison sets itself, for every method.
 _OWN = {
@@ -23,8 +27,14 @@ _OWN = {
     "save_strategy": "no",
 }
 _OURS = (*_OWN, "learning_rate", "output_dir", "seed")
-# Keys of a row that are no fields of its config: the coordinator's, by their names on the command line.
+# What the comparison sets unless a row does. The models that it trains did not learn from a teacher's answers.
+_DEFAULTS = {"require_same_teacher": False}
+# Keys of a row that are no fields of its config: the coordinator's, by their names on the command line, and how stored
+# rollouts are sampled.
 _LORA = {"lora_r": "r", "lora_alpha": "lora_alpha"}
+_KEYS: dict[str, Any] = {"bridge": _LORA, "scored": SAMPLING}
+# Fields that name a teacher of a row's own.
+_TEACHERS = ("teacher_model_name_or_path", "teacher_model_server_url")
 
 
 def config_fields(run: Run) -> dict[str, Any]:
@@ -43,13 +53,13 @@ def config_fields(run: Run) -> dict[str, Any]:
     """
     row = run.row
     known = _field_names(METHODS[row.method])
-    fields = {name: value for name, value in row.fields.items() if not _is_lora(row, name)}
+    fields = {name: value for name, value in row.fields.items() if name not in _KEYS.get(row.family, ())}
     for name in (*fields, *row.times_learning_rate):
         if name not in known:
             raise ValueError(f"`methods: {row.name}`: {METHODS[row.method].config} has no field `{name}`")
         if name in _OURS:
             raise ValueError(f"`methods: {row.name}`: `{name}` is set by the comparison")
-    shared = {"max_steps": run.steps, **run.trainer}
+    shared = {"max_steps": run.steps, **_DEFAULTS, **run.trainer}
     return {
         **{name: value for name, value in shared.items() if name in known},
         **fields,
@@ -81,14 +91,35 @@ def check_rows(comparison: Comparison, output_dir: str) -> None:
             raise ValueError(f"`trainer`: no method has a field `{name}`")
     for row in comparison.rows:
         run = runs_of(comparison, row, comparison.settings[0], comparison.learning_rates[0])[0]
-        fields = config_fields(run)
+        _check_teacher(comparison, row)
         try:
-            _import(METHODS[row.method].config)(**fields, output_dir=output_dir)
+            _config(run, output_dir)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise type(error)(f"`methods: {row.name}`: {error}") from error
 
 
-def build_trainer(run: Run, task: Task, output_dir: str, callbacks: list[Any]) -> Any:
+def sample_offline(run: Run, task: Task, output_dir: str) -> Dataset | None:
+    """
+    Rollouts that are made before training, for a method that makes none: as many as its updates read.
+
+    Args:
+        run, task, output_dir:
+            As in [`build_trainer`].
+
+    Returns:
+        [`~datasets.Dataset`], *optional*: rows with tokens and the teacher's scores. `None` for all other methods.
+    """
+    if run.row.family != "scored":
+        return None
+    args, given = _config(run, output_dir), {**run.trainer, **run.row.fields}
+    number = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    sampling = {name: given.get(name, default) for name, default in SAMPLING.items()}
+    teacher = task.fresh_teacher()
+    assert teacher is not None  # check_rows
+    return scored_rollouts(task, teacher, number, run.seed, sampling, Path(output_dir))
+
+
+def build_trainer(run: Run, task: Task, output_dir: str, callbacks: list[Any], rollouts: Dataset | None = None) -> Any:
     """
     The trainer of a run, ready to train.
 
@@ -101,6 +132,8 @@ def build_trainer(run: Run, task: Task, output_dir: str, callbacks: list[Any]) -
             Folder that the trainer may write to.
         callbacks (`list[~transformers.TrainerCallback]`):
             Callbacks.
+        rollouts ([`~datasets.Dataset`], *optional*):
+            What [`sample_offline`] returns.
 
     Returns:
         [`~transformers.Trainer`] or [`~trl_bridge.TwoStageTrainer`]: the trainer.
@@ -108,19 +141,24 @@ def build_trainer(run: Run, task: Task, output_dir: str, callbacks: list[Any]) -
     method = METHODS[run.row.method]
     arguments: dict[str, Any] = {
         "model": task.fresh_model(),
-        "args": _import(method.config)(**config_fields(run), output_dir=output_dir),
+        "args": _config(run, output_dir),
         "processing_class": task.tokenizer,
         "callbacks": callbacks,
     }
     if method.family == "sft":
         arguments["train_dataset"] = task.demonstrations.select_columns(["prompt", "completion"])
+    elif method.family == "scored":
+        arguments["train_dataset"] = rollouts
     else:
         arguments["train_dataset"] = task.with_experts() if method.family == "group" else task.train
+    if run.row.reads_rewards:
         flip = run.setting.task.reward_flip
         arguments["reward_funcs"] = [noisy(task.reward, flip, run.seed) if flip else task.reward]
     if method.family in ("bridge", "stream"):
         arguments["sft_dataset"] = task.demonstrations
-    lora = {_LORA[name]: value for name, value in run.row.fields.items() if _is_lora(run.row, name)}
+    if method.family == "distillation" and not _has_own_teacher(run.row):
+        arguments["teacher_model"] = task.fresh_teacher()
+    lora = {_LORA[name]: value for name, value in run.row.fields.items() if name in _LORA}
     if lora:
         from peft import LoraConfig
 
@@ -128,8 +166,24 @@ def build_trainer(run: Run, task: Task, output_dir: str, callbacks: list[Any]) -
     return _import(method.trainer)(**arguments)
 
 
-def _is_lora(row: Row, name: str) -> bool:
-    return METHODS[row.method].family == "bridge" and name in _LORA
+def _config(run: Run, output_dir: str) -> Any:
+    return _import(METHODS[run.row.method].config)(**config_fields(run), output_dir=output_dir)
+
+
+def _check_teacher(comparison: Comparison, row: Row) -> None:
+    if not row.reads_teacher or _has_own_teacher(row):
+        return
+    for setting in comparison.settings:
+        if not setting.task.has_teacher:
+            own = " or the row's `teacher_model_name_or_path`" if row.family == "distillation" else ""
+            raise ValueError(
+                f"`methods: {row.name}`: `{row.method}` needs a teacher, and the task of `settings: {setting.name}` makes "
+                f"none. Set `teacher_probability` of the `addition` task{own}."
+            )
+
+
+def _has_own_teacher(row: Row) -> bool:
+    return any(row.fields.get(name) is not None for name in _TEACHERS)
 
 
 @functools.cache
