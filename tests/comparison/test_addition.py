@@ -1,10 +1,13 @@
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
 from trl_bridge.comparison.addition import greedy_answers
-from trl_bridge.comparison.specs import AdditionSpec
+from trl_bridge.comparison.addition_models import answer_probability
+from trl_bridge.comparison.specs import AdditionSpec, AdditionStepsSpec
+from trl_bridge.data.addition import worked_sum
 
 
 SPEC = AdditionSpec(wrong_share=0.25, base_steps=30)
@@ -70,6 +73,43 @@ def test_the_teacher_is_another_model_and_made_when_it_is_wanted(task, tmp_path)
     assert fresh is not built.teacher and torch.equal(fresh.state_dict()["lm_head.weight"], weights[0])
     with pytest.raises(ValueError, match="After `base_steps: 11` updates the teacher of seed 0 has not reached"):
         _ = dataclasses.replace(spec, base_steps=11, teacher_probability=0.9).build(0).teacher
+
+
+def test_sums_worked_in_steps():
+    assert worked_sum(27, 45) == ["12,", "7,", "72"] and worked_sum(3, 0) == ["3,", "0,", "3"]
+    # A slip changes its step, and what follows goes on from there.
+    for a, b in itertools.product(range(20), repeat=2):
+        right = worked_sum(a, b)
+        assert right[2] == str(a + b)
+        for slips, place in (((1, 0), 0), ((-1, 0), 0), ((0, 1), 1), ((0, -1), 1)):
+            wrong = worked_sum(a, b, slips)
+            assert wrong[:place] == right[:place] and wrong[place] != right[place] and wrong[2] != right[2]
+            units, tens = (int(step.rstrip(",")) for step in wrong[:2])
+            assert int(wrong[2]) == 10 * tens + units % 10
+
+
+def test_the_task_of_steps(tmp_path):
+    spec = AdditionStepsSpec(train_size=40, demonstrations_size=30, wrong_share=0.5, base_steps=110, base_rate=3e-3)
+    built = spec.build(0, tmp_path)
+    rows = built.with_experts()
+    assert all(
+        "".join(row["expert_steps"]) == row["expert"] and len(row["expert_steps"]) == 3
+        for row in rows.select(range(30))
+    )
+    assert set(rows["expert"][30:]) == {None} and not any(rows["expert_steps"][30:])
+    demonstrations = built.demonstrations
+    assert sum(row["completion"] != row["solution"] for row in demonstrations) == 15
+    assert built.tokenizer.unk_token_id not in built.tokenizer("12,7,72|=+")["input_ids"]
+    # The base model reads the first steps in front of a prompt.
+    test = built.splits["test"]
+    prompts, solutions = list(test["prompt"]), list(test["solution"])
+    likely = []
+    for shown in range(3):
+        steps = ["".join(built.steps(solution)[:shown]) + "|" * (shown > 0) for solution in solutions]
+        asked = [step + prompt for step, prompt in zip(steps, prompts, strict=True)]
+        likely.append(answer_probability(built.base, built.tokenizer, asked, solutions))
+    assert 0.01 < likely[0] < 0.25 and likely[0] < likely[1] < likely[2] and likely[2] > 0.4
+    assert set(built.score(built.base, "test")) == {"accuracy", "probability"}
 
 
 def test_scores_against_one_row_at_a_time(task):

@@ -184,6 +184,21 @@ def test_a_row_without_its_teacher_is_refused(tmp_path):
             check_rows(given, str(tmp_path))
 
 
+def test_rollouts_with_guidance_are_counted(cache):
+    task = {"name": "addition-steps", "train_size": 40, "demonstrations_size": 40, "base_steps": 60, "base_rate": 3e-3}
+    given = {
+        "task": task,
+        "settings": {"good": None},
+        "methods": {"actguide": {"guidance_template": "{steps}|{prompt}"}},
+    }
+    record = execute(a_run("actguide", **given, trainer={**VALUES["trainer"], "max_completion_length": 10}), cache)
+    series = {name.removeprefix("actguide/"): values for name, values in record["series"].items()}
+    # Two groups of four an update. A hard one has at least one probe of two rollouts.
+    hard = sum(series["hard_rate"]) * 2
+    assert hard >= 1 and record["rollouts"] >= 32 + 2 * hard + 4 * 2 * sum(series["guided_rate"])
+    assert set(record["scores"]) == {"test", "ood"}
+
+
 def test_validation_runs_do_not_see_the_test_rows(cache):
     run = dataclasses.replace(a_run("grpo"), phase="validation", points=0)
     record = execute(run, cache)

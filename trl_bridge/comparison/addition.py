@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.addition import addition_dataset, addition_pairs
+from ..data.addition import addition_dataset, addition_pairs, worked_dataset
 from ..models import tiny_tokenizer
 from ..rewards.arithmetic_rewards import answer_reward
 from .addition_models import answer_probability, make_base, make_teacher
@@ -24,7 +25,9 @@ __all__ = ["Task", "greedy_answers", "make_task"]
 Scores = dict[str, float]
 
 _OOD_NUMBERS = 10
-_MAX_NEW_TOKENS = 4
+# Of a plain answer and of a worked one, some wrong ones included.
+_MAX_NEW_TOKENS, _MAX_WORKED_TOKENS = 4, 10
+_STEP = re.compile(r"[^,]*,?")
 
 
 @dataclasses.dataclass
@@ -50,6 +53,10 @@ class Task:
             they were.
         teacher_maker (`Callable`, *optional*):
             Makes the teacher. Called where a method wants one, and then once.
+        max_new_tokens (`int`, *optional*, defaults to `4`):
+            Longest greedy answer.
+        steps (`Callable`, *optional*):
+            From a demonstration to its steps, where it has some.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -60,6 +67,8 @@ class Task:
     reward: Callable[..., Any]
     scorer: "Callable[[PreTrainedModel, Task, Dataset], Scores]"
     teacher_maker: Callable[[], PreTrainedModel] | None = None
+    max_new_tokens: int = _MAX_NEW_TOKENS
+    steps: Callable[[str], list[str]] | None = None
 
     @functools.cached_property
     def teacher(self) -> PreTrainedModel | None:
@@ -90,9 +99,13 @@ class Task:
         return self.scorer(model, self, self.splits[split])
 
     def with_experts(self) -> Dataset:
-        """The RL rows with their demonstration as `expert`, `None` where a prompt has none."""
-        experts = dict(zip(map(str, self.demonstrations["prompt"]), self.demonstrations["completion"], strict=True))
-        return self.train.add_column("expert", [experts.get(str(prompt)) for prompt in self.train["prompt"]])
+        """The RL rows with their demonstration as `expert`, `None` where a prompt has none, and its steps, if any."""
+        known = dict(zip(map(str, self.demonstrations["prompt"]), self.demonstrations["completion"], strict=True))
+        experts = [known.get(str(prompt)) for prompt in self.train["prompt"]]
+        rows = self.train.add_column("expert", experts)
+        if self.steps is None:
+            return rows
+        return rows.add_column("expert_steps", [None if each is None else self.steps(each) for each in experts])
 
 
 def make_task(spec: AdditionSpec, seed: int, cache: Path | None = None) -> Task:
@@ -115,21 +128,28 @@ def make_task(spec: AdditionSpec, seed: int, cache: Path | None = None) -> Task:
     known, rest = pairs[: spec.known_size], pairs[spec.known_size :]
     validation, rest = rest[: spec.validation_size], rest[spec.validation_size :]
     splits = {"validation": validation, "test": rest[: spec.test_size], "ood": _larger_pairs(spec, seed)}
-    tokenizer = tiny_tokenizer("0123456789+=")
-    rows = {name: addition_dataset(pairs) for name, pairs in splits.items() if pairs}
+    tokenizer = tiny_tokenizer("0123456789+=,|" if spec.worked else "0123456789+=")
+    dataset = worked_dataset if spec.worked else addition_dataset
+    rows = {name: dataset(pairs) for name, pairs in splits.items() if pairs}
     teacher = None
     if spec.has_teacher:
         teacher = functools.partial(make_teacher, tokenizer, known, rows["validation"], spec, seed, cache)
     return Task(
         tokenizer,
         make_base(tokenizer, known, rows.get("validation"), spec, seed, cache),
-        addition_dataset(known[: spec.train_size]).remove_columns("completion"),
-        addition_dataset(known[: spec.demonstrations_size], spec.wrong_share, seed + 1),
+        dataset(known[: spec.train_size]).remove_columns("completion"),
+        dataset(known[: spec.demonstrations_size], spec.wrong_share, seed + 1),
         rows,
         answer_reward,
         _score,
         teacher,
+        _MAX_WORKED_TOKENS if spec.worked else _MAX_NEW_TOKENS,
+        _steps if spec.worked else None,
     )
+
+
+def _steps(completion: str) -> list[str]:
+    return [step for step in _STEP.findall(completion) if step]
 
 
 def _larger_pairs(spec: AdditionSpec, seed: int) -> list[tuple[int, int]]:
@@ -158,7 +178,7 @@ def greedy_answers(model: PreTrainedModel, task: Task, prompts: list[str]) -> li
         model ([`~transformers.PreTrainedModel`]):
             Model to ask.
         task ([`Task`]):
-            Gives the tokenizer.
+            Gives the tokenizer and the longest answer.
         prompts (`list[str]`):
             Prompts, such as `"12+34="`.
 
@@ -172,7 +192,7 @@ def greedy_answers(model: PreTrainedModel, task: Task, prompts: list[str]) -> li
         output = model.generate(  # type: ignore[operator]
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            max_new_tokens=_MAX_NEW_TOKENS,
+            max_new_tokens=task.max_new_tokens,
             do_sample=False,
             pad_token_id=task.tokenizer.pad_token_id,
             eos_token_id=task.tokenizer.eos_token_id,

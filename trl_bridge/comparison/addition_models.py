@@ -13,7 +13,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.addition import wrong_sum
+from ..data.addition import worked_sum, wrong_sum
 from ..models import tiny_model
 from .specs import AdditionSpec
 
@@ -24,6 +24,9 @@ Pairs = list[tuple[int, int]]
 
 # Half of what the base model learns from is wrong: it knows the form of an answer, and often prefers the right one.
 _BASE_WRONG_SHARE = 0.5
+# Of worked answers each of two steps is wrong by chance, and half of them come with their first steps in the prompt.
+_STEP_WRONG_SHARE = 0.5
+_SHOWN = (0, 0, 1, 2)
 _BATCH = 64
 # Updates between two looks at the probability of the right answer, where training stops at one.
 _LOOKS = 10
@@ -61,9 +64,9 @@ def make_base(
     names = ("max_number", "known_size", "validation_size", "base_steps", "base_probability", "base_rate")
 
     def train() -> None:
-        _train(model, tokenizer, pairs, held_out, spec, seed, _BASE_WRONG_SHARE, spec.base_probability)
+        _train(model, tokenizer, pairs, held_out, spec, seed, spec.base_probability, right=False)
 
-    return _stored(model, [seed, *(getattr(spec, name) for name in names)], cache, train)
+    return _stored(model, [*_kind(spec), seed, *(getattr(spec, name) for name in names)], cache, train)
 
 
 def make_teacher(
@@ -95,14 +98,13 @@ def make_teacher(
     names = ("max_number", "known_size", "validation_size", "base_steps", "teacher_probability", "base_rate")
 
     def train() -> None:
-        reached = _train(model, tokenizer, pairs, held_out, spec, seed, 0.0, spec.teacher_probability)
-        if not reached:
+        if not _train(model, tokenizer, pairs, held_out, spec, seed, spec.teacher_probability, right=True):
             raise ValueError(
                 f"After `base_steps: {spec.base_steps}` updates the teacher of seed {seed} has not reached "
                 f"`teacher_probability: {spec.teacher_probability}`. Give it more steps, or ask for less."
             )
 
-    return _stored(model, ["teacher", seed, *(getattr(spec, name) for name in names)], cache, train)
+    return _stored(model, [*_kind(spec), "teacher", seed, *(getattr(spec, name) for name in names)], cache, train)
 
 
 def answer_probability(
@@ -129,6 +131,10 @@ def answer_probability(
     targets = labels[:, 1:]
     logps = logits.log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return float((logps * targets.ge(0)).sum(-1).exp().mean())
+
+
+def _kind(spec: AdditionSpec) -> list[str]:
+    return ["worked"] if spec.worked else []
 
 
 def _stored(
@@ -161,8 +167,8 @@ def _train(
     held_out: Dataset | None,
     spec: AdditionSpec,
     seed: int,
-    wrong_share: float,
     probability: float | None,
+    right: bool,
 ) -> bool:
     """Train until the model's probability of the right answer is `probability`: `True` if it came to that."""
     # Wrong anew at every visit, so that the model learns a spread of answers and not the wrong ones by heart.
@@ -178,8 +184,7 @@ def _train(
                 break
         rows = []
         for a, b in generator.sample(pairs, min(_BATCH, len(pairs))):
-            wrong = generator.random() < wrong_share
-            rows.append((f"{a}+{b}=", str(wrong_sum(a + b, generator) if wrong else a + b)))
+            rows.append((_worked_lesson if spec.worked else _lesson)(a, b, generator, right))
         ids, labels = _tensors(tokenizer, rows)
         attention = ids.ne(tokenizer.pad_token_id)
         model(input_ids=ids, attention_mask=attention, labels=labels).loss.backward()
@@ -188,6 +193,18 @@ def _train(
         optimizer.zero_grad()
     model.eval()
     return reached
+
+
+def _lesson(a: int, b: int, generator: random.Random, right: bool) -> tuple[str, str]:
+    wrong = generator.random() < (0.0 if right else _BASE_WRONG_SHARE)
+    return f"{a}+{b}=", str(wrong_sum(a + b, generator) if wrong else a + b)
+
+
+def _worked_lesson(a: int, b: int, generator: random.Random, right: bool) -> tuple[str, str]:
+    slips = [generator.choice((-1, 1)) if generator.random() < _STEP_WRONG_SHARE else 0 for _ in range(2)]
+    steps = worked_sum(a, b, (0, 0) if right else (slips[0], slips[1]))
+    shown = generator.choice(_SHOWN)
+    return f"{''.join(steps[:shown])}{'|' if shown else ''}{a}+{b}=", "".join(steps)
 
 
 def _tensors(tokenizer: PreTrainedTokenizerBase, rows: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,6 +40,9 @@ _SERIES = (
     "opd/reverse_kl",
     "opd/teacher_logprob",
     "aopd/gate_fraction",
+    "actguide/hard_rate",
+    "actguide/guided_rate",
+    "actguide/steps",
 )
 _PARTS = 20
 
@@ -106,6 +109,8 @@ class Recorder(TrainerCallback):
             self.sft_tokens += args.per_device_train_batch_size * self._mean_demonstration()
         elif "completions/mean_length" in values:
             rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+            # Those that guidance asks for beside them; their length is taken to be that of the others.
+            rows += round(rows * values.get("actguide/guided_rate", 0.0) + values.get("actguide/probe_rollouts", 0.0))
             self.rollouts += rows
             self.generated_tokens += round(rows * values["completions/mean_length"])
         self.logs.append({name: values[name] for name in _SERIES if name in values})

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .addition import Task
 
 
-__all__ = ["TASKS", "AdditionSpec", "ReasoningGymSpec", "TaskSpec"]
+__all__ = ["TASKS", "AdditionSpec", "AdditionStepsSpec", "ReasoningGymSpec", "TaskSpec"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +101,8 @@ class AdditionSpec(TaskSpec):
 
     teacher_fields: ClassVar[tuple[str, ...]] = ("teacher_probability",)
     metric: ClassVar[str] = "probability"
+    # Whether answers are worked in steps.
+    worked: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,6 +130,18 @@ class AdditionSpec(TaskSpec):
         from .addition import make_task
 
         return make_task(self, seed, cache)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdditionStepsSpec(AdditionSpec):
+    """
+    Sums that are worked in three steps: `27+45=` is answered by `12,7,72`, the units, the tens and the sum.
+
+    An answer is right where all of it is. Half of the base model's lessons have the first steps in front of the prompt
+    (`12,|27+45=`), so that it knows what guidance is. Fields are those of [`AdditionSpec`].
+    """
+
+    worked: ClassVar[bool] = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,5 +178,9 @@ class ReasoningGymSpec(TaskSpec):
         return make_task(self, seed)
 
 
-TASKS: dict[str, type[TaskSpec]] = {"addition": AdditionSpec, "reasoning-gym": ReasoningGymSpec}
+TASKS: dict[str, type[TaskSpec]] = {
+    "addition": AdditionSpec,
+    "addition-steps": AdditionStepsSpec,
+    "reasoning-gym": ReasoningGymSpec,
+}
 """Tasks by the name that a YAML file gives."""

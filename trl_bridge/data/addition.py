@@ -5,7 +5,7 @@ import random
 from datasets import Dataset
 
 
-__all__ = ["ERRORS", "addition_dataset", "addition_pairs", "wrong_sum"]
+__all__ = ["ERRORS", "addition_dataset", "addition_pairs", "worked_dataset", "worked_sum", "wrong_sum"]
 
 # What the wrong answers are off by: the neighbours, and a forgotten or doubled carry.
 ERRORS = (1, 2, 9, 10, 11)
@@ -72,4 +72,48 @@ def addition_dataset(pairs: list[tuple[int, int]], wrong_share: float = 0.0, see
     for index, (a, b) in enumerate(pairs):
         said = wrong_sum(a + b, generator) if index in wrong else a + b
         rows.append({"prompt": f"{a}+{b}=", "completion": str(said), "solution": str(a + b)})
+    return Dataset.from_list(rows)
+
+
+def worked_sum(a: int, b: int, slips: tuple[int, int] = (0, 0)) -> list[str]:
+    """
+    A sum worked in three steps: the units, the tens with what is carried, and the answer that the two make.
+
+    Args:
+        a, b (`int`):
+            What is added.
+        slips (`tuple[int, int]`, *optional*, defaults to `(0, 0)`):
+            By how much units and tens are off. What follows goes on from there.
+
+    Returns:
+        `list[str]`: `["12,", "7,", "72"]` for 27 and 45. The steps join to `"12,7,72"`.
+    """
+    units = abs(a % 10 + b % 10 + slips[0])
+    tens = abs(a // 10 + b // 10 + units // 10 + slips[1])
+    return [f"{units},", f"{tens},", str(10 * tens + units % 10)]
+
+
+def worked_dataset(pairs: list[tuple[int, int]], wrong_share: float = 0.0, seed: int = 0) -> Dataset:
+    """
+    [`addition_dataset`] with worked answers. A wrong one has a slip of 1 in its units or in its tens.
+
+    Args:
+        pairs, wrong_share, seed:
+            As in [`addition_dataset`].
+
+    Returns:
+        [`~datasets.Dataset`]: columns `prompt`, `completion` and `solution` (the right working), all strings.
+
+    Raises:
+        ValueError: `wrong_share` outside [0, 1].
+    """
+    if not 0.0 <= wrong_share <= 1.0:
+        raise ValueError(f"`wrong_share` must lie in [0, 1], got {wrong_share}.")
+    generator = random.Random(seed)
+    wrong = set(generator.sample(range(len(pairs)), round(wrong_share * len(pairs))))
+    rows = []
+    for index, (a, b) in enumerate(pairs):
+        slip = generator.choice(((1, 0), (-1, 0), (0, 1), (0, -1))) if index in wrong else (0, 0)
+        solution, said = "".join(worked_sum(a, b)), "".join(worked_sum(a, b, slip))
+        rows.append({"prompt": f"{a}+{b}=", "completion": said, "solution": solution})
     return Dataset.from_list(rows)
