@@ -55,9 +55,16 @@ def recording(trainer_class):
         def snapshot(self):
             # Whole where the ranks hold pieces, so collective there. FSDP leaves some gathered after a forward.
             held = self.backend.weights(self.accelerator.unwrap_model(self.model))
-            gathered = {n for n, p in held.parameters.items() if held.spread and not isinstance(p, DTensor)}
-            whole = {n: p if n in gathered else held.whole(n) for n, p in held.parameters.items()}
+            # On one process frozen ones too: tests look that they stay.
+            kept = {n: p for n, p in held.parameters.items() if p.requires_grad or self.backend.world_size == 1}
+            gathered = {n for n, p in kept.items() if held.spread and not isinstance(p, DTensor)}
+            whole = {n: p if n in gathered else held.whole(n) for n, p in kept.items()}
             return {n: p.detach().clone() for n, p in whole.items()}
+
+        def _prepare_for_training(self, *args, **kwargs):
+            prepared = super()._prepare_for_training(*args, **kwargs)
+            self.start = self.snapshot()  # now alike on all ranks, whatever each has initialised an adapter with
+            return prepared
 
         def _compute_loss(self, model, inputs):
             if self.model.training:

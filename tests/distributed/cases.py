@@ -9,6 +9,7 @@ import torch
 
 from tests import serving
 from tests.harness import small_model
+from trl_bridge.models import tiny_tokenizer
 
 
 SGD = {"optim": "sgd", "learning_rate": 0.1}
@@ -215,6 +216,7 @@ def model_of(changes: dict, output_dir: Path | None = None):
     folder = output_dir / "base"
     if int(os.environ["RANK"]) == 0:
         model.save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
         (folder / "done").touch()
     while not (folder / "done").exists():
         time.sleep(0.1)

@@ -16,6 +16,7 @@ from tests.baselines.test_relift import watching
 from tests.baselines.test_uft import hint_rows
 from tests.distributed.cases import FSDP, zero
 from tests.distributed.run import pretend_accelerator
+from tests.harness import small_lora
 from trl_bridge.methods import METHODS
 
 
@@ -61,18 +62,26 @@ METHOD = {
     # Hard groups on one rank, on both and on none, in different batches.
     "actguide": {"hard_threshold": 2.0, "probe_rollouts": 6, "beta": 0.1, **SGD},
 }  # fmt: skip
+LORA = {"peft_config": small_lora()}
 ZERO = {"zero-1": zero(1), "zero-2": zero(2), "zero-3": zero(3, stage3_param_persistence_threshold=0)}
+# Each method once: what else there is to them is tried in full.
+ONCE = [name for name in METHOD if name not in ("hpt", "relift one")]
 # By way of training: method -> what the way of training needs.
 CASES = {
     "ddp": {name: {} for name in METHOD if name != "relift one"},
-    "fsdp": dict.fromkeys(METHOD, FSDP),
-    "deepspeed": {f"{name}, {stage}": way for name in METHOD for stage, way in ZERO.items()},
+    "fsdp": {**dict.fromkeys(METHOD, FSDP), **{f"{name}, lora": {**FSDP, **LORA} for name in ONCE}},
+    "deepspeed": {
+        f"{name}, {stage}{kind}": {**way, **options}
+        for name in METHOD
+        for stage, way in ZERO.items()
+        for kind, options in {"": {}, ", lora": LORA}.items()
+    },
 }
 PLAIN = (int, float, str, NoneType)
 RESUMED = {
     "ddp": ("hpt", "relift", "actguide"),
-    "fsdp": ("relift",),
-    "deepspeed": ("relift, zero-1", "relift, zero-2", "relift, zero-3"),
+    "fsdp": ("relift", "relift, lora"),
+    "deepspeed": tuple(f"relift, {stage}{kind}" for stage in ZERO for kind in ("", ", lora")),
 }
 WATCHING = {"relift": watching, "actguide": watching_guidance}
 

@@ -1,4 +1,4 @@
-"""Trains both stages of a cold start on the ranks that torchrun starts. Usage: run_two_stage.py KIND FOLDER"""
+"""Trains both stages of a cold start on the ranks that torchrun starts. Usage: run_two_stage.py KIND FOLDER [NAME...]"""
 
 import importlib
 import sys
@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from tests.baselines.groups import options
-from tests.distributed.cases import FSDP, zero
+from tests.distributed.cases import FSDP, model_of, zero
 from tests.distributed.run import look_on_main_process_alone, pretend_accelerator
-from tests.harness import clone
+from tests.harness import clone, small_lora
 from tests.test_two_stage import Cut, two_stage
 from trl_bridge.baselines import two_stage as module
 from trl_bridge.training import checkpoint
@@ -23,16 +23,22 @@ RUN = {
     "gradient_accumulation_steps": 2, "sft_learning_rate": 3e-3, "sft_max_steps": 2, "sft_max_grad_norm": 0.3,
     "sft_per_device_train_batch_size": 3, "sft_gradient_accumulation_steps": 3,
 }  # fmt: skip
+LORA = {"peft_config": small_lora(task_type="CAUSAL_LM")}
 CASES = {
     "ddp": {"ddp": {}},
-    "fsdp": {"fsdp2": FSDP},
-    "deepspeed": {f"zero-{stage}": zero(stage) for stage in (1, 2, 3)},
+    "fsdp": {"fsdp2": FSDP, "fsdp2, lora": {**FSDP, **LORA}},
+    "deepspeed": {
+        f"zero-{stage}{kind}": {**zero(stage), **options}
+        for stage in (1, 2, 3)
+        for kind, options in {"": {}, ", lora": LORA}.items()
+    },
 }
 # Stage and update after whose checkpoint a run is cut off: inside a stage, and between its last checkpoint and its end.
 CUTS = {
     "ddp": (),
-    "fsdp": (("sft", 2), ("grpo", 1)),
-    "deepspeed": (("sft", 1), ("sft", 2), ("grpo", 1), ("grpo", 2)),
+    "fsdp2": (("sft", 2), ("grpo", 1)),
+    "fsdp2, lora": (("sft", 1),),
+    **dict.fromkeys(CASES["deepspeed"], (("sft", 1), ("sft", 2), ("grpo", 1), ("grpo", 2))),
 }
 
 
@@ -43,6 +49,11 @@ def recorded(trainer_class, runs):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             runs.append({"windows": [[]], "states": [], "options": options_of(self.args)})
+
+        def _prepare_for_training(self, *args, **kwargs):
+            prepared = super()._prepare_for_training(*args, **kwargs)
+            runs[-1]["start"] = weights_of(self)
+            return prepared
 
         def compute_loss(self, model, inputs, *args, **kwargs):
             runs[-1]["windows"][-1].append(clone(inputs))
@@ -56,11 +67,16 @@ def recorded(trainer_class, runs):
 
         def log(self, logs, *args, **kwargs):
             if "loss" in logs:
-                held = backend_for(self.accelerator).weights(self.accelerator.unwrap_model(self.model))
-                runs[-1]["states"].append({name: held.whole(name).detach().clone() for name in held.parameters})
+                runs[-1]["states"].append(weights_of(self))
             super().log(logs, *args, **kwargs)
 
     return Recorded
+
+
+def weights_of(trainer):
+    """Whole weights that are trained, on every rank."""
+    held = backend_for(trainer.accelerator).weights(trainer.accelerator.unwrap_model(trainer.model))
+    return {name: held.whole(name).detach().clone() for name, p in held.parameters.items() if p.requires_grad}
 
 
 def options_of(args):
@@ -69,7 +85,7 @@ def options_of(args):
     return {name: value for name, value in options(args).items() if not callable(value)}
 
 
-def main(kind: str, folder: Path) -> None:
+def main(kind: str, folder: Path, names: list[str]) -> None:
     if kind != "ddp":
         pretend_accelerator()
     look_on_main_process_alone(
@@ -79,24 +95,33 @@ def main(kind: str, folder: Path) -> None:
         (module.TwoStageConfig, "can_resume"),
     )
     stages = module.SFTTrainer, module.ResumableTrainer
+    model_of({"by_name": True}, folder)
     for name, way in CASES[kind].items():
+        if names and name not in names:
+            continue
         runs: list[dict] = []
         module.SFTTrainer, module.ResumableTrainer = (recorded(stage, runs) for stage in stages)
-        trainer = two_stage(folder / name, **RUN, **way)
+        trainer = build(folder / name, way)
         trainer.train()
         trainer.save_model()
         rank = trainer.accelerator.process_index
         torch.save(runs, folder / f"{name}-{rank}.pt")
         module.SFTTrainer, module.ResumableTrainer = stages
-        for stage, step in CUTS[kind]:
+        for stage, step in CUTS[name]:
             cut_off(folder / f"{name} {stage} {step}", stage, step, way)
+
+
+def build(folder: Path, way: dict, callbacks: list | None = None):
+    """A case's trainer. The base of an adapter is loaded by name, in each stage anew."""
+    model = str(folder.parent / "base") if "peft_config" in way else None
+    return two_stage(folder, model=model, callbacks=callbacks, **RUN, **way)
 
 
 def cut_off(folder: Path, stage: str, step: int, way: dict) -> None:
     try:
-        two_stage(folder, callbacks=[Cut(stage, step, "save")], **RUN, **way).train()
+        build(folder, way, callbacks=[Cut(stage, step, "save")]).train()
     except KeyboardInterrupt:
-        resumed = two_stage(folder, **RUN, **way)
+        resumed = build(folder, way)
         resumed.train(resume_from_checkpoint=True)
         resumed.save_model()
     else:
@@ -105,4 +130,4 @@ def cut_off(folder: Path, stage: str, step: int, way: dict) -> None:
 
 if __name__ == "__main__":
     importlib.import_module("tests.conftest")  # offline, one thread
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft import get_peft_model
 
 from tests.baselines import test_actguide, test_relift
 from tests.baselines.groups import replay_recorded
@@ -16,7 +16,9 @@ from tests.baselines.test_uft import uft_loss
 from tests.bridge.test_resume import assert_same
 from tests.distributed.launch import folder_of_runs, load, params_of
 from tests.distributed.run_groups import CASES, METHOD, RESUMED, options_of
-from tests.harness import small_model
+from tests.distributed.saved import assert_saved
+from tests.harness import small_lora, small_model
+from tests.reference import objectives
 
 
 pytestmark = pytest.mark.distributed
@@ -43,28 +45,55 @@ def cases_of(*methods):
 folder = folder_of_runs("run_groups")
 
 
-def _joined(ranks):
+def student(name):
+    """The model of a case before training, with an adapter where it trains one."""
+    return get_peft_model(small_model(), small_lora()) if "lora" in name else small_model()
+
+
+def _generation_batches(ranks):
+    """The micro-batches of both ranks, by the generation batch that they are of."""
+    size = ranks[0]["options"]["steps_per_generation"]
+    first, second = (sum(rank["windows"], []) for rank in ranks)
+    return [first[i : i + size] + second[i : i + size] for i in range(0, len(first), size)]
+
+
+def _rl_mask(name, batch):
+    """Tokens in the RL loss: own ones, and the expert's where the method has a loss of them there."""
+    if options_of(name) in ("luffy", "srft", "prefix-rft"):
+        return batch["tool_mask"] | batch["expert_mask"]
+    if options_of(name) == "hpt":  # of the second gate
+        return batch["tool_mask"] | batch["expert_mask"] * (1 - batch["sft_mask"])
+    return batch["tool_mask"]
+
+
+def _joined(ranks, name):
     """The run with both ranks' micro-batches in each window."""
+    for batches in _generation_batches(ranks):
+        # Counted anew, since the trainer's own counts over both ranks are among what is tested.
+        items = sum((_rl_mask(name, batch) * batch["completion_mask"]).sum() for batch in batches)
+        sft_items = sum(batch["sft_mask"].sum() for batch in batches)
+        for batch in batches:
+            batch.update(num_items_in_batch=items, num_sft_items_in_batch=sft_items)
     windows = [first + second for first, second in zip(ranks[0]["windows"], ranks[1]["windows"], strict=True)]
     return SimpleNamespace(
-        **{**ranks[0], "windows": windows}, initial_model=small_model(), logged=ranks[0]["log"], world_size=2
+        **{**ranks[0], "windows": windows}, initial_model=student(name), logged=ranks[0]["log"], world_size=2
     )
 
 
 @pytest.mark.parametrize(("kind", "name"), cases_of(*LOSSES))
 def test_two_ranks_equal_the_reference(folder, kind, name):
-    run = _joined(load(folder(kind), name))
+    run = _joined(load(folder(kind), name), name)
     steps = len(run.windows)
     extra = {"hint_coef": METHOD["uft"]["hint_coef"], "share": 0.2, "delta": run.args.delta}
     o = {**run.options, **extra, "world_size": 2, "schedule": lambda step: (steps - step) / steps}
     assert any(batch["expert_mask"].any() for window in run.windows for batch in window)
-    errors = replay_recorded(run, small_model(), LOSSES[options_of(name)], o)
+    errors = replay_recorded(run, run.initial_model, LOSSES[options_of(name)], o)
     assert max(errors) < TOLERANCE, errors
 
 
 @pytest.mark.parametrize(("kind", "name"), cases_of("relift", "relift one"))
 def test_relift_on_two_ranks_equals_the_reference(folder, kind, name):
-    run = _joined(load(folder(kind), name))
+    run = _joined(load(folder(kind), name), name)
     # The second step of an optimizer of its own reads the first one's moments.
     assert sum(map(bool, run.taken)) >= (2 if run.args.separate_optimizer else 1)
     errors, _ = test_relift.replay(run)
@@ -74,7 +103,7 @@ def test_relift_on_two_ranks_equals_the_reference(folder, kind, name):
 @pytest.mark.parametrize(("kind", "name"), cases_of("actguide"))
 def test_actguide_on_two_ranks_equals_the_reference(folder, kind, name):
     ranks = load(folder(kind), name)
-    run = _joined(ranks)
+    run = _joined(ranks, name)
     steps = len(run.windows)
     extra = {"delta": run.args.delta, "gamma": run.args.shaping_gamma, "world_size": 2}
     o = {**run.options, **extra, "schedule": lambda step: (steps - step) / steps}
@@ -84,6 +113,13 @@ def test_actguide_on_two_ranks_equals_the_reference(folder, kind, name):
         for rank in ranks
     ]
     assert any(a != b for a, b in zip(*guided, strict=True)) and sum(map(sum, guided)) >= 8, guided
+    # The KL reference is the initial model, or the base with the adapter switched off.
+    initial = small_model().double().eval()
+    for batch in sum(run.windows, []):
+        with torch.no_grad():
+            want, _ = objectives.scores(initial, {}, batch, o["temperature"])
+        shown = batch["completion_mask"] > 0
+        assert torch.allclose(batch["ref_per_token_logps"].double()[shown], want[shown], atol=1e-5)
     errors = replay_recorded(run, run.initial_model, test_actguide.guide_loss(run), o)
     assert max(errors) < TOLERANCE, errors
 
@@ -101,10 +137,9 @@ def test_ranks_agree_to_the_bit(folder, kind, name):
 
 
 @pytest.mark.parametrize(("kind", "name"), params_of(CASES))
-def test_saved_model_is_the_student(folder, kind, name):
+def test_saved_model_is_the_student(folder, kind, name, tmp_path):
     trained = load(folder(kind), name)[0]["states"][-1]
-    saved = AutoModelForCausalLM.from_pretrained(folder(kind) / name / "final").state_dict()
-    assert_same({n: saved[n] for n in trained}, trained)
+    assert_saved(folder(kind) / name / "final", trained, small_model() if "lora" in name else None, tmp_path)
 
 
 @pytest.mark.parametrize(("kind", "name"), cases_of("hpt apart"))

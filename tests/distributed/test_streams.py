@@ -2,16 +2,15 @@
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from peft import get_peft_model
 
 from tests.baselines.streams import sharp_model
 from tests.bridge.test_resume import assert_same
 from tests.distributed.launch import folder_of_runs, load, params_of
 from tests.distributed.run_streams import CASES, RESUMES
+from tests.distributed.saved import assert_saved
 from tests.harness import movement_error
 from tests.reference.stream import StreamReference
-from trl_bridge.scripts.merge import merge_adapter
 
 
 pytestmark = pytest.mark.distributed
@@ -78,20 +77,8 @@ def test_ranks_agree_to_the_bit_and_train_on_different_rows(folder, kind, name):
 
 @pytest.mark.parametrize(("kind", "name"), params_of(CASES))
 def test_saved_model_is_the_student(folder, kind, name, tmp_path):
-    trained, saved = load(folder(kind), name)[0]["states"][-1], folder(kind) / name / "final"
-    if "lora" not in name:
-        weights = AutoModelForCausalLM.from_pretrained(saved).state_dict()
-        assert_same({n: weights[n] for n in trained}, trained)
-        return
-    adapted = PeftModel.from_pretrained(sharp_model(), saved)
-    weights = adapted.state_dict()
-    assert trained.keys() == {n for n in weights if "lora_" in n}
-    assert_same({n: weights[n] for n in trained}, trained)
-    sharp_model().save_pretrained(tmp_path / "base")
-    merged = merge_adapter(saved, tmp_path / "plain", base=str(tmp_path / "base"))
-    want = adapted.merge_and_unload().state_dict()
-    for name, weight in AutoModelForCausalLM.from_pretrained(merged).state_dict().items():
-        assert torch.allclose(weight, want[name], atol=1e-6), name
+    trained = load(folder(kind), name)[0]["states"][-1]
+    assert_saved(folder(kind) / name / "final", trained, sharp_model() if "lora" in name else None, tmp_path)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

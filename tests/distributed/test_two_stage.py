@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from tests.bridge.test_resume import assert_same
 from tests.distributed.launch import folder_of_runs, load, params_of
 from tests.distributed.run_two_stage import CASES, CUTS, RUN
-from tests.harness import movement_error, small_model
+from tests.distributed.saved import assert_saved
+from tests.harness import movement_error, small_lora, small_model
 from tests.reference import objectives
 from tests.reference.bridge import Optimizer, clip
 
@@ -38,15 +39,19 @@ def _rl_loss(model, weights, window, o):
 
 @pytest.mark.parametrize(("kind", "name"), params_of(CASES))
 def test_two_ranks_equal_the_reference(folder, kind, name):
-    model = small_model().double().eval()
-    start = {n: p.detach().clone() for n, p in model.named_parameters()}
     stages = list(zip(*load(folder(kind), name), strict=True))
     assert len(stages) == 2
+    model = get_peft_model(small_model(), small_lora()) if "lora" in name else small_model()
+    model = model.double().eval()
+    start = {n: t.double() for n, t in stages[0][0]["start"].items()}
+    assert start.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
     for loss, (first, second) in zip((_sft_loss, _rl_loss), stages, strict=True):
         o, theta = first["options"], dict(start)
         optimizer = Optimizer("adamw", len(theta), eps=RUN["adam_epsilon"])
         assert_same(first["states"], second["states"])
         assert len(first["states"]) == 2
+        # The second stage starts from what the first has ended with.
+        assert_same({n: t.double() for n, t in first["start"].items()}, start)
         for step, state in enumerate(first["states"]):
             window = first["windows"][step] + second["windows"][step]
             assert len(window) == (6 if loss is _sft_loss else 4)
@@ -61,19 +66,20 @@ def test_two_ranks_equal_the_reference(folder, kind, name):
 
 
 @pytest.mark.parametrize(("kind", "name"), params_of(CASES))
-def test_saved_models_are_the_stages_ends(folder, kind, name):
+def test_saved_models_are_the_stages_ends(folder, kind, name, tmp_path):
     ends = [stage["states"][-1] for stage in load(folder(kind), name)[0]]
     for place, end in zip(("sft", "."), ends, strict=True):
-        saved = AutoModelForCausalLM.from_pretrained(folder(kind) / name / place).state_dict()
-        assert_same({n: saved[n] for n in end}, end)
+        base = small_model() if "lora" in name else None
+        assert_saved(folder(kind) / name / place, end, base, tmp_path / place)
 
 
 @pytest.mark.parametrize(
     ("kind", "name"),
     params_of(
-        {kind: [f"{name} {stage} {step}" for name in CASES[kind] for stage, step in CUTS[kind]] for kind in CASES}
+        {kind: [f"{name} {stage} {step}" for name in CASES[kind] for stage, step in CUTS[name]] for kind in CASES}
     ),
 )
 def test_a_run_that_is_cut_off_ends_as_one_that_is_not(folder, kind, name):
-    straight, resumed = (folder(kind) / run / "model.safetensors" for run in (name.partition(" ")[0], name))
+    weights = "adapter_model.safetensors" if "lora" in name else "model.safetensors"
+    straight, resumed = (folder(kind) / run / weights for run in (name.rsplit(" ", 2)[0], name))
     assert_same(load_file(resumed), load_file(straight))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
@@ -17,7 +18,7 @@ from trl import SFTTrainer
 from .._upstream import set_up_again
 from ..training import checkpoint as checkpoints
 from ..training.backends import backend_for
-from ..training.backends.refusals import is_spread
+from ..training.backends.refusals import refuse_quantised
 from ..training.resume import ResumableTrainer
 from .two_stage_config import FINISHED, TwoStageConfig
 
@@ -180,12 +181,9 @@ class TwoStageTrainer:
 
     def _check_backend(self, trainer: Trainer) -> None:
         backend_for(trainer.accelerator).check(self.args)
-        kind = trainer.accelerator.distributed_type
-        if is_spread(kind) and self._peft_config is not None:
-            raise NotImplementedError(
-                f"`peft_config` of TwoStageTrainer has not been tested with {kind.value}. Launch it on one device or with "
-                "DDP (torchrun), or train the model in full."
-            )
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if is_peft_model(model):
+            refuse_quantised(trainer.accelerator.distributed_type, model.get_base_model())
 
     def _build_second_stage(self, folder: Path) -> ResumableTrainer:
         model, processing_class = self._load(folder)

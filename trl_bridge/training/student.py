@@ -20,7 +20,7 @@ from transformers import (
 from trl import GRPOConfig
 
 from .._upstream import add_demonstration_head, plain_copy, without_reference_model
-from .backends.refusals import is_spread, refuse_spread
+from .backends.refusals import is_spread, refuse_quantised, refuse_spread
 from .resume import ResumableTrainer
 from .rollouts import RolloutRecord
 
@@ -147,11 +147,7 @@ class StudentTrainer(ResumableTrainer):
                 f"A LoRA student of {type(self).__name__} has not been tested with {kind.value}. Launch it on one device "
                 "or with DDP (torchrun), or train the model in full (without `peft_config`, or `lean`)."
             )
-        if getattr(model.get_base_model(), "is_quantized", False):
-            raise NotImplementedError(
-                f"A LoRA on a quantised base has not been tested with {kind.value}. Load the base in bfloat16 (without "
-                "`quantization_config`), or launch it on one device or with DDP (torchrun)."
-            )
+        refuse_quantised(kind, model.get_base_model())
 
     @property
     def _plain_model(self) -> PreTrainedModel:

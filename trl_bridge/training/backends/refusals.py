@@ -30,6 +30,26 @@ def refuse_spread(kind: DistributedType, owner: str) -> None:
         )
 
 
+def refuse_quantised(kind: DistributedType, base: Any) -> None:
+    """
+    Refuse to spread an adapter on a quantised base.
+
+    Args:
+        kind ([`~accelerate.utils.DistributedType`]):
+            Way of training.
+        base ([`~transformers.PreTrainedModel`]):
+            Model under the adapter.
+
+    Raises:
+        NotImplementedError: FSDP or DeepSpeed, and a quantised base.
+    """
+    if is_spread(kind) and getattr(base, "is_quantized", False):
+        raise NotImplementedError(
+            f"A LoRA on a quantised base has not been tested with {kind.value}. Load the base in bfloat16 (without "
+            "`quantization_config`), or launch it on one device or with DDP (torchrun)."
+        )
+
+
 def refuse_fsdp(plugin: Any) -> None:
     """
     Refuse what cannot be had of FSDP.
