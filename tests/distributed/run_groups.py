@@ -40,7 +40,8 @@ def right_on_the_second_rank(completions, **kwargs):
 # What is trained: a method, whose name comes first, with its options.
 METHOD = {
     "luffy": {"loss_type": "dapo", "preset": "code", **SGD},
-    "srft": {"temperature": 0.7},
+    # One generation batch for each update, both ranks with demonstrations.
+    "srft": {"temperature": 0.7, "steps_per_generation": 2},
     "hpt": {"gate": 1, "gate_off": 3, "loss_type": "dapo", **SGD},
     # One group on each rank: SFT alone on the first, RL alone on the second, and a second forward for the SFT term.
     "hpt apart": {
