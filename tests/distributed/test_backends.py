@@ -19,7 +19,7 @@ from trl_bridge.scripts.merge import merge_adapter
 pytestmark = pytest.mark.distributed
 TOLERANCE = 2e-4
 LEAN_ROUNDED = (
-    0.09  # of one gradient, where the merged form has as many again to outweigh it; without the gain above 0.1
+    0.12  # of one gradient, where the merged form has as many again to outweigh it; without the gain above 0.9
 )
 ROUNDED = 3e-2  # passes in bfloat16; leaving the gain out gives above 0.1
 
