@@ -16,7 +16,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from tests.bridge.lean import LEAN, SCALINGS, flat, lean_options, lean_trainer, replay_lean
 from tests.bridge.oracle import assert_equal
-from tests.bridge.test_resume import StopAt, _metrics, _state, assert_same
+from tests.bridge.test_resume import StopAt, _metrics, _state, assert_same, assert_shadow_is_that_of
 from tests.harness import adapters, rl_rows, small_config, small_lora, small_model, small_trainer
 from trl_bridge import BridgeTrainer, cli
 
@@ -178,7 +178,7 @@ def test_best_model_brings_back_its_own_parts(tmp_path):
     assert best.name != "checkpoint-4", "the last update was the best, so nothing was brought back"
     saved = torch.load(best / "bridge" / "shared.pt", weights_only=True)
     assert_same(trainer.coordinator_state_dict(), saved["coordinator"])
-    assert_same({n: p.detach() for n, p in trainer.shadow.weights.items()}, saved["shadow"]["weights"])
+    assert_shadow_is_that_of(trainer, best, tmp_path)
     state = {n.replace(".default", ""): p.detach() for n, p in trainer.model.named_parameters() if "lora_" in n}
     assert_same(load_peft_weights(str(best)), state)
     a, b = adapters(trainer.coordinator_state_dict())

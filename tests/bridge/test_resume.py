@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from tests.harness import rl_rows, sft_rows, small_config, small_lora, small_trainer
+from tests import serving
+from tests.harness import movement_error, rl_rows, sft_rows, small_config, small_lora, small_trainer
+from trl_bridge.training import checkpoint as checkpoints
 
 
 UPDATES = 8
@@ -29,6 +32,24 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
+def rows_of(trainer):
+    """This rank's part of what may be spread over the ranks."""
+    return {name: {"rows": state.rows(), "rest": state.rest()} for name, state in trainer.row_states().items()}
+
+
+def saved_rows(checkpoint, name, tmp_path):
+    """Whole, by torch's own tool."""
+    dcp_to_torch_save(checkpoint / "bridge" / name, tmp_path / f"{name}.pt")
+    return torch.load(tmp_path / f"{name}.pt", weights_only=True)
+
+
+def assert_shadow_is_that_of(trainer, checkpoint, tmp_path):
+    saved = saved_rows(checkpoint, "shadow", tmp_path)
+    rows = {key: piece for key, piece in trainer.shadow.saved.rows().items() if key.startswith("weights/")}
+    assert rows
+    assert_same(rows, {key: saved[key] for key in rows})
+
+
 def _state(trainer):
     """Everything that an exact resume must bring back."""
     shared = trainer.shared_state()
@@ -37,6 +58,7 @@ def _state(trainer):
         "theta": trainer.theta_state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "scheduler": trainer.lr_scheduler.state_dict(),
+        "rows": rows_of(trainer),
         **shared,
     }
 
@@ -142,7 +164,8 @@ def test_unfinished_checkpoint_is_passed_over(tmp_path, caplog, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "part", ["bridge", "bridge/complete.json", "bridge/shared.pt", "bridge/rank-0.pt", "optimizer.pt", "scheduler.pt",
+    "part", ["bridge", "bridge/complete.json", "bridge/shared.pt", "bridge/rank-0.pt", "bridge/shadow/.metadata",
+             "bridge/shadow/__0_0.distcp", "optimizer.pt", "scheduler.pt",
              "rng_state.pth", "trainer_state.json", "model.safetensors"],
 )  # fmt: skip
 def test_checkpoint_that_lacks_a_part_is_refused(tmp_path, finished_run, part):
@@ -170,6 +193,12 @@ def test_checkpoint_that_lacks_a_part_is_refused(tmp_path, finished_run, part):
         ("shadow_update_steps", {"shadow_update_steps": 2}),
         ("sft_weighting", {"sft_weighting": "phi"}),
         ("num_iterations", {"num_iterations": 2}),
+        ("per_device_train_batch_size x gradient_accumulation_steps x ranks", {"gradient_accumulation_steps": 4}),
+        ("per_device_train_batch_size x steps_per_generation x ranks", {"steps_per_generation": 4}),
+        (
+            "sft_per_device_train_batch_size x gradient_accumulation_steps x ranks",
+            {"sft_per_device_train_batch_size": 2},
+        ),
     ],
 )
 def test_checkpoint_of_other_options_is_refused(tmp_path, finished_run, name, changes):
@@ -178,6 +207,45 @@ def test_checkpoint_of_other_options_is_refused(tmp_path, finished_run, name, ch
     with pytest.raises(ValueError, match=f"resume_from_checkpoint.*`{name}`"):
         trainer.train(resume_from_checkpoint=str(finished_run / "checkpoint-2"))
     assert sorted(p.name for p in finished_run.iterdir()) == before
+
+
+def test_smaller_micro_batches_go_on_with_the_same_rollouts(tmp_path):
+    # From inside a generation batch, which is cut anew, into the next one.
+    late = {"num_iterations": 2, "max_steps": 5, "sft_pairing": "independent"}
+    straight = _trainer(tmp_path, steps_per_generation=4, sft_per_device_train_batch_size=4, **late)
+    straight.train()
+    cut = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "steps_per_generation": 8}
+    resumed = _trainer(tmp_path / "cut", sft_per_device_train_batch_size=2, **late, **cut)
+    start = {"theta": resumed.theta_state_dict(), "hat": resumed.shadow_state_dict()}
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.demonstrations.state_dict() == straight.demonstrations.state_dict()
+    for part, method in (("theta", "theta_state_dict"), ("hat", "shadow_state_dict")):
+        got, want = (getattr(trainer, method)() for trainer in (resumed, straight))
+        assert movement_error(got, want, start[part]) < 2e-4, part
+
+
+def test_checkpoint_of_another_way_of_training_is_refused(tmp_path, finished_run, monkeypatch):
+    trainer = _trainer(tmp_path, max_steps=3)
+    monkeypatch.setattr(type(trainer.backend), "checkpoint_kind", "FSDP2")
+    with pytest.raises(ValueError, match="`way of training` was 'one process or DDP', now 'FSDP2'"):
+        trainer.train(resume_from_checkpoint=str(finished_run / "checkpoint-2"))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("shadow_overlap", serving.OPTIONS | {"shadow_overlap": True}),
+        ("adamw_bnb_8bit", {"shadow_optim": "adamw_bnb_8bit"}),
+    ],
+)
+def test_options_that_are_bound_to_the_number_of_ranks(tmp_path, finished_run, monkeypatch, name, changes):
+    trainer = _trainer(tmp_path)
+    assert trainer.bound_to_ranks() is None
+    serving.serve(monkeypatch.setattr)
+    trainer.args = small_config(tmp_path, **_options(**changes))
+    assert name in trainer.bound_to_ranks()
+    with pytest.raises(ValueError, match=f"written by 1 ranks, and this run has 2: .*{name}.*Go on with 1"):
+        checkpoints.check(finished_run / "checkpoint-2", {}, {"world_size": 2}, trainer.bound_to_ranks())
 
 
 def test_checkpoint_of_plain_grpo_is_refused(tmp_path):
@@ -225,7 +293,7 @@ def test_best_model_brings_back_its_own_coordinator_and_shadow(tmp_path):
     assert best.name != "checkpoint-4", "the last update was the best, so nothing was brought back"
     saved = torch.load(best / "bridge" / "shared.pt", weights_only=True)
     assert_same(trainer.coordinator_state_dict(), saved["coordinator"])
-    assert_same({n: p.detach() for n, p in trainer.shadow.weights.items()}, saved["shadow"]["weights"])
+    assert_shadow_is_that_of(trainer, best, tmp_path)
     assert_same(dict(AutoModelForCausalLM.from_pretrained(best).state_dict()), dict(trainer.model.state_dict()))
 
 

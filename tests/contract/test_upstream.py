@@ -105,6 +105,7 @@ SIGNATURES = {
     "transformers.Trainer._save_optimizer_and_scheduler": "(self, output_dir)",
     "transformers.Trainer._load_optimizer_and_scheduler": "(self, checkpoint)",
     "transformers.Trainer._load_best_model": "(self)",
+    "transformers.Trainer._load_rng_state": "(self, checkpoint)",
     "transformers.Trainer._get_output_dir": "(self, trial)",
     "transformers.Trainer.get_decay_parameter_names": "(self, model)",
     "transformers.Trainer.get_optimizer_cls_and_kwargs": "(args, model=None)",
@@ -172,6 +173,7 @@ OWN_NAMES = {
     "assign",
     "backend",
     "between_passes",
+    "bound_to_ranks",
     "buffer",
     "config_class",
     "config_or_default",
@@ -182,11 +184,12 @@ OWN_NAMES = {
     "end_of_window",
     "expert_heads",
     "expert_loss",
+    "generation_cycle",
     "has_expert_loss",
     "has_sft_term",
     "hint_probability",
     "inside_update",
-    "load_best_local_state",
+    "layout",
     "load_best_shared_state",
     "load_local_state",
     "load_progress_state",
@@ -201,9 +204,11 @@ OWN_NAMES = {
     "progress_state",
     "prompts_differ_in_group",
     "reads_steps",
+    "recut_local_state",
     "reduce",
     "resolve_weighting",
     "resume_requirements",
+    "row_states",
     "sample_apart",
     "save_coordinator",
     "sft_coefficient",
@@ -563,6 +568,7 @@ def test_micro_batch_is_counted_after_its_passes():
 def test_best_model_and_resume_go_through_the_methods_that_we_extend():
     assert "self._load_best_model()" in _source(Trainer._finalize_training)
     assert "self._load_optimizer_and_scheduler(" in _source(Trainer._prepare_for_training)
+    assert "self._load_rng_state(resume_from_checkpoint)" in _source(Trainer._run_epoch)
     assert "self._prepare_for_training(" in _source(Trainer._inner_training_loop)
 
 

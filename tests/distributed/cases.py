@@ -169,7 +169,7 @@ _LATE = {"num_iterations": 2, "steps_per_generation": 4}
 RESUMES = {
     "ddp": {
         "judge, every second update": {**_LATE, "sft_weighting": "judge_verdict", "shadow_update_steps": 2},
-        "lean": {**_LATE, **LEAN, "shadow_reset_steps": 2},
+        "lean": {**LEAN, "shadow_reset_steps": 2},
     },
     "fsdp": {
         "judge, offload": {
@@ -179,7 +179,7 @@ RESUMES = {
             "shadow_offload": True,
             "model": {"odd_rows": True},
         },
-        "lean": {**FSDP, **_LATE, **LEAN, "shadow_reset_steps": 2},
+        "lean": {**FSDP, **LEAN, "shadow_reset_steps": 2},
     },
     "deepspeed": {
         "zero-2": {**zero(2), **_LATE},

@@ -21,10 +21,10 @@ def params_of(table):
     return [pytest.param(kind, name, marks=marks.get(kind, [])) for kind in table for name in table[kind]]
 
 
-def launch(module, *arguments):
-    """Run a module of this folder on two ranks."""
+def launch(module, *arguments, ranks=2):
+    """Run a module of this folder on two ranks, or another number of them."""
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     command += ["-m", f"tests.distributed.{module}", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -53,6 +53,6 @@ def folder_of_runs(module):
     return folder
 
 
-def load(folder, name):
-    """What both ranks wrote of a run, in rank order."""
-    return [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(2)]
+def load(folder, name, ranks=2):
+    """What all ranks wrote of a run, in rank order."""
+    return [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(ranks)]

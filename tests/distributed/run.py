@@ -1,5 +1,6 @@
 """Trains recorded runs on the ranks that torchrun starts, and writes what each saw. Usage: run.py KIND FOLDER [CASE...]"""
 
+import copy
 import importlib
 import importlib.util
 import os
@@ -9,12 +10,20 @@ from pathlib import Path
 import accelerate.state
 import torch
 import transformers.training_args
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+from transformers import TrainerCallback
 
 from tests import serving
-from tests.bridge.test_resume import StopAt, _state
+from tests.bridge.test_resume import StopAt, _state, rows_of
 from tests.distributed.cases import CASES, LEAN_CASES, RESUMES, model_of
 from tests.harness import RecordingTrainer, reference_options, small_lora, small_trainer
 from trl_bridge.training import checkpoint
+
+
+# Of the runs that are gone on with; and after which update of them by another number of ranks.
+SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6}
+HANDED_ON = 3
 
 
 def pretend_accelerator() -> None:
@@ -37,7 +46,11 @@ def trainer_of(output_dir, options, trainer_class=RecordingTrainer, **more):
         os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
     lora = small_lora(**options.pop("lora", {}))
     model = model_of(options.pop("model", {}), output_dir)
-    return small_trainer(output_dir, trainer_class, model=model, peft_config=lora, **options)
+    trainer = small_trainer(output_dir, trainer_class, model=model, peft_config=lora, **options)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, Watch):
+            callback.trainer = trainer
+    return trainer
 
 
 def main(kind: str, folder: Path, names: list[str]) -> None:
@@ -87,15 +100,58 @@ def _not_asked(folder):
 
 
 def resume(folder: Path, name: str, options: dict) -> None:
-    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5, "save_total_limit": 2, **options}
-    straight = trainer_of(folder / f"{name} straight", options)
+    options = {**SAVING, **options}
+    handed_on = "deepspeed" not in options
+    watch = [Watch({HANDED_ON})] if handed_on else None
+    straight = trainer_of(folder / f"{name} straight", options, callbacks=watch)
     straight.train()
+    if handed_on:
+        write_seen(straight, folder / f"{name} straight")
     both = {"straight": whole_state(straight)}
-    trainer_of(folder / f"{name} halves", options, callbacks=[StopAt(3)]).train()
+    trainer_of(folder / f"{name} halves", options, callbacks=[StopAt(3)], save_total_limit=2).train()
     resumed = trainer_of(folder / f"{name} halves", options)
     resumed.train(resume_from_checkpoint=True)
     both["resumed"] = whole_state(resumed)
     torch.save(both, folder / f"resume {name}-{straight.accelerator.process_index}.pt")
+
+
+class Watch(TrainerCallback):
+    """Keeps what a checkpoint holds, as it is when it has been loaded, and once it is saved at certain updates."""
+
+    def __init__(self, steps=()):
+        self.steps, self.seen, self.trainer = steps, {}, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.seen[state.global_step] = what_is_saved(self.trainer)
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step in self.steps:
+            self.seen[state.global_step] = what_is_saved(self.trainer)
+
+
+def what_is_saved(trainer):
+    """Whole where a backend makes it so by itself; the shadow's rows are those of this rank."""
+    optimizer = pytree.tree_map(
+        lambda value: value.full_tensor() if isinstance(value, DTensor) else value, trainer.optimizer.state_dict()
+    )
+    return copy.deepcopy(
+        {
+            "theta": trainer.theta_state_dict(),
+            "hat": trainer.shadow_state_dict(),
+            "optimizer": optimizer["state"],
+            "scheduler": trainer.lr_scheduler.state_dict(),
+            "shared": trainer.shared_state(),
+            "rows": rows_of(trainer)["shadow"],
+            "spread": trainer.shadow.held.spread,
+            "micro-batches": trainer._step / trainer.args.gradient_accumulation_steps,
+        }
+    )
+
+
+def write_seen(trainer, place) -> None:
+    watch = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Watch))
+    record = {"seen": watch.seen, "windows": trainer.windows, "states": trainer.states, "start": trainer.start}
+    torch.save(record, f"{place}-{trainer.accelerator.process_index}.pt")
 
 
 def whole_state(trainer):
@@ -106,6 +162,7 @@ def whole_state(trainer):
         "student": {n: trainer.student.whole(n).clone() for n in trainer.student.parameters},
         "local": trainer.local_state(),
         "shared": trainer.shared_state(),
+        "rows": rows_of(trainer),
         "scheduler": trainer.lr_scheduler.state_dict(),
     }
     return (

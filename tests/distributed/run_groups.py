@@ -14,6 +14,7 @@ from tests.baselines.streams import optimizer_state_of, weights_of
 from tests.baselines.test_actguide import watching as watching_guidance
 from tests.baselines.test_relift import watching
 from tests.baselines.test_uft import hint_rows
+from tests.bridge.test_resume import rows_of
 from tests.distributed.cases import FSDP, zero
 from tests.distributed.run import pretend_accelerator
 from tests.harness import small_lora
@@ -108,6 +109,7 @@ def state_of(trainer):
         "optimizer": optimizer_state_of(trainer),
         "shared": trainer.shared_state(),
         "local": trainer.local_state(),
+        "rows": rows_of(trainer),
     }
 
 

@@ -10,10 +10,13 @@ from transformers import AutoModelForCausalLM
 from tests.bridge.lean import replay_lean
 from tests.bridge.test_resume import assert_same
 from tests.distributed.cases import CASES, LEAN_CASES, RESUMES, model_of
-from tests.distributed.launch import DEEPSPEED, folder_of_runs, load, params_of
+from tests.distributed.launch import DEEPSPEED, folder_of_runs, launch, load, params_of
+from tests.distributed.run import HANDED_ON
+from tests.distributed.run_ranks import AGAIN, go_on
 from tests.harness import adapters, movement_error, moves
 from tests.reference.bridge import Reference
 from trl_bridge.scripts.merge import merge_adapter
+from trl_bridge.training import checkpoint as checkpoints
 
 
 pytestmark = pytest.mark.distributed
@@ -175,3 +178,100 @@ def test_resume_is_exact_on_two_ranks(folder, kind, name):
     for rank in range(2):
         both = torch.load(folder(kind) / f"resume {name}-{rank}.pt", weights_only=False)
         assert_same(both["resumed"], both["straight"])
+
+
+@pytest.fixture(scope="module")
+def chain(folder, tmp_path_factory):
+    """
+    From a way of training to three runs: on two ranks, on one from a checkpoint of that, and on two from one of that.
+    """
+    done = {}
+
+    def folders(kind):
+        if kind not in done:
+            one, two = (tmp_path_factory.mktemp(f"{kind}-{ranks}") for ranks in (1, 2))
+            if kind == "ddp":
+                go_on(kind, HANDED_ON, folder(kind), one)
+            else:
+                launch("run_ranks", kind, HANDED_ON, folder(kind), one, ranks=1)
+            launch("run_ranks", kind, AGAIN, one, two)
+            done[kind] = [folder(kind), one, two]
+        return done[kind]
+
+    return lambda kind, name: [load(at, f"{name} straight", n) for at, n in zip(folders(kind), (2, 1, 2), strict=True)]
+
+
+CHANGING = {kind: RESUMES[kind] for kind in ("ddp", "fsdp")}
+
+
+def _joined(ranks, updates):
+    """What a checkpoint holds, without the cut into ranks."""
+    parts = [rank["seen"][updates] for rank in ranks]
+    whole = {key: value for key, value in parts[0].items() if key not in ("rows", "spread")}
+    pieces = {key: [part["rows"]["rows"][key] for part in parts] for key in parts[0]["rows"]["rows"]}
+    spread = parts[0]["spread"]
+    assert all(spread or torch.equal(piece, held[0]) for held in pieces.values() for piece in held)
+    rows = {key: torch.cat(held) if spread else held[0] for key, held in pieces.items()}
+    return {**whole, "rows": rows, "rest": parts[0]["rows"]["rest"]}
+
+
+@pytest.mark.parametrize(("kind", "name"), params_of(CHANGING))
+def test_another_number_of_ranks_loads_what_was_saved(chain, kind, name):
+    two, one, again = chain(kind, name)
+    for updates, saved, loaded in ((HANDED_ON, two, one), (AGAIN, one, again)):
+        want = _joined(saved, updates)
+        assert any(key.startswith("exp_avg/") for key in want["rows"]) and want["optimizer"]
+        assert_same(_joined(loaded, updates), want)
+
+
+def _rows(ranks, update, after):
+    """Prompts and demonstrations of an update, in the order of their tokens; `after` updates are not of this run."""
+    batches = {key: [batch for r in ranks for batch in r["windows"][update - after][key]] for key in ("rl", "sft")}
+    prompts = [
+        ids[mask.bool()].tolist()
+        for b in batches["rl"]
+        for ids, mask in zip(b["prompt_ids"], b["prompt_mask"], strict=True)
+    ]
+    shown = [
+        ids[mask.bool()].tolist()
+        for b in batches["sft"]
+        for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)
+    ]
+    return sorted(prompts), sorted(shown)
+
+
+@pytest.mark.parametrize(("kind", "name"), params_of(CHANGING))
+def test_another_number_of_ranks_goes_on_with_the_same_rows(chain, kind, name):
+    two, one, again = chain(kind, name)
+    buffered = "steps_per_generation" in RESUMES[kind][name]
+    for update in range(HANDED_ON, 6):
+        prompts, shown = _rows(two, update, 0)
+        assert len(prompts) == 32 and prompts != _rows(two, update - 1, 0)[0]
+        assert _rows(one, update, HANDED_ON)[1] == shown
+        # The rows of a generation batch that serves several updates are shuffled by chance.
+        assert _rows(one, update, HANDED_ON)[0] == prompts or (buffered and update > HANDED_ON)
+    assert _rows(again, AGAIN, AGAIN) == _rows(one, AGAIN, HANDED_ON)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in CHANGING for name in CHANGING[kind] if name.startswith("judge")]
+)
+def test_another_number_of_ranks_makes_the_same_update(chain, kind, name):
+    # On rollouts that the ranks of before have made.
+    two, one, again = (run[0] for run in chain(kind, name))
+    for got, want in (
+        (one["states"][0], two["states"][HANDED_ON]),
+        (again["states"][0], one["states"][AGAIN - HANDED_ON]),
+    ):
+        for part in ("theta", "w", "hat"):
+            assert movement_error(got[part], want[part], two["start"][part]) < TOLERANCE, part
+
+
+@DEEPSPEED
+def test_another_number_of_ranks_is_refused_under_deepspeed(folder):
+    from trl_bridge.training.backends.zero import ZeroBackend
+
+    checkpoint = folder("deepspeed") / "zero-2 straight" / "checkpoint-6"
+    layout = {**checkpoints.layout_of(checkpoint), "world_size": 1}
+    with pytest.raises(ValueError, match="written by 2 ranks, and this run has 1: DeepSpeed.*Go on with 2"):
+        checkpoints.check(checkpoint, {}, layout, ZeroBackend.bound_to_ranks)

@@ -10,6 +10,7 @@ from transformers.training_args import OptimizerNames
 
 from ..training.metrics import record
 from ..training.rates import rate_factor
+from ..training.rows import RowState
 from ..training.support import SIDE_OPTIMIZERS
 from .expert_config import ExpertConfig
 from .expert_trainer import ExpertTrainer
@@ -236,30 +237,23 @@ class ReLIFTTrainer(ExpertTrainer):
     # Saving and resuming
 
     def shared_state(self) -> dict[str, Any]:
-        optimizer = None if self.sft_pass.spread else self.sft_pass.state_dict()
-        return {
-            **super().shared_state(),
-            "buffer": self.buffer,
-            "sft_steps": self.sft_steps,
-            "sft_optimizer": optimizer,
-        }
+        return {**super().shared_state(), "buffer": self.buffer, "sft_steps": self.sft_steps}
 
     def load_shared_state(self, state: dict[str, Any]) -> None:
         super().load_shared_state(state)
         self.buffer[:] = state["buffer"]
         self.sft_steps = state["sft_steps"]
-        if not self.sft_pass.spread:
-            self.sft_pass.load_state_dict(state["sft_optimizer"])
 
     def local_state(self) -> dict[str, Any]:
-        if not self.sft_pass.spread:
-            return super().local_state()
-        return {**super().local_state(), "sft_optimizer": self.sft_pass.state_dict()}
+        return {**super().local_state(), "sft_optimizer": self.sft_pass.engine_state_dict()}
 
     def load_local_state(self, state: dict[str, Any]) -> None:
         super().load_local_state(state)
-        if self.sft_pass.spread:
-            self.sft_pass.load_state_dict(state["sft_optimizer"])
+        self.sft_pass.load_engine_state_dict(state["sft_optimizer"])
+
+    def row_states(self) -> dict[str, RowState]:
+        saved = self.sft_pass.saved
+        return super().row_states() if saved is None else {**super().row_states(), "sft_optimizer": saved}
 
     def resume_requirements(self) -> dict[str, Any]:
         args = self.args

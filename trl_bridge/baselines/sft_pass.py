@@ -13,6 +13,7 @@ from ..objectives.sft import demonstration_loss
 from ..training.backends.engine_steps import EngineSteps
 from ..training.randomness import forked_torch_rng
 from ..training.rates import rate_factor
+from ..training.rows import RowState
 
 
 if TYPE_CHECKING:
@@ -66,22 +67,20 @@ class SFTPass:
         )
 
     @property
-    def spread(self) -> bool:
-        """Whether each rank has an optimizer state of its own."""
-        return self._held.spread or self._engine is not None
-
-    def state_dict(self) -> dict[Any, Any] | None:
-        """State of the pass's own optimizer; `None` where it has none."""
-        if self.learning_rate is None:
+    def saved(self) -> RowState | None:
+        """State of the pass's own optimizer; `None` where it has none, or where an engine has it."""
+        if self.optimizer is None:
             return None
-        own: Any = self.optimizer or self._engine
-        return own.state_dict()
+        return RowState(self._held, self._leaves, self.optimizer, with_weights=False)
 
-    def load_state_dict(self, state: dict[Any, Any] | None) -> None:
-        """Take over what `state_dict` returned."""
-        if self.learning_rate is not None:
-            own: Any = self.optimizer or self._engine
-            own.load_state_dict(state)
+    def engine_state_dict(self) -> dict[Any, Any] | None:
+        """What this rank's engine has of the pass's own optimizer; `None` where none has."""
+        return None if self._engine is None or self.learning_rate is None else self._engine.state_dict()
+
+    def load_engine_state_dict(self, state: dict[Any, Any] | None) -> None:
+        """Take over what `engine_state_dict` returned."""
+        if self._engine is not None and state is not None:
+            self._engine.load_state_dict(state)
 
     def run(self, demonstrations: Sequence[Demonstration]) -> dict[str, float]:
         """

@@ -1,7 +1,7 @@
 """The shadow theta_hat: a plain copy of the student that follows RL alone."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..training.backends import Backend, Weights, copy_rows_
+from ..training.rows import RowState
 
 
 class Shadow:
@@ -38,6 +39,8 @@ class Shadow:
         # An ordinary optimizer steps on this rank's rows: its step goes element by element.
         self._leaves = weights.leaves()
         self.optimizer = optimizer_for(self._leaves)
+        # M_hat itself (not theta_hat: a difference would not come back bit for bit) and the optimizer's state.
+        self.saved = RowState(weights, self._leaves, self.optimizer)
         self.max_grad_norm = max_grad_norm
 
     def active(self, backend: Backend) -> contextlib.AbstractContextManager[None]:
@@ -107,19 +110,3 @@ class Shadow:
         squares = torch.stack([torch.stack(difference).sum(), torch.stack(base).sum()])
         self.held.add_up_([squares])
         return (squares[0] / (squares[1] + coordinator.norm() ** 2).clamp(min=0)).sqrt().item()
-
-    def state_dict(self) -> dict[str, Any]:
-        """M_hat itself (not theta_hat: a difference would not come back bit for bit) and the optimizer's state."""
-        weights = {name: rows.cpu() for name, rows in self.weights.items()}
-        return {"weights": weights, "optimizer": self.optimizer.state_dict()}
-
-    @torch.no_grad()
-    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Take over saved weights M_hat."""
-        for name, rows in self.weights.items():
-            rows.copy_(weights[name])
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
-        self.load_weights(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])

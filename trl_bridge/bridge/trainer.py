@@ -9,11 +9,13 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.training_args import OptimizerNames
 
 from .._upstream import decay_groups, optimizer_for, plain_copy
 from ..training.backends import Weights
 from ..training.metrics import record
 from ..training.rates import rate_factor
+from ..training.rows import RowState
 from ..training.trainer import DemonstrationTrainer
 from ..training.verdicts import missing_columns
 from .adapter import save_adapter
@@ -337,18 +339,14 @@ class BridgeTrainer(DemonstrationTrainer):
             **super().shared_state(),
             "coordinator": self.coordinator.state_dict(),
             "coordinator_optimizer": self.coordinator_optimizer.state_dict(),
-            "shadow": None if self.shadow is None or self.shadow.held.spread else self.shadow.state_dict(),
             "shadow_schedule": self._shadow_schedule.state_dict(),
         }
 
     def local_state(self) -> dict[str, Any]:
-        # Each rank saves its own rows of a shadow that is spread.
-        spread = self.shadow is not None and self.shadow.held.spread
-        return {
-            **super().local_state(),
-            "shadow": self.shadow.state_dict() if spread else None,
-            "shadow_overlap": self._shadow_overlap.state_dict(),
-        }
+        return {**super().local_state(), "shadow_overlap": self._shadow_overlap.state_dict()}
+
+    def row_states(self) -> dict[str, RowState]:
+        return {} if self.shadow is None else {"shadow": self.shadow.saved}
 
     def load_shared_state(self, state: dict[str, Any]) -> None:
         self._build_parts()
@@ -356,24 +354,23 @@ class BridgeTrainer(DemonstrationTrainer):
         self.coordinator.load_state_dict(state["coordinator"])
         self.coordinator_optimizer.load_state_dict(state["coordinator_optimizer"])
         self._shadow_schedule.load_state_dict(state["shadow_schedule"])
-        if state["shadow"] is not None:
-            self.shadow.load_state_dict(state["shadow"])
 
     def load_local_state(self, state: dict[str, Any]) -> None:
         super().load_local_state(state)
         self._shadow_overlap.load_state_dict(state["shadow_overlap"])
-        if state["shadow"] is not None:
-            self.shadow.load_state_dict(state["shadow"])
 
     def load_best_shared_state(self, state: dict[str, Any]) -> None:
         self.coordinator.load_state_dict(state["coordinator"])
         self._shadow_schedule.load_state_dict(state["shadow_schedule"])
-        if state["shadow"] is not None:
-            self.shadow.load_weights(state["shadow"]["weights"])
 
-    def load_best_local_state(self, state: dict[str, Any]) -> None:
-        if state["shadow"] is not None:
-            self.shadow.load_weights(state["shadow"]["weights"])
+    def bound_to_ranks(self) -> str | None:
+        args = self.args
+        if args.shadow_overlap:
+            return "the rollouts that `shadow_overlap` has put off lie with their ranks"
+        optim = OptimizerNames(args.shadow_optim or args.optim).value
+        if args.cooperative_gain and not args.lean and "8bit" in optim:
+            return f"the shadow's optimizer ({optim}) keeps blocks of 8-bit numbers, which belong to their rank's rows"
+        return super().bound_to_ranks()
 
     def resume_requirements(self) -> dict[str, Any]:
         args = self.args

@@ -17,6 +17,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from .layout import RANKS
+from .rows import RowState
+
 
 logger = logging.get_logger(__name__)
 
@@ -37,7 +40,9 @@ def write(
     *,
     local: dict[str, Any],
     shared: dict[str, Any],
+    rows: dict[str, RowState],
     requirements: dict[str, Any],
+    layout: dict[str, int],
     step: int,
     parts: Callable[[Path], list[str]],
 ) -> None:
@@ -53,8 +58,12 @@ def write(
             State of this rank; tensors and plain Python values.
         shared (`dict[str, Any]`):
             State that all ranks have alike; written by the main process.
+        rows (`dict[str, RowState]`):
+            State whose rows may be spread over the ranks.
         requirements (`dict[str, Any]`):
             Options that a resumed run must share, as JSON values.
+        layout (`dict[str, int]`):
+            How an update is cut into ranks and micro-batches (see [`training.layout`]).
         step (`int`):
             Number of updates done.
         parts (`Callable[[Path], list[str]]`):
@@ -65,13 +74,16 @@ def write(
     torch.save(local, folder / f"rank-{accelerator.process_index}.pt")
     if accelerator.is_main_process:
         torch.save(shared, folder / "shared.pt")
+    for name, state in rows.items():
+        state.save(folder / name)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        pieces = [f"{FOLDER}/{name}/{file.name}" for name in rows for file in sorted((folder / name).iterdir())]
         marker = {
             "global_step": step,
-            "world_size": accelerator.num_processes,
+            "layout": layout,
             "requirements": requirements,
-            "parts": parts(checkpoint),
+            "parts": [*parts(checkpoint), *pieces],
         }
         partial = folder / (_MARKER + ".partial")
         partial.write_text(json.dumps(marker, indent=2))
@@ -89,6 +101,20 @@ def read_local(checkpoint: Path, rank: int) -> dict[str, Any]:
     return torch.load(checkpoint / FOLDER / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
 
 
+def layout_of(checkpoint: Path) -> dict[str, int]:
+    """How the run that wrote a checkpoint cut its updates into ranks and micro-batches."""
+    return _marker(checkpoint)["layout"]
+
+
+def rows_folder(checkpoint: Path, name: str) -> Path:
+    """Where a [`RowState`] is."""
+    return checkpoint / FOLDER / name
+
+
+def _marker(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / FOLDER / _MARKER).read_text())
+
+
 def missing_part(checkpoint: Path) -> str | None:
     """
     What a checkpoint lacks for an exact resume.
@@ -101,7 +127,7 @@ def missing_part(checkpoint: Path) -> str | None:
         `str`, *optional*: the part's name, `None` where the checkpoint is whole.
     """
     try:
-        marker = json.loads((checkpoint / FOLDER / _MARKER).read_text())
+        marker = _marker(checkpoint)
     except FileNotFoundError:
         return f"{FOLDER}/{_MARKER}"
     try:
@@ -110,9 +136,9 @@ def missing_part(checkpoint: Path) -> str | None:
         return TRAINER_STATE_NAME
     if state["global_step"] != marker["global_step"]:
         return f"{FOLDER}/{_MARKER} of step {state['global_step']} (it is of step {marker['global_step']})"
-    if "parts" not in marker:
-        return f"the list of parts in {FOLDER}/{_MARKER} (it is of an earlier release)"
-    ranks = range(marker["world_size"])
+    if "layout" not in marker:
+        return f"the layout in {FOLDER}/{_MARKER} (it is of an earlier release)"
+    ranks = range(marker["layout"][RANKS])
     names = [f"{FOLDER}/shared.pt", *(f"{FOLDER}/rank-{rank}.pt" for rank in ranks), *marker["parts"]]
     names += ["rng_state.pth"] if len(ranks) == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
     # The parent passes over a missing optimizer or random state without a word.
@@ -121,7 +147,7 @@ def missing_part(checkpoint: Path) -> str | None:
     return absent if absent is not None or has_weights else "the model's weights"
 
 
-def check(checkpoint: Path, requirements: dict[str, Any]) -> None:
+def check(checkpoint: Path, requirements: dict[str, Any], layout: dict[str, int], bound: str | None) -> None:
     """
     Refuse a checkpoint that this run cannot go on from exactly.
 
@@ -130,6 +156,10 @@ def check(checkpoint: Path, requirements: dict[str, Any]) -> None:
             The `checkpoint-N` folder.
         requirements (`dict[str, Any]`):
             Options of this run that must equal the checkpoint's.
+        layout (`dict[str, int]`):
+            How this run cuts its updates into ranks and micro-batches.
+        bound (`str`, *optional*):
+            Why the number of ranks has to be the checkpoint's.
 
     Raises:
         ValueError: a part is missing, or an option differs; the message names it.
@@ -143,7 +173,13 @@ def check(checkpoint: Path, requirements: dict[str, Any]) -> None:
             "It was cut off while saving, saved with `save_only_model=True`, or made by another trainer. Use another "
             "checkpoint, or start a new run from its weights."
         )
-    saved = json.loads((checkpoint / FOLDER / _MARKER).read_text())["requirements"]
+    ranks, now = layout_of(checkpoint)[RANKS], layout[RANKS]
+    if bound is not None and ranks != now:
+        raise ValueError(
+            f"`resume_from_checkpoint`: {str(checkpoint)!r} was written by {ranks} ranks, and this run has {now}: {bound}. "
+            f"Go on with {ranks}, or start a new run from the model that is saved there."
+        )
+    saved = _marker(checkpoint)["requirements"]
     # Compared as JSON: tuples and enumerations come back as lists and strings.
     wanted = json.loads(json.dumps(requirements))
     differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]

@@ -1,4 +1,4 @@
-"""Keeping what is ours out of the global random state."""
+"""The global random state: keeping what is ours out of it, and starting it anew."""
 
 import contextlib
 import random
@@ -6,6 +6,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from transformers import set_seed
+
+
+def seed_anew(*entropy: int) -> None:
+    """Seed every global generator from a tuple of numbers (not negative)."""
+    set_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
 @contextlib.contextmanager

@@ -14,6 +14,9 @@ from trl import GRPOTrainer
 
 from . import checkpoint as checkpoints
 from .backends import Backend, backend_for
+from .layout import RANKS, recut, totals
+from .randomness import seed_anew
+from .rows import RowState
 
 
 logger = logging.get_logger(__name__)
@@ -24,8 +27,8 @@ class Resumable(Trainer):
     The part of an exact resume that any TRL trainer can carry: `class Mine(Resumable, SFTTrainer)`.
 
     A side folder in the checkpoint with what subclasses add through `shared_state` and `load_shared_state`, a marker of
-    completeness written last, refusals of checkpoints that cannot be gone on with exactly, and the metrics gathered
-    since the last log.
+    completeness written last, refusals of checkpoints that cannot be gone on with, and the metrics gathered since the
+    last log. Another number of ranks may go on with a checkpoint where its updates are of the same rows.
     """
 
     _metrics: dict[str, Any]
@@ -45,6 +48,10 @@ class Resumable(Trainer):
         """State that each rank has of its own, of the same kinds."""
         return {}
 
+    def row_states(self) -> dict[str, RowState]:
+        """State whose rows may be spread over the ranks, by the name of its folder; built by `load_shared_state`."""
+        return {}
+
     @property
     def inside_update(self) -> bool:
         """Whether some micro-batches of an update are done and others are not."""
@@ -59,18 +66,22 @@ class Resumable(Trainer):
     def load_best_shared_state(self, state: dict[str, Any]) -> None:
         """Take over the weights of the best checkpoint, and no more, from what `shared_state` returned there."""
 
-    def load_best_local_state(self, state: dict[str, Any]) -> None:
-        """Take over the weights of the best checkpoint, and no more, from what `local_state` returned there."""
+    def layout(self) -> dict[str, int]:
+        """How an update is cut into ranks and micro-batches, which a resumed run may change (see [`training.layout`])."""
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        return {RANKS: self.args.world_size, **{name: getattr(self.args, name) for name in names}}
+
+    def bound_to_ranks(self) -> str | None:
+        """Why a checkpoint can be gone on with by as many ranks as wrote it alone; `None` where it can by others."""
+        return self.backend.bound_to_ranks
 
     def resume_requirements(self) -> dict[str, Any]:
         """Options that a resumed run must share with the checkpoint, as JSON values."""
-        args = self.args
         return {
             "trainer": type(self).__name__,
-            "world_size": args.world_size,
-            "seed": args.seed,
-            "per_device_train_batch_size": args.per_device_train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "way of training": self.backend.checkpoint_kind,
+            "seed": self.args.seed,
+            **totals(self.layout()),
         }
 
     # What the bases below add for the parent
@@ -82,6 +93,18 @@ class Resumable(Trainer):
     def load_progress_state(self, state: dict[str, Any]) -> None:
         """Take over what `progress_state` returned, before `load_shared_state`."""
         self._metrics["train"] = defaultdict(list, state["metrics"])
+
+    def recut_local_state(self, states: list[dict[str, Any]], layout: dict[str, int]) -> dict[str, Any]:
+        """
+        This rank's local state where an update was cut otherwise.
+
+        Args:
+            states (`list[dict[str, Any]]`):
+                The local states of all ranks of before.
+            layout (`dict[str, int]`):
+                How it was cut.
+        """
+        return states[0]
 
     # The parent's methods
 
@@ -98,7 +121,15 @@ class Resumable(Trainer):
                 raise ValueError(f"`resume_from_checkpoint`: no whole checkpoint in {self.args.output_dir!r}.")
             resume_from_checkpoint = str(found)
         if resume_from_checkpoint:
-            checkpoints.check(Path(resume_from_checkpoint), self.resume_requirements())
+            folder, layout = Path(resume_from_checkpoint), self.layout()
+            checkpoints.check(folder, self.resume_requirements(), layout, self.bound_to_ranks())
+            ranks = checkpoints.layout_of(folder)[RANKS]
+            if ranks != layout[RANKS] and self.accelerator.is_main_process:
+                logger.warning(
+                    f"{resume_from_checkpoint} was written by {ranks} ranks and is gone on with by {layout[RANKS]}: from "
+                    "the same weights, optimizer states, prompts and demonstrations, but with random numbers (of sampling "
+                    "and dropout) other than those of an uninterrupted run."
+                )
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -115,13 +146,20 @@ class Resumable(Trainer):
                 "whole, and `resume_from_checkpoint=True` will pass over it."
             )
             return
+        rows = self.row_states()
         # Here, because the parent rotates and uploads checkpoints once this and its own state are written.
         checkpoints.write(
             Path(output_dir),
             self.accelerator,
-            local={**self.local_state(), **self.progress_state()},
+            local={
+                **self.local_state(),
+                **self.progress_state(),
+                "rows": {name: state.rest() for name, state in rows.items()},
+            },
             shared=self.shared_state() if self.accelerator.is_main_process else {},
+            rows=rows,
             requirements=self.resume_requirements(),
+            layout=self.layout(),
             step=self.state.global_step,
             parts=self.backend.checkpoint_parts,
         )
@@ -131,16 +169,30 @@ class Resumable(Trainer):
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        local = checkpoints.read_local(folder, self.accelerator.process_index)
+        layout = checkpoints.layout_of(folder)
+        if layout == self.layout():
+            local = checkpoints.read_local(folder, self.accelerator.process_index)
+        else:
+            local = self.recut_local_state([checkpoints.read_local(folder, r) for r in range(layout[RANKS])], layout)
         self.load_progress_state(local)
         self.load_shared_state(checkpoints.read_shared(folder))
         self.load_local_state(local)
+        for name, state in self.row_states().items():
+            state.load(checkpoints.rows_folder(folder, name), local["rows"][name])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None or checkpoints.layout_of(Path(checkpoint))[RANKS] == self.args.world_size:
+            super()._load_rng_state(checkpoint)
+        else:
+            # Not those of the run's start, which would draw the first updates' numbers once more.
+            seed_anew(self.args.seed, self.state.global_step, self.args.process_index)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         best = Path(str(self.state.best_model_checkpoint))
         self.load_best_shared_state(checkpoints.read_shared(best))
-        self.load_best_local_state(checkpoints.read_local(best, self.accelerator.process_index))
+        for name, state in self.row_states().items():
+            state.load_weights(checkpoints.rows_folder(best, name))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The parent looks for the end after an update only: resuming a finished run would make one more.
@@ -169,6 +221,24 @@ class BufferResumable(Resumable):
         self._buffered_inputs = send_to_device(state["buffered_inputs"], self.accelerator.device)
         self._advance_sampler(int(self.state.epoch or 0))
 
+    @property
+    def generation_cycle(self) -> int:
+        """Micro-batches on each rank that one generation batch serves."""
+        return self.args.gradient_accumulation_steps
+
+    def recut_local_state(self, states: list[dict[str, Any]], layout: dict[str, int]) -> dict[str, Any]:
+        state = dict(super().recut_local_state(states, layout))
+        micro_batches, before = self.args.gradient_accumulation_steps, layout["gradient_accumulation_steps"]
+        state["step"] = state["step"] * micro_batches // before
+        buffers = [each["buffered_inputs"] for each in states]
+        if state["step"] % self.generation_cycle == 0 or buffers[0] is None:
+            state["buffered_inputs"] = None  # used up
+        else:
+            count = len(buffers[0]) * micro_batches // before
+            accelerator, pad = self.accelerator, self._tokenizer.pad_token_id
+            state["buffered_inputs"] = recut(buffers, count, accelerator.num_processes, accelerator.process_index, pad)
+        return state
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         # What an exception left behind in an earlier call of `train` is not gone on with; a resume loads its own.
         self._step, self._buffered_inputs = 0, None
@@ -193,11 +263,17 @@ class ResumableTrainer(BufferResumable, GRPOTrainer):
     The parent writes its entropy controller after old checkpoints are gone; it is kept here too.
     """
 
+    def layout(self) -> dict[str, int]:
+        return {**super().layout(), "steps_per_generation": self.args.steps_per_generation}
+
+    @property
+    def generation_cycle(self) -> int:
+        return self.args.steps_per_generation * self.num_iterations
+
     def resume_requirements(self) -> dict[str, Any]:
         args = self.args
         return {
             **super().resume_requirements(),
-            "steps_per_generation": args.steps_per_generation,
             "num_generations": args.num_generations,
             "num_iterations": args.num_iterations,
         }

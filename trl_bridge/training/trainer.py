@@ -375,13 +375,16 @@ class DemonstrationTrainer(StudentTrainer):
         self.demonstrations.load_state_dict(state["demonstrations"])
         self.weighting.load_state_dict(state["weighting"])
 
+    def layout(self) -> dict[str, int]:
+        if self.demonstrations.paired:
+            return super().layout()
+        return {**super().layout(), "sft_per_device_train_batch_size": self.args.demonstration_batch_size}
+
     def resume_requirements(self) -> dict[str, Any]:
-        args = self.args
         return {
             **super().resume_requirements(),
             "sft_dataset": self.demonstrations.fingerprint,
-            "sft_pairing": args.sft_pairing,
-            "sft_per_device_train_batch_size": args.demonstration_batch_size,
+            "sft_pairing": self.args.sft_pairing,
             "sft_weighting": self.weighting.kind,
         }
 

@@ -31,6 +31,8 @@ class Backend(Reducer):
 
     # Whether the engine steps inside the window's last backward.
     steps_in_backward = False
+    # Why a checkpoint can be gone on with by as many ranks as wrote it alone; None where it can by others.
+    bound_to_ranks: str | None = None
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
@@ -76,6 +78,11 @@ class Backend(Reducer):
     def shards_copies(self) -> bool:
         """Whether the models that stand beside the student are spread over the ranks."""
         return self.world_size > 1
+
+    @property
+    def checkpoint_kind(self) -> str:
+        """Which of the parent's formats a checkpoint has."""
+        return "one process or DDP"
 
     # The student's passes
 

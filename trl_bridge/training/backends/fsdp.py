@@ -62,6 +62,10 @@ class FSDP2Backend(Backend):
         prepared = any(isinstance(parameter, DTensor) for parameter in model.parameters())
         return RowWeights(model, self) if prepared else _UnpreparedWeights(model, self)
 
+    @property
+    def checkpoint_kind(self) -> str:
+        return "FSDP2"
+
     def sharding_policy(self) -> Any:
         return self.accelerator.state.fsdp_plugin.mixed_precision_policy
 

@@ -41,6 +41,7 @@ class ZeroBackend(Backend):
     """
 
     steps_in_backward = True
+    bound_to_ranks = "DeepSpeed keeps each rank's part of the optimizer in a file of its own"
 
     def __init__(self, accelerator: Accelerator):
         super().__init__(accelerator)
@@ -64,6 +65,10 @@ class ZeroBackend(Backend):
     @property
     def keeps_master(self) -> bool:
         return bool(self.config.get("bf16", {}).get("enabled", False))
+
+    @property
+    def checkpoint_kind(self) -> str:
+        return f"DeepSpeed ZeRO-{self.stage}"
 
     @property
     def shards_copies(self) -> bool:

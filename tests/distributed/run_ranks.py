@@ -1,0 +1,37 @@
+"""
+Goes on with the checkpoints of other runs, on the ranks that it is started on. Usage: run_ranks.py KIND UPDATES FROM TO
+
+FROM holds `NAME straight/checkpoint-UPDATES` for each run NAME that is gone on with, and TO gets the same.
+"""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from tests.distributed.cases import RESUMES
+from tests.distributed.run import SAVING, Watch, pretend_accelerator, trainer_of, write_seen
+
+
+# The update after which the run is handed on once more.
+AGAIN = 5
+
+
+def go_on(kind: str, updates: int, source: Path, target: Path) -> None:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    for name, options in RESUMES[kind].items():
+        # As many rows in an update and in a generation batch as two ranks have.
+        cut = {"gradient_accumulation_steps": 4 // ranks}
+        if "steps_per_generation" in options:
+            cut["steps_per_generation"] = 8 // ranks
+        place = target / f"{name} straight"
+        trainer = trainer_of(place, {**SAVING, **options, **cut}, callbacks=[Watch({AGAIN})])
+        trainer.train(resume_from_checkpoint=str(source / place.name / f"checkpoint-{updates}"))
+        write_seen(trainer, place)
+
+
+if __name__ == "__main__":
+    importlib.import_module("tests.conftest")  # offline, one thread
+    if sys.argv[1] != "ddp":
+        pretend_accelerator()
+    go_on(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))

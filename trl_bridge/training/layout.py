@@ -1,0 +1,93 @@
+"""How an update's rows are cut into ranks and micro-batches, and what a resumed run that cuts them otherwise has to redo."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+
+RANKS = "world_size"
+# Options whose product over all ranks makes up an update, a generation batch and an update's demonstrations.
+_CUTS = (
+    ("per_device_train_batch_size", "gradient_accumulation_steps"),
+    ("per_device_train_batch_size", "steps_per_generation"),
+    ("sft_per_device_train_batch_size", "gradient_accumulation_steps"),
+)
+
+
+def totals(layout: dict[str, int]) -> dict[str, int]:
+    """
+    What a resumed run has in common with the checkpoint's, however the two are cut.
+
+    Args:
+        layout (`dict[str, int]`):
+            Number of ranks (`world_size`), and options by name.
+
+    Returns:
+        `dict[str, int]`: products over all ranks, named by their factors.
+    """
+    return {
+        " x ".join([*names, "ranks"]): layout[RANKS] * math.prod(layout[name] for name in names)
+        for names in _CUTS
+        if all(name in layout for name in names)
+    }
+
+
+def recut(
+    buffers: Sequence[Sequence[dict[str, Any]]], micro_batches: int, world_size: int, rank: int, pad_token_id: int
+) -> list[dict[str, Any]]:
+    """
+    A rank's part of buffered rollouts that other ranks have made.
+
+    The rows of micro-batch 0 of all ranks come first, in rank order, then those of micro-batch 1: so the rows of an
+    update stay those of that update.
+
+    Args:
+        buffers (`Sequence[Sequence[dict[str, Any]]]`):
+            For each rank of before its micro-batches: tensors with a row for each rollout, and values without rows.
+        micro_batches (`int`):
+            Micro-batches that each rank has now.
+        world_size (`int`):
+            Number of ranks now.
+        rank (`int`):
+            This rank.
+        pad_token_id (`int`):
+            What shorter rows are padded with where they hold tokens.
+
+    Returns:
+        `list[dict[str, Any]]`: the rank's micro-batches.
+    """
+    pieces = [batch for batches in zip(*buffers, strict=True) for batch in batches]
+    joined = {name: _joined(name, [piece[name] for piece in pieces], pad_token_id) for name in pieces[0]}
+    rows = len(joined["completion_ids"])
+    size = rows // (micro_batches * world_size)
+    starts = [(micro_batch * world_size + rank) * size for micro_batch in range(micro_batches)]
+    return [
+        {name: value[start : start + size] if _has_rows(value) else value for name, value in joined.items()}
+        for start in starts
+    ]
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, torch.Tensor) and value.dim() > 0)
+
+
+def _joined(name: str, values: list[Any], pad_token_id: int) -> Any:
+    if not _has_rows(values[0]):
+        return values[0]  # nothing, or a number of the whole generation batch
+    if isinstance(values[0], list):
+        return [row for value in values for row in value]
+    if values[0].dim() == 1:
+        return torch.cat(values)
+    # Each rank has padded to its own longest row: prompts on the left, and what goes with completions on the right.
+    width = max(value.size(1) for value in values)
+    filler = pad_token_id if name in ("prompt_ids", "completion_ids") else 0
+    return torch.cat([_padded(value, width, name.startswith("prompt_"), filler) for value in values])
+
+
+def _padded(value: torch.Tensor, width: int, left: bool, filler: int) -> torch.Tensor:
+    missing = width - value.size(1)
+    after = (0, 0) * (value.dim() - 2)
+    return functional.pad(value, (*after, missing, 0) if left else (*after, 0, missing), value=filler)
