@@ -185,7 +185,7 @@ def test_a_row_without_its_teacher_is_refused(tmp_path):
 
 
 def test_rollouts_with_guidance_are_counted(cache):
-    task = {"name": "addition-steps", "train_size": 40, "demonstrations_size": 40, "base_steps": 60, "base_rate": 3e-3}
+    task = {"name": "addition-steps", "train_size": 40, "demonstrations_size": 40, "base_steps": 1}
     given = {
         "task": task,
         "settings": {"good": None},
