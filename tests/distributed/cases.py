@@ -138,6 +138,10 @@ LEAN_FSDP_CASES = {
         "model": {"odd_rows": True},
     },
     "lean, reset, bf16": {**FSDP, **LEAN, **LOUD, "bf16": True, "shadow_reset_steps": 2},
+    # Of A's eight rows the last six are w's: they begin on one rank and end on the other. The scalings are LEAN's.
+    "lean, w across ranks, shadow beside the server": {
+        **FSDP, **OVERLAP, **LEAN, "learning_rate": 1.0, "lean_lora_r": 2, "lean_lora_alpha": 3.0, "lora": {"r": 6, "lora_alpha": 15},
+    },
 }  # fmt: skip
 
 _ALL_AWAY = {"stage3_param_persistence_threshold": 0}
@@ -157,6 +161,7 @@ LEAN_ZERO_CASES = {
         "gradient_accumulation_steps": 1, "shadow_update_steps": 2,
     },
     "lean, zero-3, by name": {**zero(3, **_ALL_AWAY), **LEAN, **SGD, "beta": 0.1, "model": {"by_name": True}},
+    "lean, zero-3, shadow beside the server": {**zero(3, **_ALL_AWAY), **OVERLAP, **LEAN, "learning_rate": 1.0},
     "lean, zero-1, bf16": {**zero(1), **LEAN, **LOUD, "bf16": True},
     "lean, zero-2, bf16": {**zero(2), **LEAN, **LOUD, "bf16": True},
     "lean, zero-3, bf16": {**zero(3, **_ALL_AWAY), **LEAN, **LOUD, "bf16": True},
