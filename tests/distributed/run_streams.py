@@ -1,4 +1,4 @@
-"""Trains the stream baselines on the ranks that torchrun starts, recorded. Usage: run_streams.py KIND FOLDER"""
+"""Trains the stream baselines on the ranks that torchrun starts, recorded. Usage: run_streams.py KIND FOLDER [NAME...]"""
 
 import importlib
 import sys
@@ -31,7 +31,8 @@ CASES = {
         "naive-mix": (*NAIVE_MIX, {**FSDP, **ABSENT, "beta": 0.1}),
         "alternating": (*ALTERNATING, {**FSDP, "gradient_checkpointing": True}),
         "chord": (*CHORD, FSDP),
-        "chord, lora": (*CHORD, {**FSDP, "gradient_checkpointing": True, **LORA}),
+        # SGD in its resume too: an optimizer without a state.
+        "chord, lora": (*CHORD, {**FSDP, "gradient_checkpointing": True, **SGD, **LORA}),
     },
     "deepspeed": {
         "naive-mix": (*NAIVE_MIX, {**zero(2), "gradient_checkpointing": True}),
@@ -51,10 +52,12 @@ RESUMES = {
 ZERO = {"mu_peak": 0.0, "mu_valley": 0.0}
 
 
-def main(kind: str, folder: Path) -> None:
+def main(kind: str, folder: Path, names: list[str]) -> None:
     if kind != "ddp":
         pretend_accelerator()
     for name, (trainer_class, method, way) in CASES[kind].items():
+        if names and name not in names:
+            continue
         options = {**method, **way}
         absent = way.get("fsdp_config") == ABSENT["fsdp_config"]
         model = on_main_process(sharp_model()) if absent else sharp_model()
@@ -69,7 +72,7 @@ def main(kind: str, folder: Path) -> None:
         }
         torch.save(record, folder / f"{name}-{trainer.accelerator.process_index}.pt")
     pairs = {} if kind != "ddp" else limits(folder)
-    for name in RESUMES[kind]:
+    for name in [name for name in RESUMES[kind] if not names or name in names]:
         pairs[name] = resume(folder / f"resume {name}", CASES[kind][name][2])
     torch.save(pairs, folder / f"pairs-{trainer.accelerator.process_index}.pt")
 
@@ -94,4 +97,4 @@ def limits(folder: Path) -> dict:
 
 if __name__ == "__main__":
     importlib.import_module("tests.conftest")  # offline, one thread
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOTrainer
@@ -165,10 +166,17 @@ class Resumable(Trainer):
         )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         folder = Path(checkpoint)
+        if self.backend.loads_optimizer(self.optimizer):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            # All that the parent would restore here, beside what is in our own state.
+            scheduler: Any = self.lr_scheduler
+            scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+            for group, rate in zip(self.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
         layout = checkpoints.layout_of(folder)
         if layout == self.layout():
             local = checkpoints.read_local(folder, self.accelerator.process_index)

@@ -190,6 +190,10 @@ class Backend(Reducer):
         """
         return [OPTIMIZER_NAME, SCHEDULER_NAME]
 
+    def loads_optimizer(self, optimizer: Any) -> bool:
+        """Whether the parent can load a checkpoint's optimizer into this one."""
+        return True
+
     # Reductions
 
     def average_(self, tensors: Iterable[torch.Tensor]) -> None:

@@ -83,6 +83,11 @@ class FSDP2Backend(Backend):
     def checkpoint_parts(self, checkpoint: Path) -> list[str]:
         return [f"{OPTIMIZER_NAME}.bin", f"{FSDP_MODEL_NAME}.bin", SCHEDULER_NAME]
 
+    def loads_optimizer(self, optimizer: Any) -> bool:
+        # torch looks for the device of the state, and SGD without momentum has none ("Expected device to be set").
+        plain = getattr(optimizer, "optimizer", optimizer)
+        return not isinstance(plain, torch.optim.SGD) or any(group["momentum"] for group in plain.param_groups)
+
 
 class _UnpreparedWeights(Weights):
     """Before `prepare`: whole where they were loaded, which may be the main process alone."""
