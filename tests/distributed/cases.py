@@ -196,6 +196,22 @@ RESUMES = {
 }
 
 
+# With steps as large as these the best update is not the last.
+_BEST = {
+    "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4, "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_reward", "greater_is_better": False, "save_strategy": "steps", "save_steps": 1, "max_steps": 4,
+}  # fmt: skip
+_LEAN_BEST = {**_BEST, **LEAN, "learning_rate": 5e-2, "greater_is_better": True}
+BESTS = {
+    "fsdp": {"lean": {**FSDP, **_LEAN_BEST}},
+    "deepspeed": {
+        "zero-2": {**zero(2), **_BEST, "learning_rate": 5e-2},
+        "zero-3": {**zero(3, **_ALL_AWAY), **_BEST, "learning_rate": 5e-2},
+        "lean, zero-3": {**zero(3, **_ALL_AWAY), **_LEAN_BEST},
+    },
+}
+
+
 def on_main_process(model):
     """What a rank may hold that waits for the main process's weights."""
     if os.environ["RANK"] != "0":

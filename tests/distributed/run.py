@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 
 from tests import serving
 from tests.bridge.test_resume import StopAt, _state, rows_of
-from tests.distributed.cases import CASES, LEAN_CASES, RESUMES, model_of
-from tests.harness import RecordingTrainer, reference_options, small_lora, small_trainer
+from tests.distributed.cases import BESTS, CASES, LEAN_CASES, RESUMES, model_of
+from tests.harness import RecordingTrainer, reference_options, rl_rows, small_lora, small_trainer
 from trl_bridge.training import checkpoint
 
 
@@ -86,6 +86,13 @@ def main(kind: str, folder: Path, names: list[str]) -> None:
     for name, options in RESUMES[kind].items():
         if not names or f"resume {name}" in names:
             resume(folder, name, options)
+    for name, options in BESTS.get(kind, {}).items():
+        if not names or f"best {name}" in names:
+            trainer = trainer_of(folder / f"best {name}", options, eval_dataset=rl_rows().select(range(8)))
+            trainer.train()
+            step = int(trainer.state.best_model_checkpoint.rpartition("-")[2])
+            record = {"step": step, "brought": trainer.snapshot(), "states": trainer.states}
+            torch.save(record, folder / f"best {name}-{trainer.accelerator.process_index}.pt")
 
 
 def look_on_main_process_alone(*places) -> None:

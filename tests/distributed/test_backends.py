@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.bridge.lean import replay_lean
 from tests.bridge.test_resume import assert_same
-from tests.distributed.cases import CASES, LEAN_CASES, RESUMES, model_of
+from tests.distributed.cases import BESTS, CASES, LEAN_CASES, RESUMES, model_of
 from tests.distributed.launch import DEEPSPEED, folder_of_runs, launch, load, params_of
 from tests.distributed.run import HANDED_ON
 from tests.distributed.run_ranks import AGAIN, go_on
@@ -275,3 +275,10 @@ def test_another_number_of_ranks_is_refused_under_deepspeed(folder):
     layout = {**checkpoints.layout_of(checkpoint), "world_size": 1}
     with pytest.raises(ValueError, match="written by 2 ranks, and this run has 1: DeepSpeed.*Go on with 2"):
         checkpoints.check(checkpoint, {}, layout, ZeroBackend.bound_to_ranks)
+
+
+@pytest.mark.parametrize(("kind", "name"), params_of(BESTS))
+def test_best_model_comes_back_with_its_own_parts(folder, kind, name):
+    for run in load(folder(kind), f"best {name}"):
+        assert run["step"] < len(run["states"]), "the last update was the best, so nothing was brought back"
+        assert_same(run["brought"], run["states"][run["step"] - 1])
