@@ -92,6 +92,7 @@ def check_rows(comparison: Comparison, output_dir: str) -> None:
     for row in comparison.rows:
         run = runs_of(comparison, row, comparison.settings[0], comparison.learning_rates[0])[0]
         _check_teacher(comparison, row)
+        config_fields(run)  # its errors name the row themselves
         try:
             _config(run, output_dir)
         except (ValueError, TypeError, NotImplementedError) as error:

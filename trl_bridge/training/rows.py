@@ -73,7 +73,9 @@ class RowState:
         mesh_of: dict[str, DeviceMesh] = {}
         with _without_warning():
             dcp.save(
-                {key: self._placed(key, piece, mesh_of) for key, piece in self.rows().items()}, checkpoint_id=folder
+                {key: self._placed(key, piece, mesh_of) for key, piece in self.rows().items()},
+                # An unfinished checkpoint of the same update may be there.
+                storage_writer=dcp.FileSystemWriter(folder, overwrite=True),
             )
 
     def load(self, folder: Path, rest: dict[str, Any]) -> None:
@@ -144,7 +146,8 @@ class RowState:
 
 @contextlib.contextmanager
 def _without_warning() -> Iterator[None]:
-    """On one process torch says at each call that it takes it for one process."""
+    """On one process torch says at each call that it takes it for one process, and of `overwrite` that it may change."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
         yield
