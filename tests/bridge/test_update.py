@@ -114,3 +114,13 @@ def test_gain_leaves_out_kl_and_entropy(tmp_path):
     logged = [entry["bridge/gain"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged[0] == 0.0
     assert logged == pytest.approx([m["bridge/gain"] for m in metrics], rel=2e-3, abs=2e-6)
+
+
+def test_demonstrations_of_a_window_come_by_length(tmp_path):
+    trainer = _run(tmp_path, gradient_accumulation_steps=4, per_device_train_batch_size=4, max_steps=3)
+    for window in trainer.windows:
+        lengths = [length for batch in window["sft"] for length in batch["attention_mask"].sum(dim=1).tolist()]
+        assert lengths == sorted(lengths)
+    assert len(set(lengths)) > 1
+    # The update is that of the window, however its demonstrations are cut.
+    _check(trainer)

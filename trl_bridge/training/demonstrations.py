@@ -55,7 +55,9 @@ class Demonstrations:
         self._draws = 0
         self._source_rows = self.rendered["row"][:]
         self._index_of_row = {row: index for index, row in enumerate(self._source_rows)}
-        self._num_tokens = [sum(label != -100 for label in labels) for labels in self.rendered["labels"]]
+        labels = self.rendered["labels"]
+        self._num_tokens = [sum(label != -100 for label in row) for row in labels]
+        self._lengths = [len(row) for row in labels]
         self._collator = DataCollatorForLanguageModeling(
             pad_token_id=trainer._tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
         )
@@ -81,6 +83,10 @@ class Demonstrations:
     def num_tokens(self, index: int) -> int:
         """Trained tokens of one demonstration."""
         return self._num_tokens[index]
+
+    def by_length(self, drawn: list[int]) -> list[int]:
+        """Demonstrations from the shortest to the longest, so that those of a micro-batch need little padding."""
+        return sorted(drawn, key=lambda index: self._lengths[index])
 
     def rows(self, share: list[int]) -> list[int]:
         """Rows of the user's dataset that demonstrations were rendered from."""

@@ -321,6 +321,9 @@ class DemonstrationTrainer(StudentTrainer):
             return [[i for i in batch["demonstration_index"].tolist() if i >= 0] for batch in batches]
         count = micro_batches * self.backend.world_size * self.args.demonstration_batch_size
         drawn = self.demonstrations.stream.draw(count)
+        if count > self.args.demonstration_batch_size:
+            # The loss is the window's: which micro-batch or rank has which of its demonstrations does not change it.
+            drawn = self.demonstrations.by_length(drawn)
         return window_share(drawn, micro_batches, self.backend.world_size, self.backend.rank)
 
     def _set_initial_mean(self, model: nn.Module, shares: list[list[int]]) -> None:
