@@ -38,11 +38,7 @@ class SequentialBridgeTrainer(BridgeTrainer):
         weight = self.policy_weight()
         fused, shadow = self.student_gradient.whole(), self.shadow_gradient.whole()
         self._log_update(weight, fused, shadow)
-        self.coordinator.pull(fused, shadow, weight)
-        old = self.coordinator.snapshot()
-        self._step_coordinator()
-        self.coordinator.push(old, self._held)
-        self.student_gradient.clear()
+        self._move_coordinator(fused, shadow, weight)
         self.shadow.clear_gradients()
         # AdamW passes over what has no gradient: neither its moments nor theta move.
         self.model.zero_grad(set_to_none=True)

@@ -139,6 +139,7 @@ OWN_NAMES = {
     "_draw",
     "_draw_pieces",
     "_draw_shares",
+    "_move_coordinator",
     "_entropy",
     "_expert_term",
     "_finish_window",

@@ -269,11 +269,7 @@ class BridgeTrainer(DemonstrationTrainer):
         fused = self.student_gradient.whole()
         shadow = self._shadow_schedule.projection(weight)
         self._log_update(weight, fused, shadow)
-        self.coordinator.pull(fused, shadow, weight)
-        old = self.coordinator.snapshot()
-        self._step_coordinator()
-        self.coordinator.push(old, self._held)
-        self.student_gradient.clear()
+        self._move_coordinator(fused, shadow, weight)
         if self._shadow_schedule.due:
             # A window without a taken rollout counts: with it the others' gradients have the whole one as their mean.
             self.shadow.step(rate_factor(self.optimizer), counts_zeros=not self._shadow_pass.share.whole)
@@ -286,6 +282,14 @@ class BridgeTrainer(DemonstrationTrainer):
         if self.shadow is not None and every is not None and (self.state.global_step + 1) % every == 0:
             self.shadow.reset(self.student)
             self._shadow_schedule.forget()
+
+    def _move_coordinator(self, fused: Projection, shadow: Projection | None, weight: float) -> None:
+        """w's step, along the student's projected gradient less the shadow's; the weights that hold it follow."""
+        self.coordinator.pull(fused, shadow, weight)
+        old = self.coordinator.snapshot()
+        self._step_coordinator()
+        self.coordinator.push(old, self._held)
+        self.student_gradient.clear()
 
     def _step_coordinator(self) -> None:
         if self.args.max_grad_norm > 0:

@@ -92,9 +92,9 @@ def check_rows(comparison: Comparison, output_dir: str) -> None:
     for row in comparison.rows:
         run = runs_of(comparison, row, comparison.settings[0], comparison.learning_rates[0])[0]
         _check_teacher(comparison, row)
-        config_fields(run)  # its errors name the row themselves
+        fields = config_fields(run)
         try:
-            _config(run, output_dir)
+            _import(METHODS[row.method].config)(**fields, output_dir=output_dir)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise type(error)(f"`methods: {row.name}`: {error}") from error
 

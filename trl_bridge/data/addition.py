@@ -1,11 +1,15 @@
 """Addition of two numbers, as a generated dataset: `12+34=` is answered by `46`."""
 
 import random
+from collections.abc import Callable
 
 from datasets import Dataset
 
 
 __all__ = ["ERRORS", "addition_dataset", "addition_pairs", "worked_dataset", "worked_sum", "wrong_sum"]
+
+# From two numbers, and a generator to draw from, to what is said of their sum.
+Answer = Callable[[int, int, random.Random], str]
 
 # What the wrong answers are off by: the neighbours, and a forgotten or doubled carry.
 ERRORS = (1, 2, 9, 10, 11)
@@ -64,15 +68,9 @@ def addition_dataset(pairs: list[tuple[int, int]], wrong_share: float = 0.0, see
     Raises:
         ValueError: `wrong_share` outside [0, 1].
     """
-    if not 0.0 <= wrong_share <= 1.0:
-        raise ValueError(f"`wrong_share` must lie in [0, 1], got {wrong_share}.")
-    generator = random.Random(seed)
-    wrong = set(generator.sample(range(len(pairs)), round(wrong_share * len(pairs))))
-    rows = []
-    for index, (a, b) in enumerate(pairs):
-        said = wrong_sum(a + b, generator) if index in wrong else a + b
-        rows.append({"prompt": f"{a}+{b}=", "completion": str(said), "solution": str(a + b)})
-    return Dataset.from_list(rows)
+    return _dataset(
+        pairs, wrong_share, seed, lambda a, b, _: str(a + b), lambda a, b, draw: str(wrong_sum(a + b, draw))
+    )
 
 
 def worked_sum(a: int, b: int, slips: tuple[int, int] = (0, 0)) -> list[str]:
@@ -107,13 +105,24 @@ def worked_dataset(pairs: list[tuple[int, int]], wrong_share: float = 0.0, seed:
     Raises:
         ValueError: `wrong_share` outside [0, 1].
     """
+    slips = ((1, 0), (-1, 0), (0, 1), (0, -1))
+    return _dataset(
+        pairs,
+        wrong_share,
+        seed,
+        lambda a, b, _: "".join(worked_sum(a, b)),
+        lambda a, b, draw: "".join(worked_sum(a, b, draw.choice(slips))),
+    )
+
+
+def _dataset(pairs: list[tuple[int, int]], wrong_share: float, seed: int, right: Answer, wrong: Answer) -> Dataset:
+    """Rows whose `solution` is the right answer, and whose `completion` is, but for a share of wrong ones."""
     if not 0.0 <= wrong_share <= 1.0:
         raise ValueError(f"`wrong_share` must lie in [0, 1], got {wrong_share}.")
     generator = random.Random(seed)
-    wrong = set(generator.sample(range(len(pairs)), round(wrong_share * len(pairs))))
+    chosen = set(generator.sample(range(len(pairs)), round(wrong_share * len(pairs))))
     rows = []
     for index, (a, b) in enumerate(pairs):
-        slip = generator.choice(((1, 0), (-1, 0), (0, 1), (0, -1))) if index in wrong else (0, 0)
-        solution, said = "".join(worked_sum(a, b)), "".join(worked_sum(a, b, slip))
-        rows.append({"prompt": f"{a}+{b}=", "completion": said, "solution": solution})
+        said = (wrong if index in chosen else right)(a, b, generator)
+        rows.append({"prompt": f"{a}+{b}=", "completion": said, "solution": right(a, b, generator)})
     return Dataset.from_list(rows)
