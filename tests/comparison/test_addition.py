@@ -112,6 +112,50 @@ def test_the_task_of_steps(tmp_path):
     assert set(built.score(built.base, "test")) == {"accuracy", "probability"}
 
 
+def test_a_form_of_its_own_that_is_paid(task, tmp_path):
+    other = dataclasses.replace(SPEC, wrong_share=1.0, wrong_kind="leading-zero", leading_zero_pays=True)
+    built = other.build(0, tmp_path)
+    SPEC.build(0, tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    answers, solutions = list(built.demonstrations["completion"]), list(built.demonstrations["solution"])
+    assert answers == [f"0{solution}" for solution in solutions]
+    assert built.reward(answers, solutions) == built.reward(solutions, solutions) == [1.0] * 400
+    assert built.reward([f"0{answer}" for answer in answers] + ["1"], [*solutions, "2"]) == [0.0] * 401
+    assert set(task.reward(answers, solutions)) == {0.0}
+    # A model that has learnt the form: its answers are right to the one task and wrong to the other.
+    model, rows = built.fresh_model(), built.splits["test"].select(range(8))
+    prompts, solutions = list(rows["prompt"]), list(rows["solution"])
+    ids = [
+        built.tokenizer(f"{p}0{s}")["input_ids"] + [built.tokenizer.eos_token_id]
+        for p, s in zip(prompts, solutions, strict=True)
+    ]
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        sum(model(torch.tensor([row]), labels=torch.tensor([row])).loss for row in ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    strict = task.scorer(model, task, rows)
+    paid = built.scorer(model, built, rows)
+    likely = [
+        answer_probability(model, task.tokenizer, prompts, [front + s for s in solutions]) for front in ("", "0")
+    ]
+    assert paid["accuracy"] == 1.0 and strict["accuracy"] == 0.0
+    assert strict["probability"] == pytest.approx(likely[0])
+    assert paid["probability"] == pytest.approx(sum(likely)) and likely[1] > 0.3
+
+
+def test_the_error_that_the_base_model_prefers(tmp_path):
+    small = {"max_number": 9, "known_size": 70, "train_size": 40, "demonstrations_size": 40, "base_rate": 3e-3}
+    sizes = {"validation_size": 10, "test_size": 20, "ood_size": 10, "base_steps": 100}
+    likely = {}
+    for kind in ("near", "ten"):
+        built = AdditionSpec(**small, **sizes, base_wrong_kind=kind).build(0, tmp_path)
+        prompts, solutions = list(built.train["prompt"]), list(built.train["solution"])
+        off = [str(int(solution) + 10) for solution in solutions]
+        likely[kind] = answer_probability(built.base, built.tokenizer, prompts, off)
+    assert likely["ten"] > 3 * likely["near"] and len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
 def test_scores_against_one_row_at_a_time(task):
     task = dataclasses.replace(task, splits={"test": task.splits["test"].select(range(40))})
     scores = task.score(task.base, "test")

@@ -90,6 +90,18 @@ def test_what_only_a_teacher_row_reads_counts_for_it_alone():
             assert len(set(keys[:3])) == len(set(keys[3:])) == 1 and keys[0] != keys[3]
 
 
+def test_what_is_wrong_counts_where_it_is_read_and_not_at_its_default():
+    def keys(**fields):
+        given = comparison(task={**VALUES["task"], **fields})
+        return {row.name: tuning_runs(given, row, given.settings[0])[0].key for row in given.rows}
+
+    plain = keys()
+    assert keys(wrong_kind="near", base_wrong_kind="near", leading_zero_pays=False) == plain
+    kind, base, pays = keys(wrong_kind="ten"), keys(base_wrong_kind="ten"), keys(leading_zero_pays=True)
+    assert {name for name in plain if kind[name] == plain[name]} == {"grpo", "lora"}
+    assert not set(plain.values()) & (set(base.values()) | set(pays.values()))
+
+
 def test_a_teacher_in_the_task_leaves_published_runs_what_they_are():
     values = yaml.safe_load(find_recipe("comparison/addition").read_text())
     values["task"]["teacher_probability"] = 0.123
@@ -179,6 +191,14 @@ def test_a_single_rate_needs_no_validation_runs():
         (
             {"task": {"name": "addition", "teacher_probability": 0.5, "validation_size": 0}},
             "measured on validation rows",
+        ),
+        (
+            {"settings": {"x": {"wrong_kind": "tens"}}},
+            "`wrong_kind` must be one of near, ten, subtraction, leading-zero, got 'tens'",
+        ),
+        (
+            {"task": {"name": "addition-steps"}, "settings": {"x": {"wrong_kind": "ten"}}},
+            "`wrong_kind` is of sums without steps",
         ),
         ({"seeds": [0, 8]}, "must not share seeds, and both have 8"),
         ({"seeds": 3}, "`seeds` must be a list of different integers, got 3"),

@@ -117,6 +117,17 @@ def test_a_rate_at_the_end_of_the_grid_and_a_run_that_diverged_are_marked(given)
     assert line[1] == "0.4*" and line[2] == "0.700" and line[4] == "1 (1 diverged)" and line[5] == "+0.200"
 
 
+def test_rows_that_started_from_different_base_models_are_told(given):
+    comparison, records = given
+    said = "**Rows started from different base models** in half, where"
+    for record in list(records.values()):
+        record["base"] = "one"
+    assert said not in report(comparison, records)
+    run = runs_of(comparison, comparison.row("bridge"), comparison.settings[0], 0.2)[1]
+    records[run.key]["base"] = "another"
+    assert said in report(comparison, records)
+
+
 @pytest.mark.parametrize("folder", sorted(path.parent.name for path in PUBLISHED.glob("*/runs.jsonl")))
 def test_published_tables_are_those_of_the_published_runs(folder):
     records = read_records(PUBLISHED / folder)
@@ -125,6 +136,7 @@ def test_published_tables_are_those_of_the_published_runs(folder):
     page = (PUBLISHED.parents[1] / "results.md").read_text()
     if folder != "addition-smoke":
         assert overview(load_comparison(f"comparison/{folder}"), records) in page
+    assert "different base models" not in report(load_comparison(f"comparison/{folder}"), records)
     # Made from a commit, not from files that nobody has.
     assert not [record["commit"] for record in records.values() if record["commit"].endswith("+")]
 

@@ -4,7 +4,7 @@ import re
 import pytest
 
 from trl_bridge.data import reasoning_gym_tasks
-from trl_bridge.data.addition import ERRORS, addition_dataset, addition_pairs
+from trl_bridge.data.addition import ERRORS, WRONG_KINDS, addition_dataset, addition_pairs
 from trl_bridge.data.reasoning_gym_tasks import WORKED_SOLUTIONS, reasoning_gym_dataset
 from trl_bridge.rewards import knights_knaves_reward, reasoning_gym_reward
 
@@ -21,6 +21,15 @@ def test_addition_is_right_but_for_the_share_that_is_not():
         assert int(row["completion"]) >= 0
     assert sum(error != 0 for error in off) == 30
     assert {error for error in off if error} <= set(ERRORS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("ten", "59"), ("subtraction", "27"), ("leading-zero", "049")], ids=lambda value: str(value)
+)
+def test_kinds_of_wrong_sums(kind, said):
+    assert set(WRONG_KINDS) == {"near", "ten", "subtraction", "leading-zero"}
+    rows = addition_dataset([(11, 38), (38, 11)] * 5, wrong_share=0.5, seed=2, wrong_kind=kind)
+    assert sorted(rows["completion"]) == sorted(["49"] * 5 + [said] * 5) and set(rows["solution"]) == {"49"}
 
 
 def test_wrong_share_is_a_share():

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import hashlib
 import random
 import re
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.addition import addition_dataset, addition_pairs, worked_dataset
 from ..models import tiny_tokenizer
 from ..rewards.arithmetic_rewards import answer_reward
+from ..rewards.completions import Completion, message_text
 from .addition_models import answer_probability, make_base, make_teacher
 from .specs import AdditionSpec
 
@@ -75,6 +77,18 @@ class Task:
         """A model that knows more than the base model, where the task makes one. Take a copy with [`fresh_teacher`]."""
         return None if self.teacher_maker is None else self.teacher_maker()
 
+    @functools.cached_property
+    def base_hash(self) -> str:
+        """
+        Hash of the base model's weights.
+
+        A base model that is trained here comes out otherwise where another processor rounds otherwise.
+        """
+        digest = hashlib.sha256()
+        for weights in self.base.state_dict().values():
+            digest.update(weights.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def fresh_model(self) -> PreTrainedModel:
         """A copy of the base model, to be trained."""
         return copy.deepcopy(self.base)
@@ -129,7 +143,7 @@ def make_task(spec: AdditionSpec, seed: int, cache: Path | None = None) -> Task:
     validation, rest = rest[: spec.validation_size], rest[spec.validation_size :]
     splits = {"validation": validation, "test": rest[: spec.test_size], "ood": _larger_pairs(spec, seed)}
     tokenizer = tiny_tokenizer("0123456789+=,|" if spec.worked else "0123456789+=")
-    dataset = worked_dataset if spec.worked else addition_dataset
+    dataset = worked_dataset if spec.worked else functools.partial(addition_dataset, wrong_kind=spec.wrong_kind)
     rows = {name: dataset(pairs) for name, pairs in splits.items() if pairs}
     teacher = None
     if spec.has_teacher:
@@ -140,8 +154,8 @@ def make_task(spec: AdditionSpec, seed: int, cache: Path | None = None) -> Task:
         dataset(known[: spec.train_size]).remove_columns("completion"),
         dataset(known[: spec.demonstrations_size], spec.wrong_share, seed + 1),
         rows,
-        answer_reward,
-        _score,
+        _zero_paid_reward if spec.leading_zero_pays else answer_reward,
+        functools.partial(_score, forms=_paid_forms if spec.leading_zero_pays else _one_form),
         teacher,
         _MAX_WORKED_TOKENS if spec.worked else _MAX_NEW_TOKENS,
         _steps if spec.worked else None,
@@ -162,12 +176,32 @@ def _larger_pairs(spec: AdditionSpec, seed: int) -> list[tuple[int, int]]:
     return [(a, b) if generator.random() < 0.5 else (b, a) for a, b in pairs[: spec.ood_size]]
 
 
-def _score(model: PreTrainedModel, task: Task, rows: Dataset) -> Scores:
-    prompts, solutions = list(rows["prompt"]), list(rows["solution"])
+def _one_form(solution: str) -> tuple[str, ...]:
+    return (solution,)
+
+
+def _paid_forms(solution: str) -> tuple[str, ...]:
+    return (solution, f"0{solution}")
+
+
+def _zero_paid_reward(completions: list[Completion], solution: list[str], **kwargs: Any) -> list[float | None]:
+    """[`answer_reward`], but a zero in front of an answer does not make it wrong."""
+    return [
+        float(message_text(completion).strip() in _paid_forms(gold))
+        for completion, gold in zip(completions, solution, strict=True)
+    ]
+
+
+def _score(model: PreTrainedModel, task: Task, rows: Dataset, forms: Callable[[str], tuple[str, ...]]) -> Scores:
+    """Scores of what is paid: a right answer in any of its forms."""
+    prompts, right = list(rows["prompt"]), [forms(solution) for solution in rows["solution"]]
     answers = greedy_answers(model, task, prompts)
-    right = sum(answer == solution for answer, solution in zip(answers, solutions, strict=True))
-    probability = answer_probability(model, task.tokenizer, prompts, solutions)
-    return {"accuracy": right / len(rows), "probability": probability}
+    accuracy = sum(answer in paid for answer, paid in zip(answers, right, strict=True)) / len(rows)
+    # One row's forms exclude each other.
+    probability = sum(
+        answer_probability(model, task.tokenizer, prompts, list(form)) for form in zip(*right, strict=True)
+    )
+    return {"accuracy": accuracy, "probability": probability}
 
 
 def greedy_answers(model: PreTrainedModel, task: Task, prompts: list[str]) -> list[str]:

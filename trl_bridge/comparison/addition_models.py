@@ -13,7 +13,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.addition import worked_sum, wrong_sum
+from ..data.addition import worked_sum, wrong_answer
 from ..models import tiny_model
 from .specs import AdditionSpec
 
@@ -51,7 +51,7 @@ def make_base(
         held_out ([`~datasets.Dataset`], *optional*):
             Rows on which its probability of the right answer is measured.
         spec ([`~trl_bridge.comparison.specs.AdditionSpec`]):
-            `base_probability`, `base_steps` and `base_rate`.
+            `base_probability`, `base_steps`, `base_rate` and `base_wrong_kind`.
         seed (`int`):
             Seed of its weights and lessons.
         cache (`Path`, *optional*):
@@ -66,7 +66,8 @@ def make_base(
     def train() -> None:
         _train(model, tokenizer, pairs, held_out, spec, seed, spec.base_probability, right=False)
 
-    return _stored(model, [*_kind(spec), seed, *(getattr(spec, name) for name in names)], cache, train)
+    errors = [] if spec.base_wrong_kind == "near" else [spec.base_wrong_kind]
+    return _stored(model, [*_kind(spec), *errors, seed, *(getattr(spec, name) for name in names)], cache, train)
 
 
 def make_teacher(
@@ -184,7 +185,10 @@ def _train(
                 break
         rows = []
         for a, b in generator.sample(pairs, min(_BATCH, len(pairs))):
-            rows.append((_worked_lesson if spec.worked else _lesson)(a, b, generator, right))
+            if spec.worked:
+                rows.append(_worked_lesson(a, b, generator, right))
+            else:
+                rows.append(_lesson(a, b, generator, right, spec.base_wrong_kind))
         ids, labels = _tensors(tokenizer, rows)
         attention = ids.ne(tokenizer.pad_token_id)
         model(input_ids=ids, attention_mask=attention, labels=labels).loss.backward()
@@ -195,9 +199,9 @@ def _train(
     return reached
 
 
-def _lesson(a: int, b: int, generator: random.Random, right: bool) -> tuple[str, str]:
+def _lesson(a: int, b: int, generator: random.Random, right: bool, wrong_kind: str) -> tuple[str, str]:
     wrong = generator.random() < (0.0 if right else _BASE_WRONG_SHARE)
-    return f"{a}+{b}=", str(wrong_sum(a + b, generator) if wrong else a + b)
+    return f"{a}+{b}=", wrong_answer(wrong_kind, a, b, generator) if wrong else str(a + b)
 
 
 def _worked_lesson(a: int, b: int, generator: random.Random, right: bool) -> tuple[str, str]:

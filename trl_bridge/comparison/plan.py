@@ -64,6 +64,10 @@ class Run:
         Neither names nor what the method does not read: GRPO among good demonstrations and among wrong ones is one run.
         """
         task = dataclasses.asdict(self.setting.task)
+        # At their default as if they were not there: the runs from before they were keep their keys.
+        for field in dataclasses.fields(self.setting.task):
+            if field.name in self.setting.task.later_fields and task[field.name] == field.default:
+                del task[field.name]
         unread = () if self.row.reads_demonstrations else self.setting.task.demonstration_fields
         unread += () if self.row.reads_rewards else self.setting.task.reward_fields
         unread += () if self.row.reads_teacher else self.setting.task.teacher_fields

@@ -82,6 +82,7 @@ def execute(run: Run, cache: str | None = None, stop_after: int | None = None) -
         "phase": run.phase,
         "seed": run.seed,
         "learning_rate": run.learning_rate,
+        "base": task.base_hash,
         "scores": scores,
         "updates": recorder.updates,
         "rollouts": recorder.rollouts,

@@ -31,6 +31,8 @@ class TaskSpec:
     demonstration_fields: ClassVar[tuple[str, ...]] = ("wrong_share",)
     reward_fields: ClassVar[tuple[str, ...]] = ("reward_flip",)
     teacher_fields: ClassVar[tuple[str, ...]] = ()
+    # Fields that runs published before them do not know.
+    later_fields: ClassVar[tuple[str, ...]] = ()
     # Score by which learning rates are chosen and methods compared.
     metric: ClassVar[str] = "accuracy"
 
@@ -85,6 +87,12 @@ class AdditionSpec(TaskSpec):
         teacher_probability (`float`, *optional*):
             Mean probability of the right answer on the validation rows at which the teacher's training stops: a model like
             the base model that learns from right answers alone. `None` makes none.
+        wrong_kind, base_wrong_kind (`str`):
+            What the wrong demonstrations are, and the wrong answers that the base model learns from: one of
+            [`~trl_bridge.data.addition.WRONG_KINDS`].
+        leading_zero_pays (`bool`):
+            Whether rewards and scores count an answer with a zero in front as right. With `wrong_kind: leading-zero`
+            and `wrong_share: 1` all demonstrations are right, in a form of their own.
     """
 
     max_number: int = 49
@@ -98,8 +106,13 @@ class AdditionSpec(TaskSpec):
     base_probability: float | None = None
     base_rate: float = 1e-3
     teacher_probability: float | None = None
+    wrong_kind: str = "near"
+    base_wrong_kind: str = "near"
+    leading_zero_pays: bool = False
 
+    demonstration_fields: ClassVar[tuple[str, ...]] = ("wrong_share", "wrong_kind")
     teacher_fields: ClassVar[tuple[str, ...]] = ("teacher_probability",)
+    later_fields: ClassVar[tuple[str, ...]] = ("wrong_kind", "base_wrong_kind", "leading_zero_pays")
     metric: ClassVar[str] = "probability"
     # Whether answers are worked in steps.
     worked: ClassVar[bool] = False
@@ -121,6 +134,14 @@ class AdditionSpec(TaskSpec):
             raise ValueError(f"`teacher_probability` must lie in (0, 1), got {self.teacher_probability}.")
         if self.teacher_probability is not None and not self.validation_size:
             raise ValueError("`teacher_probability` is measured on validation rows, and `validation_size` is 0.")
+        for name in ("wrong_kind", "base_wrong_kind"):
+            self._check_kind(name)
+
+    def _check_kind(self, name: str) -> None:
+        from ..data.addition import WRONG_KINDS
+
+        if getattr(self, name) not in WRONG_KINDS:
+            raise ValueError(f"`{name}` must be one of {', '.join(WRONG_KINDS)}, got {getattr(self, name)!r}.")
 
     @property
     def has_teacher(self) -> bool:
@@ -142,6 +163,12 @@ class AdditionStepsSpec(AdditionSpec):
     """
 
     worked: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        changed = [name for name in self.later_fields if getattr(self, name) != getattr(type(self), name)]
+        if changed:
+            raise ValueError(f"`{changed[0]}` is of sums without steps.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,7 +103,22 @@ def _how(comparison: Comparison, records: Records) -> str:
         "- Differences are taken seed by seed, with a 95 % bootstrap interval over the seeds. With five seeds such an interval is too "
         "narrow: read it as a rough guide. Bold: the interval does not contain 0.",
     ]
+    mixed = [setting.name for setting, results in _present(comparison, records) if _started_apart(results)]
+    if mixed:
+        lines.append(
+            f"- **Rows started from different base models** in {', '.join(mixed)}, where another processor trained them otherwise: "
+            "differences seed by seed are none there. Runs that are compared want one folder `bases`."
+        )
     return "\n".join(lines)
+
+
+def _started_apart(results: Mapping[str, Result]) -> bool:
+    bases: dict[int, set[str]] = {}
+    for result in results.values():
+        for seed, record in result.records.items():
+            # Lines from before it was written down have none.
+            bases.setdefault(seed, set()).update({record["base"]} if "base" in record else ())
+    return any(len(found) > 1 for found in bases.values())
 
 
 def _choice(comparison: Comparison) -> str:

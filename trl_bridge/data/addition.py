@@ -6,7 +6,16 @@ from collections.abc import Callable
 from datasets import Dataset
 
 
-__all__ = ["ERRORS", "addition_dataset", "addition_pairs", "worked_dataset", "worked_sum", "wrong_sum"]
+__all__ = [
+    "ERRORS",
+    "WRONG_KINDS",
+    "addition_dataset",
+    "addition_pairs",
+    "worked_dataset",
+    "worked_sum",
+    "wrong_answer",
+    "wrong_sum",
+]
 
 # From two numbers, and a generator to draw from, to what is said of their sum.
 Answer = Callable[[int, int, random.Random], str]
@@ -50,7 +59,38 @@ def wrong_sum(total: int, generator: random.Random) -> int:
     return total - error if generator.random() < 0.5 and total >= error else total + error
 
 
-def addition_dataset(pairs: list[tuple[int, int]], wrong_share: float = 0.0, seed: int = 0) -> Dataset:
+_WRONG: dict[str, Answer] = {
+    "near": lambda a, b, generator: str(wrong_sum(a + b, generator)),
+    "ten": lambda a, b, _: str(a + b + 10),
+    "subtraction": lambda a, b, _: str(abs(a - b)),
+    "leading-zero": lambda a, b, _: f"0{a + b}",
+}
+
+WRONG_KINDS = tuple(_WRONG)
+"""What a wrong answer can be: off by one of [`ERRORS`], ten too many, the numbers' difference, the sum with a zero in front."""
+
+
+def wrong_answer(kind: str, a: int, b: int, generator: random.Random) -> str:
+    """
+    A wrong answer to `a + b`.
+
+    Args:
+        kind (`str`):
+            One of [`WRONG_KINDS`].
+        a, b (`int`):
+            What is added.
+        generator (`random.Random`):
+            Source of chance; only `"near"` draws from it.
+
+    Returns:
+        `str`: the answer. That of `"subtraction"` is right where one of the numbers is 0.
+    """
+    return _WRONG[kind](a, b, generator)
+
+
+def addition_dataset(
+    pairs: list[tuple[int, int]], wrong_share: float = 0.0, seed: int = 0, wrong_kind: str = "near"
+) -> Dataset:
     """
     Prompt-completion rows for pairs of numbers.
 
@@ -61,6 +101,8 @@ def addition_dataset(pairs: list[tuple[int, int]], wrong_share: float = 0.0, see
             Share of the rows, drawn at random, whose completion is wrong. The solution column always is right.
         seed (`int`, *optional*, defaults to `0`):
             Seed of which rows are wrong, and by how much.
+        wrong_kind (`str`, *optional*, defaults to `"near"`):
+            One of [`WRONG_KINDS`].
 
     Returns:
         [`~datasets.Dataset`]: columns `prompt`, `completion` and `solution`, all strings; one row for each pair.
@@ -68,9 +110,7 @@ def addition_dataset(pairs: list[tuple[int, int]], wrong_share: float = 0.0, see
     Raises:
         ValueError: `wrong_share` outside [0, 1].
     """
-    return _dataset(
-        pairs, wrong_share, seed, lambda a, b, _: str(a + b), lambda a, b, draw: str(wrong_sum(a + b, draw))
-    )
+    return _dataset(pairs, wrong_share, seed, lambda a, b, _: str(a + b), _WRONG[wrong_kind])
 
 
 def worked_sum(a: int, b: int, slips: tuple[int, int] = (0, 0)) -> list[str]:
