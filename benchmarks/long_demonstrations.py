@@ -2,23 +2,28 @@
 Right demonstrations that are much longer than what the model says: does the judge of `sft_weighting` refuse them, and what does that cost?
 
     python benchmarks/long_demonstrations.py [--workers N] [--output_dir DIR]
+    python benchmarks/long_demonstrations.py --config benchmarks/long_demonstrations_after_short.yaml
     python benchmarks/long_demonstrations.py --judges DIR
 
 A comparison like those of `trl-bridge compare`, whose options it has; its rows are in `long_demonstrations.yaml`: SmolLM2-135M-Instruct on chains
 of sums with wordy solutions, without weights, and with those of `preset="selective"` by the summed and by the mean log-likelihood. Each run also
-writes down what its judge saw. `--judges` reads that and prints, for three judges fitted on the same rollouts (sum, mean, sum and length
+writes down what its judge saw. The second command begins with a model that has learnt short solutions and is often paid. `--judges` reads that and prints, for three judges fitted on the same rollouts (sum, mean, sum and length
 as two features), the weight that they give the demonstrations and how well they foretell the next update's rewards.
 """
 
+import argparse
+import dataclasses
 import json
 import os
 import re
 import statistics
 import sys
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
 import torch
+from trl import SFTConfig, SFTTrainer
 
 from trl_bridge import BridgeTrainer
 from trl_bridge.comparison.reasoning_gym import make_task
@@ -31,11 +36,38 @@ from trl_bridge.scripts.compare import main
 LOG = "BENCHMARK_JUDGE_LOG"
 
 
+@dataclasses.dataclass(frozen=True)
 class LongSpec(ReasoningGymSpec):
-    """`chain_sum` with each line of the worked solutions put into words."""
+    """
+    `chain_sum` with each line of the worked solutions put into words.
+
+    The model may begin with SFT updates on the solutions as they are: 4 of them an update, at the rate of the comparison.
+    """
+
+    short_updates: int = 0
+
+    later_fields = ("short_updates",)
 
     def build(self, seed, cache=None):
         task = make_task(self, seed)
+        if self.short_updates:
+            taught = task.fresh_model()
+            with tempfile.TemporaryDirectory() as folder:
+                args = SFTConfig(
+                    folder,
+                    max_steps=self.short_updates,
+                    per_device_train_batch_size=4,
+                    learning_rate=2e-5,
+                    lr_scheduler_type="constant",
+                    completion_only_loss=True,
+                    seed=seed,
+                    use_cpu=not torch.cuda.is_available(),
+                    bf16=False,
+                    report_to="none",
+                    save_strategy="no",
+                )
+                SFTTrainer(taught, args, train_dataset=task.demonstrations, processing_class=task.tokenizer).train()
+            task.base = taught.eval()
         task.demonstrations = task.demonstrations.map(wordy, load_from_cache_file=False)
         return task
 
@@ -165,26 +197,14 @@ def judges(folder):
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if arguments[:1] == ["--judges"]:
-        judges(arguments[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--judges", metavar="DIR", help="train nothing, read this folder")
+    parser.add_argument("--config", default=str(Path(__file__).with_suffix(".yaml")))
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/long-demonstrations"))
+    options, others = parser.parse_known_args()
+    if options.judges:
+        judges(options.judges)
         sys.exit()
-    folder = Path(
-        arguments[arguments.index("--output_dir") + 1]
-        if "--output_dir" in arguments
-        else "outputs/long-demonstrations"
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ[LOG] = str(folder.absolute() / "judged.jsonl")
-    config = Path(__file__).with_suffix(".yaml")
-    sys.exit(
-        main(
-            [
-                "--config",
-                str(config),
-                "--output_dir",
-                str(folder),
-                *[a for a in arguments if a != "--output_dir" and a != str(folder)],
-            ]
-        )
-    )
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    os.environ[LOG] = str(options.output_dir.absolute() / "judged.jsonl")
+    sys.exit(main(["--config", options.config, "--output_dir", str(options.output_dir), *others]))
