@@ -67,7 +67,8 @@ class LongSpec(ReasoningGymSpec):
                     save_strategy="no",
                 )
                 SFTTrainer(taught, args, train_dataset=task.demonstrations, processing_class=task.tokenizer).train()
-            task.base = taught.eval()
+            # The weights alone: trainers put a forward of their own on a model, and its copies would share it.
+            task.base.load_state_dict(taught.state_dict())
         task.demonstrations = task.demonstrations.map(wordy, load_from_cache_file=False)
         return task
 
