@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from trl import SFTConfig, SFTTrainer
 
-from tests.harness import small_lora, small_model, small_trainer
+from tests.bridge.oracle import assert_equal, trained
+from tests.harness import sft_rows, small_lora, small_model, small_trainer
 from trl_bridge._upstream import plain_copy
+from trl_bridge.models import tiny_tokenizer
 
 
 IDS = torch.arange(12).reshape(2, 6)
@@ -25,6 +28,30 @@ def test_copy_of_a_patched_model_uses_its_own_weights(tmp_path, cast):
     scored = twin(input_ids=IDS, labels=IDS, fused_lm_head=True)
     assert torch.allclose(scored.log_probs, uniform.expand(2, 5))
     assert torch.equal(student(IDS).logits, before)
+
+
+def test_a_model_that_another_trainer_has_trained(tmp_path):
+    """Its forward is the other trainer's, a closure over it: shadow and reference model are not to answer with it."""
+    taught = small_model()
+    shared = {
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "learning_rate": 1e-3,
+    }
+    args = SFTConfig(str(tmp_path / "sft"), max_steps=2, per_device_train_batch_size=8, save_strategy="no", **shared)
+    SFTTrainer(taught, args, train_dataset=sft_rows(), processing_class=tiny_tokenizer()).train()
+    assert "forward" in vars(taught)
+    plain = small_model()
+    plain.load_state_dict(taught.state_dict())
+    first, second = (trained(small_trainer(tmp_path, model=model, beta=0.1)) for model in (taught, plain))
+    for mine, theirs in zip(first.state.log_history[:-1], second.state.log_history[:-1], strict=True):
+        assert {**mine, "step_time": 0} == {**theirs, "step_time": 0}
+    assert_equal(first.theta_state_dict(), second.theta_state_dict())
+    assert_equal(first.shadow_state_dict(), second.shadow_state_dict())
+    last = first.state.log_history[-2]
+    assert last["kl"] > 0 and last["bridge/gain"] != 0
 
 
 def test_no_shadow_is_built_without_the_gain(tmp_path):
