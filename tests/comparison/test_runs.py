@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from trl_bridge.models import tiny_model, tiny_tokenizer
 from trl_bridge.rewards.arithmetic_rewards import answer_reward
 
 
-PUBLISHED = Path(__file__).parents[2] / "docs" / "results" / "comparison" / "addition"
+PUBLISHED = Path(__file__).parents[2] / "docs" / "results" / "comparison" / "addition-harmful"
 VALUES = {
     "task": {"name": "addition", "train_size": 40, "demonstrations_size": 40, "base_steps": 60, "base_rate": 3e-3},
     "settings": {"wrong": {"wrong_share": 1.0}, "good": None},
@@ -239,13 +240,15 @@ def test_the_real_task_with_a_tiny_model(tmp_path):
         assert set(record["scores"]) == {"test", "ood"} and 0 <= record["scores"]["test"]["accuracy"] <= 1
 
 
-def test_the_start_of_a_published_run_again():
-    # The setting whose base model is soon trained.
-    records, given = read_records(PUBLISHED), load_comparison("comparison/addition")
-    row, setting = given.row("bridge"), next(setting for setting in given.settings if setting.name == "sparse")
+def test_the_start_of_a_published_run_again(tmp_path):
+    records, given = read_records(PUBLISHED), load_comparison("comparison/addition-harmful")
+    row, setting = given.row("bridge"), given.settings[0]
     run = runs_of(given, row, setting, best_rate(given, row, setting, records))[0]
-    steps = execute(run, stop_after=3)["first_steps"]
-    assert len(steps) == 3
-    # Another processor rounds otherwise, and a sampled token may then differ; so loosely.
-    for own, theirs in zip(steps, records[run.key]["first_steps"], strict=True):
+    # Its base model lies with it: trained on another processor it would come out otherwise.
+    shutil.copytree(PUBLISHED / "bases", tmp_path, dirs_exist_ok=True)
+    again = execute(run, str(tmp_path), stop_after=3)
+    assert again["base"] == records[run.key]["base"]
+    assert len(again["first_steps"]) == 3
+    # A sampled token may differ by rounding; so loosely.
+    for own, theirs in zip(again["first_steps"], records[run.key]["first_steps"], strict=True):
         assert own == pytest.approx(theirs, rel=0.02, abs=1e-3)
