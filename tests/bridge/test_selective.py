@@ -124,6 +124,23 @@ def test_verdict_keeps_right_demonstrations_and_drops_wrong_ones(tmp_path):
     assert 0 < entry["sft/weight_mean"] < 1 and entry["sft/verdict_flip_rate"] == pytest.approx(1e-4)
 
 
+@pytest.mark.parametrize("wrong", [True, False])
+def test_a_warning_where_nothing_is_left_of_the_demonstrations(tmp_path, wrong, caplog):
+    rows = half_wrong_rows()
+    right = [row["completion"] == row["answer"] for row in rows]
+    rows = rows.select([index for index, each in enumerate(right) if each != wrong])
+    options = {"reward_funcs": answer_reward, "train_dataset": rl_answer_rows(), "sft_dataset": rows}
+    with caplog.at_level("WARNING"):
+        trainer = _run(tmp_path, sft_weighting="verdict", judge_window=2, max_steps=5, **options)
+    weights = [entry["sft/weight_mean"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(weights) == 5 and all((weight < 0.01) == wrong for weight in weights)
+    told = [
+        record.getMessage() for record in caplog.records if "left nothing of the demonstrations" in record.getMessage()
+    ]
+    # Once, not once an update.
+    assert len(told) == wrong and all("for 2 updates" in message for message in told)
+
+
 def test_verdicts_leave_the_rollouts_metrics_alone(tmp_path):
     shared = {"reward_funcs": answer_reward, "train_dataset": rl_answer_rows(), "sft_dataset": half_wrong_rows()}
     logs = []

@@ -358,6 +358,7 @@ class DemonstrationTrainer(StudentTrainer):
             if window.weighted:
                 values["sft/weight_mean"] = total["weight_sum"] / tokens
                 values["sft/weight_zero_fraction"] = total["zero_sum"] / tokens
+                self.weighting.note_mean(values["sft/weight_mean"])
         record(self, {**values, **(self.weighting.metrics() if self.demonstrations_due() else {})})
 
     # Saving and resuming

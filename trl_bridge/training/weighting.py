@@ -7,9 +7,12 @@ from itertools import chain
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 
 from ..objectives import weights as rules
 
+
+logger = get_logger(__name__)
 
 # Kinds that are normalised to mean one, and the raw weight of each.
 _NORMALISED: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -19,6 +22,8 @@ _NORMALISED: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 }
 _JUDGE = ("judge", "judge_verdict")
 _VERDICT = ("verdict", "judge_verdict")
+# A mean weight below which demonstrations no longer count.
+_NOTHING_LEFT = 0.01
 
 
 class DemonstrationWeighting:
@@ -79,6 +84,7 @@ class DemonstrationWeighting:
         self._total, self._count = 0.0, 0.0  # raw weights summed, and how many
         self._rollouts: deque[list[tuple[float, float]]] = deque(maxlen=judge_window)  # (s, r) of each window
         self._verdicts: dict[int, tuple[int, int]] = {}  # row -> (calls, positives)
+        self._refused = 0  # windows in a row that left nothing of the demonstrations; no part of a checkpoint
         # The window under way.
         self._initial_mean: float | None = None
         self._fit: rules.JudgeFit | None = None
@@ -294,6 +300,26 @@ class DemonstrationWeighting:
             self._rollouts.append([pair for pending in all_pending for pair in pending["rollouts"]])
         self._initial_mean = None
         self._local_raw, self._local_rollouts = [], []
+
+    def note_mean(self, mean: float) -> None:
+        """
+        Warn where `judge_window` windows in a row have left next to nothing of the demonstrations: RL alone, at the
+        price of both.
+
+        Args:
+            mean (`float`):
+                Mean weight of the window's trained tokens, over all ranks.
+        """
+        if not (self.needs_rollouts or self.needs_verdicts):
+            return
+        self._refused = self._refused + 1 if mean < _NOTHING_LEFT else 0
+        if self._refused == self.judge_window:
+            logger.warning(
+                f"`sft_weighting='{self.kind}'` has left nothing of the demonstrations for {self._refused} updates "
+                f"(`sft/weight_mean` below {_NOTHING_LEFT}): this is RL alone. Either they are wrong, or the policy finds "
+                "them unlikely and is paid for what it says already. Where they are known to be right, take "
+                "`sft_weighting='verdict'` or `'none'`: the judge would not let the policy learn a style of its own."
+            )
 
     def metrics(self) -> dict[str, float]:
         """`sft/judge_slope` once there is a judge, and `sft/verdict_flip_rate` where verdicts are used."""
