@@ -35,6 +35,8 @@ def test_kinds_of_wrong_sums(kind, said):
 def test_wrong_share_is_a_share():
     with pytest.raises(ValueError, match="`wrong_share`"):
         addition_dataset([(1, 1)], wrong_share=1.5)
+    with pytest.raises(ValueError, match="`wrong_kind` must be one of near, ten"):
+        addition_dataset([(1, 1)], wrong_kind="tens")
 
 
 @pytest.mark.parametrize("task", sorted(WORKED_SOLUTIONS))

@@ -86,7 +86,7 @@ class Task:
         """
         digest = hashlib.sha256()
         for weights in self.base.state_dict().values():
-            digest.update(weights.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(weights.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def fresh_model(self) -> PreTrainedModel:

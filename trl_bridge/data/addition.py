@@ -108,8 +108,10 @@ def addition_dataset(
         [`~datasets.Dataset`]: columns `prompt`, `completion` and `solution`, all strings; one row for each pair.
 
     Raises:
-        ValueError: `wrong_share` outside [0, 1].
+        ValueError: `wrong_share` outside [0, 1], or no such `wrong_kind`.
     """
+    if wrong_kind not in _WRONG:
+        raise ValueError(f"`wrong_kind` must be one of {', '.join(WRONG_KINDS)}, got {wrong_kind!r}.")
     return _dataset(pairs, wrong_share, seed, lambda a, b, _: str(a + b), _WRONG[wrong_kind])
 
 
