@@ -4,12 +4,17 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..data.addition import WRONG_KINDS
+
 
 if TYPE_CHECKING:
     from .addition import Task
 
 
 __all__ = ["TASKS", "AdditionSpec", "AdditionStepsSpec", "ReasoningGymSpec", "TaskSpec"]
+
+# Fields of sums without steps alone.
+_FORMS = ("wrong_kind", "base_wrong_kind", "leading_zero_pays")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +117,7 @@ class AdditionSpec(TaskSpec):
 
     demonstration_fields: ClassVar[tuple[str, ...]] = ("wrong_share", "wrong_kind")
     teacher_fields: ClassVar[tuple[str, ...]] = ("teacher_probability",)
-    later_fields: ClassVar[tuple[str, ...]] = ("wrong_kind", "base_wrong_kind", "leading_zero_pays")
+    later_fields: ClassVar[tuple[str, ...]] = _FORMS
     metric: ClassVar[str] = "probability"
     # Whether answers are worked in steps.
     worked: ClassVar[bool] = False
@@ -135,13 +140,8 @@ class AdditionSpec(TaskSpec):
         if self.teacher_probability is not None and not self.validation_size:
             raise ValueError("`teacher_probability` is measured on validation rows, and `validation_size` is 0.")
         for name in ("wrong_kind", "base_wrong_kind"):
-            self._check_kind(name)
-
-    def _check_kind(self, name: str) -> None:
-        from ..data.addition import WRONG_KINDS
-
-        if getattr(self, name) not in WRONG_KINDS:
-            raise ValueError(f"`{name}` must be one of {', '.join(WRONG_KINDS)}, got {getattr(self, name)!r}.")
+            if getattr(self, name) not in WRONG_KINDS:
+                raise ValueError(f"`{name}` must be one of {', '.join(WRONG_KINDS)}, got {getattr(self, name)!r}.")
 
     @property
     def has_teacher(self) -> bool:
@@ -166,7 +166,7 @@ class AdditionStepsSpec(AdditionSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        changed = [name for name in self.later_fields if getattr(self, name) != getattr(type(self), name)]
+        changed = [name for name in _FORMS if getattr(self, name) != getattr(type(self), name)]
         if changed:
             raise ValueError(f"`{changed[0]}` is of sums without steps.")
 

@@ -2,8 +2,11 @@
 
 import random
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from datasets import Dataset
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 __all__ = [
@@ -90,7 +93,7 @@ def wrong_answer(kind: str, a: int, b: int, generator: random.Random) -> str:
 
 def addition_dataset(
     pairs: list[tuple[int, int]], wrong_share: float = 0.0, seed: int = 0, wrong_kind: str = "near"
-) -> Dataset:
+) -> "Dataset":
     """
     Prompt-completion rows for pairs of numbers.
 
@@ -133,7 +136,7 @@ def worked_sum(a: int, b: int, slips: tuple[int, int] = (0, 0)) -> list[str]:
     return [f"{units},", f"{tens},", str(10 * tens + units % 10)]
 
 
-def worked_dataset(pairs: list[tuple[int, int]], wrong_share: float = 0.0, seed: int = 0) -> Dataset:
+def worked_dataset(pairs: list[tuple[int, int]], wrong_share: float = 0.0, seed: int = 0) -> "Dataset":
     """
     [`addition_dataset`] with worked answers. A wrong one has a slip of 1 in its units or in its tens.
 
@@ -157,8 +160,11 @@ def worked_dataset(pairs: list[tuple[int, int]], wrong_share: float = 0.0, seed:
     )
 
 
-def _dataset(pairs: list[tuple[int, int]], wrong_share: float, seed: int, right: Answer, wrong: Answer) -> Dataset:
+def _dataset(pairs: list[tuple[int, int]], wrong_share: float, seed: int, right: Answer, wrong: Answer) -> "Dataset":
     """Rows whose `solution` is the right answer, and whose `completion` is, but for a share of wrong ones."""
+    # Here, so that a comparison's file is read without it.
+    from datasets import Dataset
+
     if not 0.0 <= wrong_share <= 1.0:
         raise ValueError(f"`wrong_share` must lie in [0, 1], got {wrong_share}.")
     generator = random.Random(seed)
