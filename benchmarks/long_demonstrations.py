@@ -26,11 +26,11 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from trl_bridge import BridgeTrainer
-from trl_bridge.comparison.reasoning_gym import make_task
-from trl_bridge.comparison.specs import TASKS, ReasoningGymSpec
-from trl_bridge.methods import METHODS
+from trl_bridge.cli.compare import main
+from trl_bridge.comparison.tasks.reasoning_gym import make_task
+from trl_bridge.comparison.tasks.specs import TASKS, ReasoningGymSpec
+from trl_bridge.methods.catalogue import METHODS
 from trl_bridge.objectives.weights import fit_judge, judge_weight
-from trl_bridge.scripts.compare import main
 
 
 LOG = "BENCHMARK_JUDGE_LOG"

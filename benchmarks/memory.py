@@ -193,8 +193,8 @@ def peak_of(variant, sizes, backend):
 
 def formula(variant, sizes, backend):
     """The estimate for a variant."""
-    from trl_bridge.training.memory import Run, estimate
-    from trl_bridge.training.model_shape import shape_of
+    from trl_bridge.memory.formulas import Run, estimate
+    from trl_bridge.memory.shapes import shape_of
 
     changes, length = VARIANTS[variant], sizes.prompt_length + sizes.completion_length
     bridge = changes["method"] == "bridge"

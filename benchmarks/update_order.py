@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from trl_bridge import BridgeTrainer
-from trl_bridge.methods import METHODS
-from trl_bridge.scripts.compare import main
+from trl_bridge.cli.compare import main
+from trl_bridge.methods.catalogue import METHODS
 from trl_bridge.training.rates import rate_factor
 
 

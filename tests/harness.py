@@ -9,7 +9,7 @@ from peft import LoraConfig
 from tests.reference.bridge import Reference
 from trl_bridge import BridgeConfig, BridgeTrainer
 from trl_bridge.models import tiny_model, tiny_tokenizer
-from trl_bridge.training.config import DemonstrationConfig
+from trl_bridge.training.stream_config import DemonstrationConfig
 
 
 PAIRS = [(a, b) for a in range(4) for b in range(4)]

@@ -13,10 +13,10 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 from trl_bridge import cli
 from trl_bridge._upstream_cli import trl_accelerate_config
-from trl_bridge.methods import METHODS
+from trl_bridge.cli.launch import _with_config_file
+from trl_bridge.cli.parsing import parse_command_line
+from trl_bridge.methods.catalogue import METHODS
 from trl_bridge.recipes import accelerate_configs, list_recipes
-from trl_bridge.scripts.launch import _with_config_file
-from trl_bridge.scripts.parsing import parse_command_line
 from trl_bridge.training.backends.refusals import refuse_deepspeed, refuse_fsdp
 
 

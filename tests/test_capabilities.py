@@ -9,7 +9,7 @@ import pytest
 import trl_bridge
 from trl_bridge import capabilities as module
 from trl_bridge.capabilities import REFUSED, UNTESTED, WAYS, as_markdown, capabilities
-from trl_bridge.methods import METHODS
+from trl_bridge.methods.catalogue import METHODS
 from trl_bridge.survey import survey_table
 
 

@@ -7,11 +7,12 @@ import sys
 import pytest
 
 from trl_bridge import cli
-from trl_bridge.methods import FAMILIES, METHODS
-from trl_bridge.scripts import train
-from trl_bridge.scripts.errors import UsageError, user_errors
-from trl_bridge.scripts.launch import _with_config_file
-from trl_bridge.scripts.parsing import import_by_path, parse_command_line
+from trl_bridge.cli import command as command_line
+from trl_bridge.cli import train
+from trl_bridge.cli.errors import UsageError, user_errors
+from trl_bridge.cli.launch import _with_config_file
+from trl_bridge.cli.parsing import import_by_path, parse_command_line
+from trl_bridge.methods.catalogue import FAMILIES, METHODS
 
 
 BRIDGE = METHODS["bridge"]
@@ -67,7 +68,7 @@ def test_help_lists_every_verb_without_torch():
     shown = command("-c", f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {code}")
     assert shown.returncode == 0
     assert shown.stdout.strip().endswith("False")
-    for verb in (*METHODS, *cli.TOOLS):
+    for verb in (*METHODS, *command_line.TOOLS):
         # argparse puts the help of the longest verb on a line of its own.
         assert re.search(rf"\n    {verb}\s", shown.stdout)
 
@@ -108,7 +109,6 @@ def test_every_method_names_what_exists():
     for method in METHODS.values():
         assert method.family in FAMILIES
         assert import_by_path(method.trainer) and import_by_path(method.config)
-        assert import_by_path(f"{method.module}.run") is train.run
 
 
 # Refusals: one line, exit code 2
@@ -308,7 +308,7 @@ def test_system_prompt_and_local_files(tmp_path, recipe):
 @pytest.mark.slow
 def test_unknown_key_under_accelerate_launch(recipe):
     launch = "from accelerate.commands.accelerate_cli import main; main()"
-    script = ["launch", "--cpu", "--num_processes", "1", "-m", "trl_bridge.scripts.bridge"]
+    script = ["launch", "--cpu", "--num_processes", "1", "-m", "trl_bridge.cli.train", "bridge"]
     shown = command("-c", launch, *script, "--config", recipe("learning_rat: 1"))
     assert shown.returncode != 0
     assert "trl-bridge bridge: error: unknown key `learning_rat`" in shown.stderr

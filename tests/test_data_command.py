@@ -8,9 +8,9 @@ from datasets import Dataset, load_dataset
 from trl import DatasetMixtureConfig, ModelConfig
 
 from trl_bridge import cli
+from trl_bridge.cli.arguments import FAMILY_ARGUMENTS
+from trl_bridge.cli.datasets import load_splits
 from trl_bridge.data.sources import SOURCES
-from trl_bridge.scripts.arguments import FAMILY_ARGUMENTS
-from trl_bridge.scripts.datasets import load_splits
 
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"

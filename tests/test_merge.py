@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.harness import small_model, small_trainer
 from trl_bridge import cli
+from trl_bridge.cli.merge import merge_adapter
 from trl_bridge.models import tiny_tokenizer
-from trl_bridge.scripts.merge import merge_adapter
 
 
 def lora():

@@ -13,9 +13,9 @@ from peft import PeftConfig
 from transformers import AutoModelForCausalLM
 
 from trl_bridge import cli, recipes
-from trl_bridge.methods import METHODS
+from trl_bridge.cli.parsing import import_by_path, parse_command_line
+from trl_bridge.methods.catalogue import METHODS
 from trl_bridge.models import tiny_model, tiny_tokenizer
-from trl_bridge.scripts.parsing import import_by_path, parse_command_line
 
 
 # Defaults of TRL that have changed between releases: a recipe states them, so that it keeps meaning what it meant.

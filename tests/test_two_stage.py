@@ -16,12 +16,11 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from tests.bridge.test_resume import assert_same
 from tests.harness import digits_reward, rl_rows, sft_rows, small_config, small_model
 from tests.test_cli import refusal
-from trl_bridge.baselines.two_stage import TwoStageTrainer
-from trl_bridge.baselines.two_stage_config import TwoStageConfig
-from trl_bridge.methods import METHODS
+from trl_bridge.cli import train
+from trl_bridge.cli.parsing import parse_command_line
+from trl_bridge.methods.catalogue import METHODS
+from trl_bridge.methods.two_stage import TwoStageConfig, TwoStageTrainer
 from trl_bridge.models import tiny_tokenizer
-from trl_bridge.scripts import train
-from trl_bridge.scripts.parsing import parse_command_line
 from trl_bridge.training.backends import Backend
 
 
@@ -304,7 +303,7 @@ def test_an_adapter_on_a_quantised_base_is_not_spread(tmp_path, model_folder, mo
         check(self, args)
 
     # As soon as TRL's own constructor is through, which cannot run with either on one CPU, nor with a quantised base.
-    monkeypatch.setattr("trl_bridge.baselines.two_stage.backend_for", Backend)
+    monkeypatch.setattr("trl_bridge.methods.two_stage.backend_for", Backend)
     monkeypatch.setattr(Backend, "check", spread)
     trainer = two_stage(tmp_path, model=model_folder, peft_config=LoraConfig(r=2, task_type="CAUSAL_LM"))
     with pytest.raises(NotImplementedError, match=f"quantised base has not been tested with {kind.value}.*bfloat16"):

@@ -17,40 +17,40 @@ __version__ = "0.1.0"
 _SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
 
 _LAZY = {
-    "AOPDConfig": "trl_bridge.distillation.config",
-    "AOPDTrainer": "trl_bridge.distillation.aopd",
-    "ActGuideConfig": "trl_bridge.baselines.actguide_config",
-    "ActGuideTrainer": "trl_bridge.baselines.actguide",
-    "AlternatingConfig": "trl_bridge.baselines.alternating",
-    "AlternatingTrainer": "trl_bridge.baselines.alternating",
-    "BridgeConfig": "trl_bridge.bridge.config",
-    "BridgeTrainer": "trl_bridge.bridge.trainer",
-    "CHORDConfig": "trl_bridge.baselines.chord",
-    "CHORDTrainer": "trl_bridge.baselines.chord",
-    "DemonstrationConfig": "trl_bridge.training.config",
-    "DemonstrationTrainer": "trl_bridge.training.trainer",
-    "ExpertConfig": "trl_bridge.baselines.expert_config",
-    "ExpertTrainer": "trl_bridge.baselines.expert_trainer",
-    "HPTConfig": "trl_bridge.baselines.hpt",
-    "HPTTrainer": "trl_bridge.baselines.hpt",
-    "LUFFYConfig": "trl_bridge.baselines.luffy",
-    "LUFFYTrainer": "trl_bridge.baselines.luffy",
-    "LightningOPDConfig": "trl_bridge.distillation.lightning_config",
-    "LightningOPDTrainer": "trl_bridge.distillation.lightning",
-    "NaiveMixConfig": "trl_bridge.baselines.naive_mix",
-    "NaiveMixTrainer": "trl_bridge.baselines.naive_mix",
-    "OPDConfig": "trl_bridge.distillation.config",
-    "OPDTrainer": "trl_bridge.distillation.opd",
-    "PrefixRFTConfig": "trl_bridge.baselines.prefix_rft",
-    "PrefixRFTTrainer": "trl_bridge.baselines.prefix_rft",
-    "ReLIFTConfig": "trl_bridge.baselines.relift",
-    "ReLIFTTrainer": "trl_bridge.baselines.relift",
-    "SRFTConfig": "trl_bridge.baselines.srft",
-    "SRFTTrainer": "trl_bridge.baselines.srft",
-    "TwoStageConfig": "trl_bridge.baselines.two_stage_config",
-    "TwoStageTrainer": "trl_bridge.baselines.two_stage",
-    "UFTConfig": "trl_bridge.baselines.uft",
-    "UFTTrainer": "trl_bridge.baselines.uft",
+    "AOPDConfig": "trl_bridge.methods.opd_config",
+    "AOPDTrainer": "trl_bridge.methods.aopd",
+    "ActGuideConfig": "trl_bridge.methods.actguide",
+    "ActGuideTrainer": "trl_bridge.methods.actguide",
+    "AlternatingConfig": "trl_bridge.methods.alternating",
+    "AlternatingTrainer": "trl_bridge.methods.alternating",
+    "BridgeConfig": "trl_bridge.methods.bridge.config",
+    "BridgeTrainer": "trl_bridge.methods.bridge.trainer",
+    "CHORDConfig": "trl_bridge.methods.chord",
+    "CHORDTrainer": "trl_bridge.methods.chord",
+    "DemonstrationConfig": "trl_bridge.training.stream_config",
+    "DemonstrationTrainer": "trl_bridge.training.stream",
+    "ExpertConfig": "trl_bridge.training.group_config",
+    "ExpertTrainer": "trl_bridge.training.group",
+    "HPTConfig": "trl_bridge.methods.hpt",
+    "HPTTrainer": "trl_bridge.methods.hpt",
+    "LUFFYConfig": "trl_bridge.methods.luffy",
+    "LUFFYTrainer": "trl_bridge.methods.luffy",
+    "LightningOPDConfig": "trl_bridge.methods.lightning_opd",
+    "LightningOPDTrainer": "trl_bridge.methods.lightning_opd",
+    "NaiveMixConfig": "trl_bridge.methods.naive_mix",
+    "NaiveMixTrainer": "trl_bridge.methods.naive_mix",
+    "OPDConfig": "trl_bridge.methods.opd_config",
+    "OPDTrainer": "trl_bridge.methods.opd",
+    "PrefixRFTConfig": "trl_bridge.methods.prefix_rft",
+    "PrefixRFTTrainer": "trl_bridge.methods.prefix_rft",
+    "ReLIFTConfig": "trl_bridge.methods.relift",
+    "ReLIFTTrainer": "trl_bridge.methods.relift",
+    "SRFTConfig": "trl_bridge.methods.srft",
+    "SRFTTrainer": "trl_bridge.methods.srft",
+    "TwoStageConfig": "trl_bridge.methods.two_stage",
+    "TwoStageTrainer": "trl_bridge.methods.two_stage",
+    "UFTConfig": "trl_bridge.methods.uft",
+    "UFTTrainer": "trl_bridge.methods.uft",
     "rewards": "trl_bridge.rewards",
 }
 
@@ -95,30 +95,27 @@ __all__ = [
 
 if TYPE_CHECKING:
     from . import rewards
-    from .baselines.actguide import ActGuideTrainer
-    from .baselines.actguide_config import ActGuideConfig
-    from .baselines.alternating import AlternatingConfig, AlternatingTrainer
-    from .baselines.chord import CHORDConfig, CHORDTrainer
-    from .baselines.expert_config import ExpertConfig
-    from .baselines.expert_trainer import ExpertTrainer
-    from .baselines.hpt import HPTConfig, HPTTrainer
-    from .baselines.luffy import LUFFYConfig, LUFFYTrainer
-    from .baselines.naive_mix import NaiveMixConfig, NaiveMixTrainer
-    from .baselines.prefix_rft import PrefixRFTConfig, PrefixRFTTrainer
-    from .baselines.relift import ReLIFTConfig, ReLIFTTrainer
-    from .baselines.srft import SRFTConfig, SRFTTrainer
-    from .baselines.two_stage import TwoStageTrainer
-    from .baselines.two_stage_config import TwoStageConfig
-    from .baselines.uft import UFTConfig, UFTTrainer
-    from .bridge.config import BridgeConfig
-    from .bridge.trainer import BridgeTrainer
-    from .distillation.aopd import AOPDTrainer
-    from .distillation.config import AOPDConfig, OPDConfig
-    from .distillation.lightning import LightningOPDTrainer
-    from .distillation.lightning_config import LightningOPDConfig
-    from .distillation.opd import OPDTrainer
-    from .training.config import DemonstrationConfig
-    from .training.trainer import DemonstrationTrainer
+    from .methods.actguide import ActGuideConfig, ActGuideTrainer
+    from .methods.alternating import AlternatingConfig, AlternatingTrainer
+    from .methods.aopd import AOPDTrainer
+    from .methods.bridge.config import BridgeConfig
+    from .methods.bridge.trainer import BridgeTrainer
+    from .methods.chord import CHORDConfig, CHORDTrainer
+    from .methods.hpt import HPTConfig, HPTTrainer
+    from .methods.lightning_opd import LightningOPDConfig, LightningOPDTrainer
+    from .methods.luffy import LUFFYConfig, LUFFYTrainer
+    from .methods.naive_mix import NaiveMixConfig, NaiveMixTrainer
+    from .methods.opd import OPDTrainer
+    from .methods.opd_config import AOPDConfig, OPDConfig
+    from .methods.prefix_rft import PrefixRFTConfig, PrefixRFTTrainer
+    from .methods.relift import ReLIFTConfig, ReLIFTTrainer
+    from .methods.srft import SRFTConfig, SRFTTrainer
+    from .methods.two_stage import TwoStageConfig, TwoStageTrainer
+    from .methods.uft import UFTConfig, UFTTrainer
+    from .training.group import ExpertTrainer
+    from .training.group_config import ExpertConfig
+    from .training.stream import DemonstrationTrainer
+    from .training.stream_config import DemonstrationConfig
 
 
 def _check_trl() -> None:

@@ -8,7 +8,7 @@ does not exist, fails a test.
 import sys
 from typing import NamedTuple
 
-from .methods import FAMILIES, METHODS
+from .methods.catalogue import FAMILIES, METHODS
 from .survey import survey_table
 
 

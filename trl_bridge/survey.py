@@ -6,7 +6,7 @@ The places are the survey's components and problems, by name; which method belon
 
 from typing import NamedTuple
 
-from .methods import METHODS
+from .methods.catalogue import METHODS
 
 
 __all__ = ["PLACES", "Place", "survey_table"]

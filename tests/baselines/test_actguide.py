@@ -20,7 +20,7 @@ from tests.baselines.test_uft import hint_rows
 from tests.harness import digits_reward, movement_error, small_config, small_lora, small_model
 from tests.reference import objectives
 from trl_bridge import ActGuideConfig, ActGuideTrainer
-from trl_bridge.demonstrations.guidance import GuidanceSearch, guided_prompt
+from trl_bridge.methods.actguide_rollouts import GuidanceSearch, guided_prompt
 from trl_bridge.models import tiny_model, tiny_tokenizer
 
 
@@ -366,7 +366,7 @@ def test_without_a_hard_group_it_is_grpo_to_the_bit(tmp_path, changes):
 
 def test_a_prompt_like_the_unguided_one_has_ratio_one(tmp_path, monkeypatch):
     # Guidance that changes nothing: the group is on-policy GRPO on its new rollouts.
-    monkeypatch.setattr("trl_bridge.baselines.guided_rollouts.guided_prompt", lambda prompt, steps, template: prompt)
+    monkeypatch.setattr("trl_bridge.methods.actguide_rollouts.guided_prompt", lambda prompt, steps, template: prompt)
     trainer = guide_trainer(tmp_path, watching(), beta=0.0)
     trainer.train()
     assert taught_rows(trainer)

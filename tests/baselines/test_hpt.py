@@ -17,9 +17,9 @@ from tests.baselines.groups import (
 )
 from tests.harness import clone, digits_reward, small_config, small_lora
 from trl_bridge import LUFFYTrainer
-from trl_bridge.baselines.hpt import HPTConfig, HPTTrainer
+from trl_bridge.methods.hpt import HPTConfig, HPTTrainer
 from trl_bridge.models import tiny_model, tiny_tokenizer
-from trl_bridge.objectives.advantages import group_advantages
+from trl_bridge.objectives.expert import group_advantages
 
 
 def hpt_loss(coefficient=1.0, gamma=0.1):

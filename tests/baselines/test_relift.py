@@ -17,7 +17,7 @@ from tests.bridge.test_resume import assert_same, rows_of
 from tests.harness import digits_reward, movement_error, small_config, small_lora, small_model
 from tests.reference import objectives
 from tests.reference.bridge import Optimizer, clip
-from trl_bridge.baselines.relift import ReLIFTConfig, ReLIFTTrainer
+from trl_bridge.methods.relift import ReLIFTConfig, ReLIFTTrainer
 from trl_bridge.models import tiny_tokenizer
 
 

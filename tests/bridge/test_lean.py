@@ -7,7 +7,7 @@ from trl import GRPOConfig, GRPOTrainer
 from tests.bridge.lean import lean_options, lean_trainer, replay_lean
 from tests.bridge.oracle import assert_equal, copies
 from tests.harness import small_config, small_lora, small_model, small_trainer
-from trl_bridge.bridge.lean import students_adapter
+from trl_bridge.methods.bridge.lean.build import students_adapter
 
 
 TOLERANCE = 2e-4  # relative error of the movement

@@ -17,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from tests import serving
 from tests.harness import movement_error, rl_rows, sft_rows, small_config, small_lora, small_trainer
-from trl_bridge.training import checkpoint as checkpoints
+from trl_bridge.training.checkpoint import folder as checkpoints
 
 
 UPDATES = 8

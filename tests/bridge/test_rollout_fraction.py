@@ -5,7 +5,7 @@ import torch
 
 from tests.bridge.oracle import ShadowRecorder, assert_replayed, bridge_trainer, copies, distance, logged
 from tests.harness import clone, replay, small_config
-from trl_bridge.bridge.rollout_share import taken_groups
+from trl_bridge.methods.bridge.shadow.passes import taken_groups
 
 
 HALF = {"shadow_rollout_fraction": 0.5}

@@ -4,9 +4,9 @@ import itertools
 import pytest
 import torch
 
-from trl_bridge.comparison.addition import greedy_answers
-from trl_bridge.comparison.addition_models import answer_probability
-from trl_bridge.comparison.specs import AdditionSpec, AdditionStepsSpec
+from trl_bridge.comparison.tasks.addition import greedy_answers
+from trl_bridge.comparison.tasks.addition_models import answer_probability
+from trl_bridge.comparison.tasks.specs import AdditionSpec, AdditionStepsSpec
 from trl_bridge.data.addition import worked_sum
 
 

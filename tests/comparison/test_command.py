@@ -12,8 +12,7 @@ import pytest
 
 from trl_bridge import cli
 from trl_bridge.comparison import workers
-
-from .test_workers import Threads
+from trl_bridge.test_workers import Threads
 
 
 pytestmark = pytest.mark.slow

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trl_bridge.comparison.config import load_comparison, parse_comparison
+from trl_bridge.comparison.file import load_comparison, parse_comparison
 from trl_bridge.comparison.plan import (
     all_runs,
     best_rate,

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 
 from trl_bridge.comparison import pictures
-from trl_bridge.comparison.config import load_comparison, parse_comparison
+from trl_bridge.comparison.file import load_comparison, parse_comparison
 from trl_bridge.comparison.plan import runs_of, tuning_runs
-from trl_bridge.comparison.results import results_of
-from trl_bridge.comparison.table import overview, report
+from trl_bridge.comparison.report import overview, report, results_of
 from trl_bridge.comparison.workers import read_records
-from trl_bridge.evaluation.lines import append_lines, read_lines
+from trl_bridge.generation.records import append_lines, read_lines
 
 
 PUBLISHED = Path(__file__).parents[2] / "docs" / "results" / "comparison"

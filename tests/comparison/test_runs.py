@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trl_bridge import recipes
-from trl_bridge.comparison.config import load_comparison, parse_comparison
+from trl_bridge.comparison.file import load_comparison, parse_comparison
 from trl_bridge.comparison.plan import best_rate, runs_of
 from trl_bridge.comparison.run import execute
 from trl_bridge.comparison.trainers import build_trainer, check_rows, config_fields, sample_offline

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from trl_bridge.comparison import workers
-from trl_bridge.comparison.config import parse_comparison
+from trl_bridge.comparison.file import parse_comparison
 
 
 VALUES = {

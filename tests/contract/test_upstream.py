@@ -40,11 +40,11 @@ from trl_bridge import (
     UFTTrainer,
 )
 from trl_bridge._upstream import isolated_bookkeeping, policy_objective, set_up_again
-from trl_bridge.baselines.shaping import ShapedTrainer
-from trl_bridge.bridge.trainer import BridgeTrainer as _Bridge
-from trl_bridge.training.resume import BufferResumable, Resumable, ResumableTrainer
+from trl_bridge.methods.bridge.trainer import BridgeTrainer as _Bridge
+from trl_bridge.training.checkpoint.resume import BufferResumable, Resumable, ResumableTrainer
+from trl_bridge.training.shaping import ShapedTrainer
+from trl_bridge.training.stream import DemonstrationTrainer
 from trl_bridge.training.student import StudentTrainer
-from trl_bridge.training.trainer import DemonstrationTrainer
 
 
 STREAM = (NaiveMixTrainer, AlternatingTrainer, CHORDTrainer)
@@ -63,7 +63,7 @@ BASES = (Resumable, BufferResumable, ResumableTrainer, StudentTrainer, Demonstra
 DISTILLATION = (OPDTrainer, AOPDTrainer, LightningOPDTrainer)
 OURS = (*BASES, _Bridge, *STREAM, *GROUP, *DISTILLATION)
 
-ROOMS = ("training", "bridge", "baselines", "distillation")
+ROOMS = ("training", "methods")
 
 # Parameters and defaults of what is overridden or called, without annotations.
 SIGNATURES = {

@@ -7,8 +7,8 @@ import pytest
 from datasets import load_dataset
 
 from trl_bridge import cli
-from trl_bridge.data.load import load_named_dataset
 from trl_bridge.data.routes import all_routes, route_difficulty, route_text, routes_dataset
+from trl_bridge.data.rows import load_named_dataset
 from trl_bridge.rewards import RouteReward, route_reward
 from trl_bridge.rewards.route_rewards import CRITERIA, Network
 

@@ -7,8 +7,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from trl_bridge.data import sources
-from trl_bridge.data.load import load_named_dataset
 from trl_bridge.data.raw_rows import openr1_220k
+from trl_bridge.data.rows import load_named_dataset
 from trl_bridge.data.sources import SOURCES, find_source
 from trl_bridge.rewards import knights_knaves_reward, math_reward
 

@@ -4,9 +4,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from trl_bridge import cli
+from trl_bridge.comparison import demo as picture
+from trl_bridge.comparison import demo as run
 from trl_bridge.comparison import pictures
-from trl_bridge.demo import picture, run
-from trl_bridge.demo.methods import METHODS, Curve
+from trl_bridge.comparison.demo import METHODS, Curve
 
 
 def test_the_whole_demo(tmp_path, capsys):

@@ -7,7 +7,7 @@ from tests.distillation.rows import make
 from tests.distillation.runs import distillation_config, distillation_trainer, small_teacher, tokenizer
 from tests.harness import small_model
 from trl_bridge import AOPDConfig, AOPDTrainer, OPDConfig, OPDTrainer
-from trl_bridge.distillation.support import REFUSED, check_config
+from trl_bridge.distillation.refusals import REFUSED, check_config
 from trl_bridge.models import tiny_tokenizer
 
 

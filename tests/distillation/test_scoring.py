@@ -12,15 +12,15 @@ from datasets import load_dataset
 
 from tests.distillation.stand_in import vllm_server
 from trl_bridge import cli
+from trl_bridge.cli import score_rollouts
+from trl_bridge.cli.errors import UsageError
 from trl_bridge.distillation import collect, scoring
 from trl_bridge.distillation.identity import tokenizer_hash
 from trl_bridge.distillation.scoring import LocalTeacher, Rollout, ServedTeacher, check_scores
 from trl_bridge.distillation.teacher import head_of
-from trl_bridge.evaluation import generate
+from trl_bridge.generation import generate
 from trl_bridge.models import tiny_model, tiny_tokenizer
 from trl_bridge.objectives.lm_head import teacher_scores
-from trl_bridge.scripts import score_rollouts
-from trl_bridge.scripts.errors import UsageError
 
 
 SIZES = {"hidden_size": 32, "layers": 2}

@@ -18,7 +18,7 @@ from tests import serving
 from tests.bridge.test_resume import StopAt, _state, rows_of
 from tests.distributed.cases import BESTS, CASES, LEAN_CASES, RESUMES, model_of
 from tests.harness import RecordingTrainer, reference_options, rl_rows, small_lora, small_trainer
-from trl_bridge.training import checkpoint
+from trl_bridge.training.checkpoint import folder as checkpoint
 
 
 # Of the runs that are gone on with; and after which update of them by another number of ranks.

@@ -18,7 +18,7 @@ from tests.bridge.test_resume import rows_of
 from tests.distributed.cases import FSDP, zero
 from tests.distributed.run import pretend_accelerator
 from tests.harness import small_lora
-from trl_bridge.methods import METHODS
+from trl_bridge.methods.catalogue import METHODS
 
 
 # Six rows a rank in groups of four: the middle one of three lies on both ranks. Two of three prompts have a trace.

@@ -5,7 +5,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.bridge.test_resume import assert_same
-from trl_bridge.scripts.merge import merge_adapter
+from trl_bridge.cli.merge import merge_adapter
 
 
 def assert_saved(saved, trained, base=None, scratch=None):

@@ -15,8 +15,8 @@ from tests.distributed.run import HANDED_ON
 from tests.distributed.run_ranks import AGAIN, go_on
 from tests.harness import adapters, movement_error, moves
 from tests.reference.bridge import Reference
-from trl_bridge.scripts.merge import merge_adapter
-from trl_bridge.training import checkpoint as checkpoints
+from trl_bridge.cli.merge import merge_adapter
+from trl_bridge.training.checkpoint import folder as checkpoints
 
 
 pytestmark = pytest.mark.distributed

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_bridge.evaluation.generate import Generated
+from trl_bridge.generation.generate import Generated
 from trl_bridge.models import tiny_model, tiny_tokenizer
 
 

@@ -9,8 +9,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from tests.evaluation.test_callback import held_out
 from tests.harness import digits_reward, rl_rows, small_config, small_trainer
+from trl_bridge.cli import evaluate
 from trl_bridge.evaluation import AccuracyCallback
-from trl_bridge.scripts import evaluate
 
 
 COMMAND = ["--model", "builtin:tiny", "--benchmarks", "builtin:addition", "--limit", "5", "--n", "2"]

@@ -4,8 +4,8 @@ import pytest
 
 from tests.evaluation.conftest import FIXTURES
 from trl_bridge import cli
+from trl_bridge.cli import evaluate
 from trl_bridge.models import tiny_model, tiny_tokenizer
-from trl_bridge.scripts import evaluate
 
 
 BASE = ["eval", "--model", "builtin:tiny", "--max_new_tokens", "6"]

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import TopPLogitsWarper
 
-from trl_bridge.evaluation import generate
-from trl_bridge.evaluation.generate import (
+from trl_bridge.generation import generate
+from trl_bridge.generation.generate import (
     Generated,
     Job,
     Sampling,
@@ -15,7 +15,7 @@ from trl_bridge.evaluation.generate import (
     job_seed,
     prompt_ids,
 )
-from trl_bridge.evaluation.vllm_engine import VllmEngine
+from trl_bridge.generation.vllm_engine import VllmEngine
 from trl_bridge.models import tiny_tokenizer
 
 

@@ -2,7 +2,7 @@ import pytest
 
 from tests.evaluation.conftest import FIXTURES, stored
 from trl_bridge.evaluation import BENCHMARKS, Prompting, Task, load_task
-from trl_bridge.evaluation.grading import check_grader, grade
+from trl_bridge.evaluation.tasks import check_grader, grade
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

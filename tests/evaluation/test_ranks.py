@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.evaluation.run_ranks import COMMAND, measured
-from trl_bridge.scripts import evaluate
+from trl_bridge.cli import evaluate
 
 
 pytestmark = pytest.mark.distributed

@@ -4,9 +4,8 @@ import pytest
 
 from tests.evaluation.conftest import FIXTURES, ScriptedEngine
 from trl_bridge.evaluation import Prompting, Sampling, TransformersEngine, evaluate_task, load_task, make_jobs
-from trl_bridge.evaluation.fingerprint import model_fingerprint
-from trl_bridge.evaluation.records import Store
 from trl_bridge.evaluation.report import markdown, summarise, write_report
+from trl_bridge.generation.records import Store, model_fingerprint
 
 
 SAMPLED = Sampling(6, temperature=1.0)

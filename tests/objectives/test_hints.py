@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from trl_bridge.objectives.hints import hint_probability, hint_stage
+from trl_bridge.objectives.expert import hint_probability, hint_stage
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trl_bridge.objectives.lightning import reference_weights, stored_teacher_terms
+from trl_bridge.objectives.distill import reference_weights, stored_teacher_terms
 
 
 ON = torch.ones(1, 1, dtype=torch.bool)

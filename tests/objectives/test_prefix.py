@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from trl_bridge.objectives.prefix import most_uncertain, prefix_advantages
+from trl_bridge.objectives.expert import most_uncertain, prefix_advantages
 
 
 NAN = math.nan

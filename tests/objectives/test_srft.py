@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from trl_bridge.objectives.srft import entropy_weight, sequence_entropy, verdict_advantages
+from trl_bridge.objectives.expert import entropy_weight, sequence_entropy, verdict_advantages
 
 
 def test_entropy_is_a_mean_over_the_sequence():

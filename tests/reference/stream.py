@@ -8,7 +8,8 @@ import copy
 
 import torch
 
-from . import objectives
+from trl_bridge import objectives
+
 from .bridge import Optimizer, clip
 
 

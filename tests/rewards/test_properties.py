@@ -6,8 +6,8 @@ from threading import Thread
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trl_bridge.rewards.equality import quick
 from trl_bridge.rewards.math_rewards import math_reward, same_batch
+from trl_bridge.rewards.mathematics.equality import quick
 
 
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import rewards_fuzz
 from trl_bridge.rewards import MathReward, check_golds
-from trl_bridge.rewards.workers import WorkerPool, shared_pool
+from trl_bridge.rewards.mathematics.workers import WorkerPool, shared_pool
 
 
 HOSTILE = {

@@ -11,12 +11,12 @@ from trl import GRPOConfig, GRPOTrainer
 
 from tests.harness import small_config, small_model
 from trl_bridge import BridgeTrainer
-from trl_bridge.methods import METHODS
+from trl_bridge.cli.parsing import parse_command_line
+from trl_bridge.cli.train import build_trainer
+from trl_bridge.methods.catalogue import METHODS
 from trl_bridge.models import tiny_tokenizer
 from trl_bridge.recipes import find_recipe
 from trl_bridge.rewards import boxed_format_reward, math_reward, noisy
-from trl_bridge.scripts.parsing import parse_command_line
-from trl_bridge.scripts.train import build_trainer
 
 
 ROWS = Dataset.from_dict({"prompt": [f"{a}+1=" for a in range(8)], "solution": [str(a + 1) for a in range(8)]})

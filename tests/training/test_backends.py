@@ -8,7 +8,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, StateDictType
 
 from tests.harness import small_config
-from trl_bridge.bridge.targets import Target, check_initial_values
+from trl_bridge.methods.bridge.targets import Target, check_initial_values
 from trl_bridge.training.backends import RowWeights, backend_for
 from trl_bridge.training.backends.fsdp import FSDP2Backend
 from trl_bridge.training.backends.refusals import refuse_deepspeed, refuse_fsdp

@@ -2,7 +2,7 @@
 
 import torch
 
-from trl_bridge.training.layout import recut, totals
+from trl_bridge.training.checkpoint.layout import recut, totals
 
 
 def test_totals_are_those_of_any_cut():

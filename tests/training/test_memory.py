@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from trl_bridge import cli
-from trl_bridge.training.memory import BACKENDS, Run, estimate, optimizer_bytes
-from trl_bridge.training.model_shape import SIZES, config_of_size, load_config, shape_of
+from trl_bridge.memory.formulas import BACKENDS, Run, estimate, optimizer_bytes
+from trl_bridge.memory.shapes import SIZES, config_of_size, load_config, shape_of
 
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ KINDS = [DistributedType.FSDP, DistributedType.DEEPSPEED]
 
 def spread(monkeypatch, kind, quantised=None):
     """As soon as TRL's own constructor is through, which cannot run with either on one CPU, nor with a quantised base."""
-    monkeypatch.setattr("trl_bridge.training.resume.backend_for", Backend)
+    monkeypatch.setattr("trl_bridge.training.checkpoint.resume.backend_for", Backend)
     check = Backend.check
 
     def checked(self, args):

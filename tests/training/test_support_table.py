@@ -11,7 +11,7 @@ from trl import GRPOConfig
 
 from tests.harness import small_config
 from trl_bridge.training import support_table as module
-from trl_bridge.training.support import REFUSED, check_config
+from trl_bridge.training.refusals import REFUSED, check_config
 from trl_bridge.training.support_table import as_markdown, support_table
 
 

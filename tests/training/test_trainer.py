@@ -18,8 +18,8 @@ from tests.harness import (
     small_trainer,
 )
 from trl_bridge.models import tiny_tokenizer
-from trl_bridge.training.config import DemonstrationConfig
-from trl_bridge.training.trainer import DemonstrationTrainer
+from trl_bridge.training.stream import DemonstrationTrainer
+from trl_bridge.training.stream_config import DemonstrationConfig
 
 
 def test_a_window_cut_off_by_an_exception_leaves_nothing_behind(tmp_path):

@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from .config import Comparison, Setting
-from .results import Result, results_of
+from .file import Comparison, Setting
+from .report import Result, results_of
 
 
 __all__ = ["STYLES", "check_matplotlib", "draw_all", "new_figure", "style"]
@@ -52,7 +52,7 @@ def draw_all(comparison: Comparison, records: Mapping[str, Mapping[str, Any]], f
     Draw what there are runs for, a panel for each setting.
 
     Args:
-        comparison ([`~trl_bridge.comparison.config.Comparison`]):
+        comparison ([`~trl_bridge.comparison.file.Comparison`]):
             The comparison.
         records (`Mapping[str, Mapping]`):
             Records of finished runs by key.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from .config import Comparison, Row, Setting
+from .file import Comparison, Row, Setting
 
 
 __all__ = [
@@ -29,9 +29,9 @@ class Run:
     One training.
 
     Attributes:
-        row ([`~trl_bridge.comparison.config.Row`]):
+        row ([`~trl_bridge.comparison.file.Row`]):
             The method.
-        setting ([`~trl_bridge.comparison.config.Setting`]):
+        setting ([`~trl_bridge.comparison.file.Setting`]):
             Where it is trained.
         phase (`str`):
             `"validation"` (scored on the validation rows, to choose a learning rate) or `"test"`.
@@ -129,7 +129,7 @@ def best_rate(comparison: Comparison, row: Row, setting: Setting, records: Recor
     The learning rate with the best mean validation score; among equals the smallest.
 
     Args:
-        comparison ([`~trl_bridge.comparison.config.Comparison`]):
+        comparison ([`~trl_bridge.comparison.file.Comparison`]):
             The comparison.
         row, setting:
             Row and setting.
@@ -153,7 +153,7 @@ def next_runs(comparison: Comparison, records: Records, busy: Collection[str] = 
     rate is chosen.
 
     Args:
-        comparison ([`~trl_bridge.comparison.config.Comparison`]):
+        comparison ([`~trl_bridge.comparison.file.Comparison`]):
             The comparison.
         records (`Mapping[str, Mapping]`):
             Records of finished runs by key.

@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from .addition import Task
+from .tasks.addition import Task
 
 
 __all__ = ["Recorder"]
@@ -52,7 +52,7 @@ class Recorder(TrainerCallback):
     Follows a training with `logging_steps=1`, both stages of a cold start.
 
     Args:
-        task ([`~trl_bridge.comparison.addition.Task`]):
+        task ([`~trl_bridge.comparison.tasks.addition.Task`]):
             Gives the validation rows that the curve's points are measured on.
         points (`int`):
             Points of the curve after its start; 0 measures none.

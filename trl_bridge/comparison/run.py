@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from .addition import Task
 from .plan import Run
 from .recorder import Recorder
-from .specs import TaskSpec
+from .tasks.addition import Task
+from .tasks.specs import TaskSpec
 from .trainers import build_trainer, sample_offline
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..methods import METHODS, Method
+from ..methods.catalogue import METHODS, Method
 from ..rewards.noise import noisy
-from .addition import Task
-from .config import Comparison, Row
+from .file import Comparison, Row
 from .plan import Run, runs_of
-from .scored import SAMPLING, scored_rollouts
+from .tasks.addition import Task
+from .tasks.scored_rollouts import SAMPLING, scored_rollouts
 
 
 __all__ = ["build_trainer", "check_rows", "config_fields", "sample_offline"]
@@ -75,7 +75,7 @@ def check_rows(comparison: Comparison, output_dir: str) -> None:
     Refuse before anything is trained what the methods' configs refuse.
 
     Args:
-        comparison ([`~trl_bridge.comparison.config.Comparison`]):
+        comparison ([`~trl_bridge.comparison.file.Comparison`]):
             The comparison.
         output_dir (`str`):
             Folder that the configs name; nothing is written.
@@ -127,7 +127,7 @@ def build_trainer(run: Run, task: Task, output_dir: str, callbacks: list[Any], r
     Args:
         run ([`~trl_bridge.comparison.plan.Run`]):
             The run.
-        task ([`~trl_bridge.comparison.addition.Task`]):
+        task ([`~trl_bridge.comparison.tasks.addition.Task`]):
             Its task, built with its seed.
         output_dir (`str`):
             Folder that the trainer may write to.

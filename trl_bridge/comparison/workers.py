@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..evaluation.lines import append_lines, read_lines
-from .config import Comparison
+from ..generation.records import append_lines, read_lines
+from .file import Comparison
 from .plan import Run, all_runs, next_runs, number_of_runs
 
 
@@ -39,7 +39,7 @@ def run_all(comparison: Comparison, folder: Path, workers: int = 1) -> dict[str,
     Do what is not done yet, and append one line to `runs.jsonl` for each run that ends.
 
     Args:
-        comparison ([`~trl_bridge.comparison.config.Comparison`]):
+        comparison ([`~trl_bridge.comparison.file.Comparison`]):
             The comparison.
         folder (`Path`):
             Folder of the comparison.

@@ -14,10 +14,26 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 
 from ..rewards.route_rewards import CRITERIA, Network, Stop
-from .route_names import LINE_NAMES, STOP_NAMES
 
 
-__all__ = ["all_routes", "route_difficulty", "route_text", "routes_dataset"]
+__all__ = ["LINE_NAMES", "STOP_NAMES", "all_routes", "route_difficulty", "route_text", "routes_dataset"]
+
+
+LINE_NAMES = "Amber Azure Coral Ivory Jade Onyx Pearl Ruby Saffron Slate Teal Violet".split()
+"""Names of lines."""
+
+STOP_NAMES = (
+    "Acorn Alder Anchor Anvil Apple Arch Ash Aspen Aster Badger Barley Basin Beacon Beech Bell Birch Bramble Brick "
+    "Bridge Briar Brook Canal Castle Cedar Cellar Chalk Cherry Clover Copper Cove Crane Creek Crown Dale Delta Depot "
+    "Dune Eagle Elder Elm Falcon Fern Ferry Field Finch Fjord Flint Forge Fountain Fox Gable Garden Gate Glen Grove "
+    "Harbour Hazel Heath Heron Hill Hollow Holly Iris Island Juniper Kiln Knoll Lagoon Lantern Larch Lark Laurel "
+    "Ledge Lemon Lily Linden Lodge Magnet Maple Market Marsh Meadow Mill Mint Moss Museum Myrtle Nettle Oak Oasis "
+    "Orchard Osprey Otter Palm Park Pebble Pier Pine Plaza Pond Poplar Port Quarry Quay Raven Reed Ridge River Robin "
+    "Rose Rowan Sage Sorrel Spire Spring Square Station Stone Sundial Swan Thistle Tower Tulip Valley Vine Walnut Well "
+    "Willow Yarrow Yew"
+).split()
+"""Names of stops."""
+
 
 # A route that is not the best costs at least so much more, so that no rounding pays it in full.
 _MARGIN = Fraction(21, 20)

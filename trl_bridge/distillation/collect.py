@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from datasets import Dataset, Features, List, Value
 from tqdm import tqdm
 
-from ..evaluation.generate import Engine, Job, Sampling
-from ..evaluation.records import Store
+from ..generation.generate import Engine, Job, Sampling
+from ..generation.records import Store
 from .identity import Identity
 from .scoring import Rollout, Scorer, check_scores
 
@@ -63,7 +63,7 @@ def sample_rollouts(
             What is drawn, each with a seed of its own.
         engine (`Callable[[], Engine]`):
             Makes the engine. Not called where nothing is missing.
-        sampling ([`~trl_bridge.evaluation.generate.Sampling`]):
+        sampling ([`~trl_bridge.generation.generate.Sampling`]):
             How.
         folder (`Path`):
             Folder of this stage.

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from ..generation.generate import Sampling, TransformersEngine
     from .benchmarks import BENCHMARKS, Benchmark
     from .callback import AccuracyCallback
-    from .generate import Sampling, TransformersEngine
     from .run import evaluate_task, make_jobs
     from .statistics import bootstrap_interval, pass_at_k, wilson_interval
     from .tasks import Prompting, Task, load_task
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 # Lazy (PEP 562): the callback imports TRL, and the command's help must not wait for it.
 _EXPORTS = {
-    "AccuracyCallback": "callback",
-    "BENCHMARKS": "benchmarks",
-    "Benchmark": "benchmarks",
-    "Prompting": "tasks",
-    "Sampling": "generate",
-    "Task": "tasks",
-    "TransformersEngine": "generate",
-    "bootstrap_interval": "statistics",
-    "evaluate_task": "run",
-    "load_task": "tasks",
-    "make_jobs": "run",
-    "pass_at_k": "statistics",
-    "wilson_interval": "statistics",
+    "AccuracyCallback": ".callback",
+    "BENCHMARKS": ".benchmarks",
+    "Benchmark": ".benchmarks",
+    "Prompting": ".tasks",
+    "Sampling": "..generation.generate",
+    "Task": ".tasks",
+    "TransformersEngine": "..generation.generate",
+    "bootstrap_interval": ".statistics",
+    "evaluate_task": ".run",
+    "load_task": ".tasks",
+    "make_jobs": ".run",
+    "pass_at_k": ".statistics",
+    "wilson_interval": ".statistics",
 }
 
 __all__ = [
@@ -49,7 +49,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
-        return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+        return getattr(import_module(_EXPORTS[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

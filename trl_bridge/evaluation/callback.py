@@ -9,8 +9,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from trl.distributed import DistributedBackend
 from trl.models import unwrap_model_for_generation
 
+from ..generation.generate import Sampling, generate_batch, job_seed, prompt_ids
 from ..training.randomness import forked_python_rng
-from .generate import Sampling, generate_batch, job_seed, prompt_ids
 from .statistics import mean_interval, wilson_interval
 
 

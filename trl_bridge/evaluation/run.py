@@ -14,11 +14,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
-from .generate import Engine, Generated, Job, Sampling, job_seed, prompt_ids
-from .grading import check_grader, grade
-from .records import Store
+from ..generation.generate import Engine, Generated, Job, Sampling, job_seed, prompt_ids
+from ..generation.records import Store
 from .report import summarise
-from .tasks import Task
+from .tasks import Task, check_grader, grade
 
 
 __all__ = ["check_task", "evaluate_task", "longest_prompt", "make_jobs"]

@@ -7,16 +7,18 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset, load_dataset
 
-from ..data.load import load_named_dataset, map_columns, with_system_prompt
+from ..data.rows import load_named_dataset, map_columns, with_system_prompt
 from ..data.templates import Template, find_template, with_prompt_template
+from ..rewards.code_rewards import CodeExecutionRefused
 from .benchmarks import BENCHMARKS, Benchmark
 
 
-__all__ = ["Prompting", "Task", "load_task", "parse_benchmarks"]
+__all__ = ["Grade", "Prompting", "Task", "check_grader", "grade", "load_task", "parse_benchmarks"]
+
 
 Grader = Callable[..., Sequence[float | None]]
 
@@ -154,7 +156,7 @@ def load_task(
             Name in the results.
         name (`str`):
             A benchmark (see [`~trl_bridge.evaluation.benchmarks.BENCHMARKS`]), or what
-            [`~trl_bridge.data.load.load_named_dataset`] takes.
+            [`~trl_bridge.data.rows.load_named_dataset`] takes.
         path (`str`, *optional*):
             Local file with the benchmark's raw rows, in place of the hub.
         prompting ([`Prompting`], *optional*):
@@ -275,3 +277,102 @@ def _put(row: dict[str, Any], template: Template, prompting: Prompting) -> dict[
 def _import(path: str) -> Grader:
     module, _, attribute = path.rpartition(".")
     return getattr(importlib.import_module(module), attribute)
+
+
+# What rewards write to TRL's table of completions where they found no answer.
+_NO_ANSWER = ("[none]", None)
+
+
+class Grade(NamedTuple):
+    """
+    What the grader says about one completion.
+
+    Attributes:
+        score (`float`, *optional*):
+            Reward; `None` where the row cannot be judged.
+        answer (`str`, *optional*):
+            Extracted answer, `None` where there is none or the grader does not say.
+        answered (`bool`, *optional*):
+            Whether an answer was found; `None` where the grader does not say.
+        stopped (`bool`):
+            Whether the comparison was stopped by a limit of time or memory.
+    """
+
+    score: float | None
+    answer: str | None
+    answered: bool | None
+    stopped: bool
+
+
+def grade(task: Task, questions: Sequence[int], texts: Sequence[str]) -> list[Grade]:
+    """
+    Grade completions.
+
+    Args:
+        task ([`Task`]):
+            The task.
+        questions (`Sequence[int]`):
+            Number of the question of each completion.
+        texts (`Sequence[str]`):
+            The completions.
+
+    Returns:
+        `list[Grade]`: one grade per completion.
+    """
+    grades, stopped = _call(task, questions, texts)
+    if stopped and len(texts) > 1:
+        # A batch has one limit of time, and one answer may use it up. One by one each has its own, and the verdict does
+        # not depend on the neighbours.
+        return [_call(task, [question], [text])[0][0] for question, text in zip(questions, texts, strict=True)]
+    return grades
+
+
+def _call(task: Task, questions: Sequence[int], texts: Sequence[str]) -> tuple[list[Grade], bool]:
+    rows = [task.rows[question] for question in questions]
+    extra: dict[str, list[Any]] = {}
+    metrics: dict[str, float] = {}
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    prompts = columns.pop("prompt")
+    completions = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    scores = task.grader(
+        prompts=prompts,
+        completions=completions,
+        **columns,
+        log_extra=extra.__setitem__,
+        log_metric=metrics.__setitem__,
+    )
+    stopped = any(value > 0 for name, value in metrics.items() if name.endswith("/timeouts"))
+    answers = extra.get("answer")
+    grades = []
+    for place, score in enumerate(scores):
+        answer = None if answers is None or answers[place] in _NO_ANSWER else str(answers[place])
+        answered = None if answers is None else answers[place] not in _NO_ANSWER
+        grades.append(Grade(None if score is None else float(score), answer, answered, stopped))
+    if len(grades) != len(texts):
+        raise ValueError(f"`grader`: {task.grader_name} gave {len(grades)} scores for {len(texts)} completions.")
+    return grades, stopped
+
+
+def check_grader(task: Task) -> None:
+    """
+    Grade an empty completion, so that a column or a permission that the grader lacks is seen before any generation.
+
+    Args:
+        task ([`Task`]):
+            The task.
+
+    Raises:
+        ValueError: the grader cannot grade the task's rows.
+    """
+    try:
+        _call(task, [0], [""])
+    except CodeExecutionRefused as error:
+        raise ValueError(f"`benchmarks: {task.name}`: {error}") from error
+    except TypeError as error:
+        columns = ", ".join(task.rows[0])
+        raise ValueError(
+            f"`grader`: {task.grader_name} does not take the rows of {task.name} ({columns}): {error}"
+        ) from error

@@ -1,6 +1,10 @@
 """The expert's part of a rollout group: shaped policy losses of its tokens, and how token losses are summed."""
 
+import math
+
 import torch
+
+from .schedules import cosine_decay
 
 
 SHAPINGS = ("p_div_p", "none", "logp", "p_logp", "square_root", "pow", "rl_plus")
@@ -133,3 +137,209 @@ def published_sft_scale(max_completion_length: int) -> float:
         `float`: the factor.
     """
     return _PUBLISHED_SHARE * _PUBLISHED_LENGTH / max_completion_length
+
+
+# The parent's; keeps a group of equal rewards finite.
+_EPSILON = 1e-4
+
+
+def group_advantages(rewards: torch.Tensor, scale_rewards: str) -> torch.Tensor:
+    """
+    GRPO's advantages, as TRL forms them from each group's own rewards.
+
+    `A_i = r_i - mean(r)`, with `scale_rewards="group"` divided by the group's standard deviation plus 1e-4. A reward
+    that is NaN (no reward function could score the row) is left out of both, and its row has advantage 0.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(groups, G)`):
+            Rewards, one row for each group.
+        scale_rewards (`str`):
+            `"group"` or `"none"`.
+
+    Returns:
+        `torch.Tensor` of shape `(groups, G)`.
+
+    Raises:
+        `ValueError`: if the scaling is another one: it would depend on rewards of other groups.
+    """
+    if scale_rewards not in ("group", "none"):
+        raise ValueError(f"`scale_rewards` must be 'group' or 'none', got {scale_rewards!r}.")
+    centred = rewards - rewards.nanmean(dim=1, keepdim=True)  # (groups, G)
+    if scale_rewards == "group":
+        count = (~rewards.isnan()).sum(dim=1, keepdim=True)  # (groups, 1)
+        deviation = (centred.square().nansum(dim=1, keepdim=True) / (count - 1)).sqrt()
+        centred = centred / (deviation + _EPSILON)
+    return centred.nan_to_num(nan=0.0)
+
+
+CONTINUATIONS = ("reward", "none")
+
+
+def prefix_advantages(
+    rewards: torch.Tensor, scale_rewards: str, continuation: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Advantages of groups whose last row is an expert prefix with the policy's continuation.
+
+    The other rows, pure ones, are a GRPO group of their own. The prefix gets the hybrid row's raw reward minus the pure
+    rows' mean; the continuation is alone in its group, whose mean is taken as 0 (`"reward"`: its raw reward) or as its
+    own reward (`"none"`: 0). So pure rewards 0, 0, 1 and a hybrid reward 1 give -1/3, -1/3, 2/3, a continuation of 1 and
+    a prefix of 2/3.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(groups, G)`):
+            Raw rewards; NaN where no reward function could score a row. Such a row has advantage 0 and is left out of
+            the mean; without any scored pure row the prefix has advantage 0.
+        scale_rewards (`str`):
+            `"group"` (pure rows are divided by their standard deviation; nothing else is) or `"none"`.
+        continuation (`str`):
+            `"reward"` or `"none"`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: advantages of own tokens, `(groups, G)`, and of prefix tokens,
+        `(groups,)`.
+
+    Raises:
+        `ValueError`: if `scale_rewards` or `continuation` is not among its choices.
+    """
+    if continuation not in CONTINUATIONS:
+        raise ValueError(f"`continuation` must be one of {', '.join(map(repr, CONTINUATIONS))}, got {continuation!r}.")
+    pure, hybrid = rewards[:, :-1], rewards[:, -1:]  # (groups, G - 1), (groups, 1)
+    last = hybrid if continuation == "reward" else torch.zeros_like(hybrid)
+    own = torch.cat([group_advantages(pure, scale_rewards), last.nan_to_num(nan=0.0)], dim=1)  # (groups, G)
+    prefix = (hybrid - pure.nanmean(dim=1, keepdim=True)).squeeze(1)  # (groups,)
+    return own, prefix.nan_to_num(nan=0.0)
+
+
+def most_uncertain(entropies: torch.Tensor, mask: torch.Tensor, share: float) -> torch.Tensor:
+    """
+    The masked tokens of highest entropy.
+
+    Of `n` masked tokens `floor(n (1 - share))` are left out, so that one stays wherever there is one and `share` is
+    above 0. Among equal entropies the earlier token (by row, then position) goes first.
+
+    Args:
+        entropies (`torch.Tensor` of shape `(B, T)`):
+            Entropy of each token's distribution, in nats.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            True at the tokens that are ranked.
+        share (`float`):
+            Share of them to keep, in [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: True at the tokens kept.
+    """
+    kept = torch.zeros_like(mask, dtype=torch.bool).flatten()
+    places = mask.flatten().nonzero().squeeze(1)  # (n,)
+    order = entropies.flatten()[places].argsort(descending=True, stable=True)  # (n,)
+    # The small constant takes off what rounding adds, as in 10 * (1 - 0.9).
+    dropped = math.floor(len(places) * (1 - share) + 1e-9)
+    kept[places[order[: len(places) - dropped]]] = True
+    return kept.view_as(mask)
+
+
+def sequence_entropy(entropies: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    Mean entropy of each sequence's tokens.
+
+    Args:
+        entropies (`torch.Tensor` of shape `(B, T)`):
+            Entropy of the policy at each token, in nats.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            1 at the sequence's tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 1)`: without gradient; 0 for a sequence without tokens.
+    """
+    total = entropies.detach().masked_fill(mask == 0, 0.0).sum(dim=1, keepdim=True)  # (B, 1)
+    return total / mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def entropy_weight(entropy: torch.Tensor, scale: float, sign: int) -> torch.Tensor:
+    """
+    `scale exp(sign H)`, without gradient.
+
+    SRFT (arXiv 2506.19767) has `0.5 exp(-H)` on its SFT term and `0.1 exp(H)` on its own right samples.
+
+    Args:
+        entropy (`torch.Tensor` of shape `(B, 1)`):
+            `H` of each sequence, in nats.
+        scale (`float`):
+            Weight at entropy 0.
+        sign (`int`):
+            1 (more at high entropy) or -1 (less).
+
+    Returns:
+        `torch.Tensor` of shape `(B, 1)`.
+    """
+    return scale * (sign * entropy.detach()).exp()
+
+
+def verdict_advantages(
+    log_probs: torch.Tensor, verdicts: torch.Tensor, right_weights: torch.Tensor, floor: float | None
+) -> torch.Tensor:
+    """
+    What stands before `grad log p` of own tokens in SRFT's self-exploration term.
+
+    `w` at tokens of right samples, -1 at those of wrong ones, 0 at those of samples that nobody could score. The wrong
+    samples' term `E[log p]` has no lower bound: with a floor, their tokens that lie below it get 0 too.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(B, T)`):
+            Log-probability of each token, in nats.
+        verdicts (`torch.Tensor` of shape `(B,)`):
+            1 for right samples, -1 for wrong ones, 0 for others.
+        right_weights (`torch.Tensor` of shape `(B, 1)`):
+            `w` of each sample.
+        floor (`float`, *optional*):
+            Log-probability below which a wrong token is not pushed further down. `None` is no floor.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: without gradient.
+    """
+    verdicts = verdicts.unsqueeze(1)  # (B, 1)
+    pushed = torch.ones_like(log_probs) if floor is None else (log_probs.detach() >= floor).to(log_probs.dtype)
+    return torch.where(verdicts > 0, right_weights, torch.where(verdicts < 0, -pushed, 0.0)).to(log_probs.dtype)
+
+
+def hint_probability(step: int, high: float, low: float, steps: int) -> float:
+    """
+    Probability that a piece of the solution is shown, `q(t) = low + (high - low) (1 + cos(pi (t + 1) / T)) / 2`.
+
+    The first update has `t = 0` (the released code counts from 1 and writes `t`, which is the same), the last hinted
+    one `t = T - 1` with `q = low`; then `q = 0`.
+
+    Args:
+        step (`int`):
+            Number of the update, `t`, from 0.
+        high (`float`):
+            Limit of the probability at the start.
+        low (`float`):
+            Probability in the last hinted update.
+        steps (`int`):
+            Number of hinted updates, `T`.
+
+    Returns:
+        `float`: the probability, in [0, 1].
+    """
+    return 0.0 if step >= steps else cosine_decay(step + 1, high, low, steps)
+
+
+def hint_stage(step: int, pieces: int, steps: int) -> int:
+    """
+    Number of pieces shown by a fixed staircase from all pieces down to none, `n - floor((t + 1) / floor(T / (n + 1)))`.
+
+    Args:
+        step (`int`):
+            Number of the update, `t`, from 0.
+        pieces (`int`):
+            Number of pieces of the solution, `n`.
+        steps (`int`):
+            Number of updates of the stairs, `T`; below `n + 1` each stair is one update.
+
+    Returns:
+        `int`: from 0 to `pieces`.
+    """
+    if step >= steps:
+        return 0
+    return max(0, pieces - (step + 1) // max(1, steps // (pieces + 1)))

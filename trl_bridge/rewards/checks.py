@@ -6,7 +6,7 @@ from typing import Any
 
 from .answers import gold_answer
 from .math_rewards import is_plain
-from .workers import shared_pool
+from .mathematics.workers import shared_pool
 
 
 @dataclass(frozen=True)

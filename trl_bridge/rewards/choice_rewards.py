@@ -6,7 +6,7 @@ from typing import Any
 
 from .answers import final_answer
 from .completions import Completion, LogExtra, LogMetric, check_lengths, log_answers, visible_text
-from .surface import clean
+from .mathematics.surface import clean
 
 
 _LETTER = re.compile(

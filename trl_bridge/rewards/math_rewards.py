@@ -7,10 +7,10 @@ from typing import Any
 
 from .answers import Fallback, final_answer, gold_answer, last_box
 from .completions import Completion, LogExtra, LogMetric, check_lengths, log_answers, visible_text
-from .equality import Verdict, quick
-from .numbers import exact
-from .surface import clean
-from .workers import Outcome, shared_pool
+from .mathematics.equality import Verdict, quick
+from .mathematics.numbers import exact
+from .mathematics.surface import clean
+from .mathematics.workers import Outcome, shared_pool
 
 
 logger = logging.getLogger(__name__)

@@ -1,1 +1,1 @@
-"""Training scripts behind the command line: one thin module for each method, all on the body in `train.py`."""
+"""Modules that published commands start; the command line is in `trl_bridge/cli/`."""

@@ -13,7 +13,7 @@ from ..demonstrations.stream import DemonstrationStream, PromptIndex, fingerprin
 
 
 if TYPE_CHECKING:
-    from .trainer import DemonstrationTrainer
+    from .stream import DemonstrationTrainer
 
 
 class Demonstrations:

@@ -21,8 +21,8 @@ from trl import GRPOConfig
 
 from .._upstream import add_demonstration_head, plain_copy, without_reference_model
 from .backends.refusals import is_spread, refuse_quantised, refuse_spread
-from .resume import ResumableTrainer
-from .rollouts import RolloutRecord
+from .checkpoint.resume import ResumableTrainer
+from .policy import RolloutRecord
 
 
 class _AfterStep(TrainerCallback):

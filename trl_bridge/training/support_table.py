@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from trl import GRPOConfig
 
-from .support import REFUSED
+from .refusals import REFUSED
 
 
 TESTED, REFUSES, NEUTRAL = "tested", "refused", "neutral"

@@ -13,7 +13,7 @@ from ..demonstrations.rows import split_demonstration
 
 
 if TYPE_CHECKING:
-    from .trainer import DemonstrationTrainer
+    from .stream import DemonstrationTrainer
 
 # What TRL itself passes to a reward function.
 _PASSED_BY_TRL = frozenset(

@@ -1,1 +1,0 @@
-"""The methods that people compare with: one file each, config and trainer together."""

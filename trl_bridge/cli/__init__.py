@@ -1,0 +1,6 @@
+"""The `trl-bridge` command."""
+
+from .command import main
+
+
+__all__ = ["main"]

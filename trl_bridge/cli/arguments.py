@@ -1,0 +1,216 @@
+"""Script arguments, one class for each family of methods."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import ModelConfig, ScriptArguments
+
+
+__all__ = [
+    "FAMILY_ARGUMENTS",
+    "CoordinatorModelConfig",
+    "DatasetArguments",
+    "GroupArguments",
+    "RewardArguments",
+    "ScoredArguments",
+    "StreamArguments",
+    "SupervisedArguments",
+]
+
+
+@dataclass
+class DatasetArguments(ScriptArguments):
+    """
+    Arguments that every method has: TRL's, where `dataset_name` also names sources, generated tasks and local files
+    (see [`~trl_bridge.data.rows.load_named_dataset`]), the mapping of columns, and what is done to the prompts.
+
+    Parameters:
+        prompt_column (`str`, *optional*):
+            Column that holds the prompts. `None` means `prompt`.
+        prompt_template (`str`, *optional*):
+            What is put around every question: a name (`boxed`, `qwen-boxed`, `abel`, `knights-knaves`) or a text with
+            `{prompt}`; see [`~trl_bridge.data.templates.find_template`].
+        max_prompt_length (`int`, *optional*):
+            Longest prompt, in tokens, template and system prompt included. Rows above it are dropped, and their number
+            is logged.
+        system_prompt (`str`, *optional*):
+            System message in front of every conversation. Prompts that are strings become conversations.
+    """
+
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "Column that holds the prompts. None means 'prompt'."}
+    )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is put around every question: boxed, qwen-boxed, abel, knights-knaves, or a text with {prompt} "
+            "(with 'plain:' in front it is the whole prompt, without a chat template)."
+        },
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest prompt in tokens. Rows above it are dropped, and their number is logged."},
+    )
+    system_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "System message in front of every conversation. Prompts that are strings become conversations."
+        },
+    )
+
+
+@dataclass
+class SupervisedArguments(DatasetArguments):
+    """
+    Arguments of methods that read demonstrations only.
+
+    Parameters:
+        expert_column (`str`, *optional*):
+            Column that holds the demonstrations' completions. `None` means `completion`.
+    """
+
+    expert_column: str | None = field(
+        default=None,
+        metadata={"help": "Column that holds the demonstrations' completions. None means 'completion'."},
+    )
+
+
+@dataclass
+class ScoredArguments(DatasetArguments):
+    """
+    Arguments of methods that read rollouts which a teacher has scored. These are tokens already: what changes prompts is
+    refused, and belongs to `trl-bridge data score-rollouts`.
+    """
+
+
+@dataclass
+class RewardArguments(DatasetArguments):
+    """
+    Arguments of methods that sample rollouts.
+
+    Parameters:
+        solution_column (`str`, *optional*):
+            Column that holds what the reward functions compare with. `None` means `solution`.
+        reward_model_name_or_path (`str`, *optional*):
+            Reward model, as in TRL's GRPO script.
+        reward_funcs (`list[str]`, *optional*):
+            Reward functions: names from `trl_bridge.rewards` or TRL's GRPO script, or dotted paths of your own
+            (`my_lib.rewards.custom_reward`). `reward_weights` weighs them.
+    """
+
+    solution_column: str | None = field(
+        default=None,
+        metadata={"help": "Column that holds what the reward functions compare with. None means 'solution'."},
+    )
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Reward model: a name on the hub or a local directory."}
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions: names from trl_bridge.rewards or TRL's GRPO script (accuracy_reward, "
+            "reasoning_accuracy_reward, think_format_reward, get_soft_overlong_punishment), or dotted paths of your "
+            "own. reward_weights weighs them."
+        },
+    )
+
+
+@dataclass
+class StreamArguments(RewardArguments):
+    """
+    Arguments of methods with a demonstration stream beside the rollouts.
+
+    Without `sft_dataset_name` and `sft_datasets` the demonstrations are the RL rows themselves, which then need a
+    `completion` column (or the one that `expert_column` names).
+
+    Parameters:
+        expert_column (`str`, *optional*):
+            Column that holds the demonstrations' completions. `None` means `completion`.
+        sft_dataset_name (`str`, *optional*):
+            Demonstrations; the same kinds of names as `dataset_name`.
+        sft_dataset_config (`str`, *optional*):
+            Configuration name, or the parameters of a generated task.
+        sft_dataset_split (`str`, *optional*, defaults to `"train"`):
+            Split of the demonstrations.
+        sft_datasets (`list[dict]`, *optional*):
+            Mixture of demonstration datasets, each with the keys of TRL's `datasets`. Only in a YAML file.
+    """
+
+    expert_column: str | None = field(
+        default=None,
+        metadata={"help": "Column that holds the demonstrations' completions. None means 'completion'."},
+    )
+    sft_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Demonstrations; the same kinds of names as dataset_name. Without it the RL rows themselves, by "
+            "their 'completion' column."
+        },
+    )
+    sft_dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration name of the demonstrations, or a generated task's parameters."}
+    )
+    sft_dataset_split: str = field(default="train", metadata={"help": "Split of the demonstrations."})
+    sft_datasets: list[dict[str, Any]] = field(
+        default_factory=list,
+        metadata={"help": "Mixture of demonstration datasets, each with the keys of 'datasets'. Only in a YAML file."},
+    )
+
+
+@dataclass
+class GroupArguments(RewardArguments):
+    """
+    Arguments of methods that read a demonstration for each prompt from the RL rows.
+
+    Parameters:
+        expert_column (`str`, *optional*):
+            Column that holds the demonstration of each prompt. `None` means `expert`, or `completion` where there is no
+            `expert`.
+    """
+
+    expert_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column that holds the demonstration of each prompt. None means 'expert', or 'completion' where "
+            "there is no 'expert'."
+        },
+    )
+
+
+@dataclass
+class CoordinatorModelConfig(ModelConfig):
+    """
+    TRL's model arguments, where the `lora_*` keys describe the coordinator of BRIDGE, with its defaults. `use_peft` is
+    neither needed nor read.
+
+    Parameters:
+        lora_alpha (`int`, *optional*, defaults to `16`):
+            LoRA alpha of the coordinator.
+        lora_dropout (`float`, *optional*, defaults to `0.0`):
+            Must stay 0: the coordinator is merged into the weights.
+        lora_target_modules (`list[str]`, *optional*, defaults to `["all-linear"]`):
+            Modules that the coordinator acts on.
+    """
+
+    use_peft: bool = field(
+        default=False, metadata={"help": "Not read: the lora_* keys always describe the coordinator."}
+    )
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha of the coordinator."})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Must stay 0: the coordinator is merged into the weights."}
+    )
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Modules that the coordinator acts on."}
+    )
+
+
+FAMILY_ARGUMENTS: dict[str, tuple[type[DatasetArguments], type[ModelConfig]]] = {
+    "bridge": (StreamArguments, CoordinatorModelConfig),
+    "stream": (StreamArguments, ModelConfig),
+    "group": (GroupArguments, ModelConfig),
+    "rl": (RewardArguments, ModelConfig),
+    "scored": (ScoredArguments, ModelConfig),
+    "distillation": (DatasetArguments, ModelConfig),
+    "sft": (SupervisedArguments, ModelConfig),
+}
+"""Script and model arguments of each family in `trl_bridge.methods.catalogue.FAMILIES`."""

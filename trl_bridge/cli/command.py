@@ -1,0 +1,158 @@
+"""
+The command `trl-bridge`: training methods by verb, and tools.
+
+`trl-bridge METHOD --config recipe.yaml [--key value ...]` feels like `trl`: the same parser, the same launch behaviour.
+Nothing heavy is imported before a verb is known.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from .. import __version__
+from ..methods.catalogue import METHODS
+from ..recipes import accelerate_configs, copy_recipe, find_recipe, list_recipes, summary_line
+from .errors import UsageError, user_errors
+
+
+__all__ = ["TOOLS", "main"]
+
+TOOLS: dict[str, tuple[str, str]] = {
+    "compare": (
+        "trl_bridge.cli.compare:main",
+        "train methods on the same data, rollouts, seeds and tuned rates; write a table and pictures",
+    ),
+    "data": ("trl_bridge.cli.data:main", "list, show, check and prepare datasets"),
+    "demo": (
+        "trl_bridge.comparison.demo:main",
+        "compare GRPO, cold start and BRIDGE on a small task, in minutes on a CPU",
+    ),
+    "env": ("trl_bridge.cli.command:env", "print versions, for bug reports"),
+    "eval": (
+        "trl_bridge.cli.evaluate:main",
+        "accuracy and pass@k of a model on the usual benchmarks or your rows",
+    ),
+    "memory": ("trl_bridge.cli.memory:main", "estimate the memory of one GPU for a run, before it is launched"),
+    "merge": ("trl_bridge.cli.merge:main", "merge a LoRA adapter into its model"),
+    "recipes": ("trl_bridge.cli.command:recipes", "list the shipped recipes (`ls`) or copy one (`cp NAME FILE`)"),
+}
+"""From each tool's verb to its function, `module:function` taking the verb's own arguments, and one line of help."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors that are exceptions, so that a user's error is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Run the command line.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            Command line without the program. `None` takes `sys.argv`.
+
+    Returns:
+        `int`: exit code; 2 for a user's error.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    verb = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    with user_errors("trl-bridge" if verb is None else f"trl-bridge {verb}"):
+        if verb in METHODS:
+            return _train(verb, arguments[1:])
+        if verb in TOOLS:
+            return _tool(TOOLS[verb][0])(arguments[1:])
+        # Only --help and --version are left, and verbs that do not exist, which argparse refuses with the list of verbs.
+        _top_parser().parse_args(arguments)
+        _top_parser().print_help()
+    return 0
+
+
+def _train(name: str, argv: list[str]) -> int:
+    from .launch import launch
+    from .parsing import parse_command_line
+
+    line = parse_command_line(METHODS[name], argv, launched=False)
+    return launch(METHODS[name], line.launch, line.forwarded)
+
+
+def _tool(path: str) -> Callable[[list[str]], int]:
+    module, _, function = path.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _top_parser() -> _Parser:
+    parser = _Parser(
+        prog="trl-bridge",
+        description="Cooperative SFT and RL post-training for TRL.",
+        epilog="`trl-bridge VERB --help` shows the options of a verb.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"trl-bridge {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb")
+    for method in METHODS.values():
+        verbs.add_parser(method.name, help=f"train: {method.summary}")
+    for name, (_, summary) in TOOLS.items():
+        verbs.add_parser(name, help=summary)
+    return parser
+
+
+def recipes(argv: list[str]) -> int:
+    """
+    `trl-bridge recipes`.
+
+    Args:
+        argv (`list[str]`):
+            Arguments after the verb.
+
+    Returns:
+        `int`: exit code.
+    """
+    parser = _Parser(prog="trl-bridge recipes", description="Recipes shipped with trl-bridge.", allow_abbrev=False)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions.add_parser("ls", help="list the recipes, and the configs for `--accelerate_config`")
+    copy = actions.add_parser("cp", help="copy a recipe or a config to a file of your own", allow_abbrev=False)
+    copy.add_argument("name", metavar="NAME", help="recipe or config, such as smoke/bridge or bridge/zero3")
+    copy.add_argument("file", metavar="FILE", help="file to write, or a folder that exists")
+    copy.add_argument("--force", action="store_true", help="overwrite a file that exists")
+    arguments = parser.parse_args(argv)
+    if arguments.action == "cp":
+        print(f"wrote {copy_recipe(arguments.name, arguments.file, arguments.force)}")
+        return 0
+    recipe_files = {name: find_recipe(name) for name in list_recipes()}
+    config_files = accelerate_configs()
+    width = max(map(len, [*recipe_files, *config_files]), default=0)
+    for name, path in recipe_files.items():
+        print(f"{name:{width}}  {summary_line(path)}")
+    print("\nFor `--accelerate_config`, beside TRL's own:")
+    for name, path in config_files.items():
+        print(f"{name:{width}}  {summary_line(path)}")
+    return 0
+
+
+def env(argv: list[str]) -> int:
+    """
+    `trl-bridge env`: what `trl env` prints, our version, and those of the packages that the rewards compare with.
+
+    Args:
+        argv (`list[str]`):
+            Arguments after the verb.
+
+    Returns:
+        `int`: exit code.
+    """
+    parser = _Parser(prog="trl-bridge env", description="Print versions, for bug reports.", allow_abbrev=False)
+    parser.parse_args(argv)
+    from .._upstream_cli import print_trl_env
+
+    print_trl_env()
+    print(f"- trl-bridge version: {__version__}")
+    for package in ("math-verify", "latex2sympy2_extended", "reasoning-gym"):
+        found = any(importlib.metadata.distributions(name=package))
+        print(f"- {package} version: {importlib.metadata.version(package) if found else 'not installed'}")
+    return 0

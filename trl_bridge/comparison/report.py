@@ -1,0 +1,377 @@
+"""The tables of a comparison, in Markdown."""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..evaluation.statistics import bootstrap_interval
+from .file import Comparison, Row, Setting
+from .plan import best_rate, runs_of, tuning_runs, validation_scores
+
+
+__all__ = ["Difference", "Result", "overview", "report", "results_of"]
+
+
+Record = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """
+    A row against a reference on the seeds that both have.
+
+    Attributes:
+        mean (`float`):
+            Mean difference.
+        interval (`tuple[float, float]`, *optional*):
+            95 % bootstrap interval over seeds. `None` for one seed.
+        seeds (`int`):
+            Number of seeds.
+    """
+
+    mean: float
+    interval: tuple[float, float] | None
+    seeds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """
+    The test runs of a row in a setting.
+
+    Attributes:
+        row, setting:
+            Row and setting.
+        learning_rate (`float`, *optional*):
+            The rate that validation chose; `None` while it has not.
+        records (`dict[int, Mapping]`):
+            Finished test runs by seed, those that diverged left out.
+        diverged (`int`):
+            Number of test runs that diverged.
+    """
+
+    row: Row
+    setting: Setting
+    learning_rate: float | None
+    records: dict[int, Record]
+    diverged: int
+
+    def values(self, score: str | None = None, split: str = "test") -> dict[int, float]:
+        """
+        A score by seed.
+
+        Args:
+            score (`str`, *optional*):
+                Name of the score. `None` takes the task's metric.
+            split (`str`, *optional*, defaults to `"test"`):
+                `"test"` or `"ood"`.
+
+        Returns:
+            `dict[int, float]`: empty where there is none.
+        """
+        name = self.setting.task.metric if score is None else score
+        found = {seed: record["scores"].get(split, {}).get(name) for seed, record in self.records.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def mean(self, field: str) -> float | None:
+        """Mean of a number that every record has, such as `seconds`."""
+        found = [record[field] for record in self.records.values() if record[field] is not None]
+        return statistics.fmean(found) if found else None
+
+    def against(self, other: "Result", score: str | None = None) -> Difference | None:
+        """
+        Difference on the test rows.
+
+        Args:
+            other ([`Result`]):
+                The reference.
+            score (`str`, *optional*):
+                Name of the score. `None` takes the task's metric.
+
+        Returns:
+            [`Difference`], *optional*: `None` without a common seed.
+        """
+        own, theirs = self.values(score), other.values(score)
+        differences = [own[seed] - theirs[seed] for seed in sorted(own) if seed in theirs]
+        if not differences:
+            return None
+        interval = bootstrap_interval(differences) if len(differences) > 1 else None
+        return Difference(statistics.fmean(differences), interval, len(differences))
+
+
+def results_of(comparison: Comparison, setting: Setting, records: Mapping[str, Record]) -> dict[str, Result]:
+    """
+    Results of all rows in a setting.
+
+    Args:
+        comparison ([`~trl_bridge.comparison.file.Comparison`]):
+            The comparison.
+        setting ([`~trl_bridge.comparison.file.Setting`]):
+            The setting.
+        records (`Mapping[str, Mapping]`):
+            Records of finished runs by key.
+
+    Returns:
+        `dict[str, Result]`: by the row's name, in the comparison's order.
+    """
+    results = {}
+    for row in comparison.rows:
+        rate = best_rate(comparison, row, setting, records)
+        runs = [] if rate is None else runs_of(comparison, row, setting, rate)
+        done = {run.seed: records[run.key] for run in runs if run.key in records}
+        sound = {seed: record for seed, record in done.items() if "diverged" not in record}
+        results[row.name] = Result(row, setting, rate, sound, len(done) - len(sound))
+    return results
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation, `None` for one value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+Records = Mapping[str, Mapping[str, Any]]
+
+
+def report(comparison: Comparison, records: Records) -> str:
+    """
+    All tables: results, cost and the choice of learning rates, setting by setting.
+
+    Args:
+        comparison ([`~trl_bridge.comparison.file.Comparison`]):
+            The comparison.
+        records (`Mapping[str, Mapping]`):
+            Records of finished runs by key.
+
+    Returns:
+        `str`: Markdown. Runs that are missing are missing in it: a row without a test run has no numbers.
+    """
+    parts = [_how(comparison, records), "## Overview", overview(comparison, records)]
+    for setting, results in _present(comparison, records):
+        part = comparison.only(results)
+        parts += [f"## {setting.name}", *_summary(part, setting, results), _scores(part, setting, results)]
+        parts.append(_cost(part, results))
+    if comparison.validation_seeds:
+        parts += ["## Learning rates", _RATES, _rates(comparison, records)]
+    return "\n\n".join(parts) + "\n"
+
+
+def overview(comparison: Comparison, records: Records) -> str:
+    """
+    One line for each row: its scores in every setting, and the difference against the first reference.
+
+    Args:
+        comparison ([`~trl_bridge.comparison.file.Comparison`]):
+            The comparison.
+        records (`Mapping[str, Mapping]`):
+            Records of finished runs by key.
+
+    Returns:
+        `str`: Markdown.
+    """
+    present = _present(comparison, records)
+    columns = [(setting, results, score) for setting, results in present for score in _names(setting)]
+    head = ["method", *(f"{setting.name}: {score}" for setting, _, score in columns)]
+    rows = []
+    for row in comparison.rows:
+        cells = [f"`{row.name}`"]
+        for _, results, score in columns:
+            values = list(results[row.name].values(score).values()) if row.name in results else []
+            text = f"{mean_and_deviation(values)[0]:.3f}" if values else ""
+            reference = next((results[name] for name in comparison.references if name in results), None)
+            if values and reference is not None and reference.row.name != row.name:
+                difference = results[row.name].against(reference, score)
+                text += "" if difference is None else f" ({_difference(difference).split(' ')[0]})"
+            cells.append(text)
+        rows.append(cells)
+    return _markdown(head, rows)
+
+
+def _present(comparison: Comparison, records: Records) -> list[tuple[Setting, dict[str, Result]]]:
+    """Settings with their rows, as far as there are test runs."""
+    found = []
+    for setting in comparison.settings:
+        results = results_of(comparison, setting, records)
+        results = {name: result for name, result in results.items() if result.records or result.diverged}
+        if results:
+            found.append((setting, results))
+    return found
+
+
+def _names(setting: Setting) -> list[str]:
+    metric = setting.task.metric
+    return [metric] if metric == "accuracy" else [metric, "accuracy"]
+
+
+_RATES = (
+    "Mean score on the validation rows, which no other number here is from. Bold: chosen. An asterisk at a rate in the tables above: "
+    "the chosen one is an end of the grid, so a better one may lie beyond it."
+)
+
+
+def _how(comparison: Comparison, records: Records) -> str:
+    used = list(records.values())
+    dates = sorted({record["date"] for record in used})
+    machines = sorted({_machine(record["machine"]) for record in used})
+    commits = sorted({_commit(record["commit"]) for record in used})
+    versions = sorted({", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in used})
+    lines = [
+        f"- {len(used)} runs, {comparison.steps} updates each unless a row says otherwise, seeds "
+        f"{_listed(comparison.seeds)}; {_choice(comparison)}.",
+        f"- Machine: {'; '.join(machines)}. Date: {_span(dates)}. Commit: {', '.join(commits)}.",
+        f"- {'; '.join(versions)}.",
+        "- Differences are taken seed by seed, with a 95 % bootstrap interval over the seeds. With five seeds such an interval is too "
+        "narrow: read it as a rough guide. Bold: the interval does not contain 0.",
+    ]
+    mixed = [setting.name for setting, results in _present(comparison, records) if _started_apart(results)]
+    if mixed:
+        lines.append(
+            f"- **Rows started from different base models** in {', '.join(mixed)}, where another processor trained them otherwise: "
+            "differences seed by seed are none there. Runs that are compared want one folder `bases`."
+        )
+    return "\n".join(lines)
+
+
+def _started_apart(results: Mapping[str, Result]) -> bool:
+    bases: dict[int, set[str]] = {}
+    for result in results.values():
+        for seed, record in result.records.items():
+            # Lines from before it was written down have none.
+            bases.setdefault(seed, set()).update({record["base"]} if "base" in record else ())
+    return any(len(found) > 1 for found in bases.values())
+
+
+def _choice(comparison: Comparison) -> str:
+    rates = _listed(f"{rate:g}" for rate in comparison.learning_rates)
+    if not comparison.validation_seeds:
+        return f"learning rate {rates} for every row, not chosen"
+    seeds = "seed" if len(comparison.validation_seeds) == 1 else "seeds"
+    return f"learning rates {rates} tried on {seeds} {_listed(comparison.validation_seeds)}"
+
+
+def _commit(commit: str | None) -> str:
+    return "none" if commit is None else commit[:10] + ("+" if commit.endswith("+") else "")
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''} a run"
+    return machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores, {threads}"
+
+
+def _summary(comparison: Comparison, setting: Setting, results: dict[str, Result]) -> list[str]:
+    """Who leads, and which rows are above and below each reference."""
+    means = {
+        name: mean_and_deviation(list(values.values()))[0] for name, r in results.items() if (values := r.values())
+    }
+    if not means:
+        return []
+    best = max(means, key=lambda name: means[name])
+    lines = [f"Highest {setting.task.metric}: `{best}`, {means[best]:.3f}."]
+    for reference in comparison.references:
+        above: list[str] = []
+        below: list[str] = []
+        for name, result in results.items():
+            difference = None if name == reference else result.against(results[reference])
+            if difference is not None and difference.interval is not None:
+                low, high = difference.interval
+                (above if low > 0 else below if high < 0 else []).append(f"`{name}`")
+        lines.append(f"Above `{reference}`: {', '.join(above) or 'none'}. Below it: {', '.join(below) or 'none'}.")
+    return ["\n".join(lines)]
+
+
+def _scores(comparison: Comparison, setting: Setting, results: dict[str, Result]) -> str:
+    names = _names(setting)
+    pairs = [(name, reference) for reference in comparison.references for name in names]
+    head = ["method", "rate", *names, "seeds", *(f"{name} against `{reference}`" for name, reference in pairs)]
+    head.append(f"out of distribution, {names[0]}")
+    rows = []
+    for name, result in results.items():
+        cells = [f"`{name}`", _rate(comparison, result)]
+        cells += [_spread(result.values(score)) for score in names]
+        cells.append(str(len(result.records)) + (f" ({result.diverged} diverged)" if result.diverged else ""))
+        for score, reference in pairs:
+            cells.append("" if name == reference else _difference(result.against(results[reference], score)))
+        rows.append([*cells, _spread(result.values(split="ood"))])
+    return _markdown(head, rows)
+
+
+def _cost(comparison: Comparison, results: dict[str, Result]) -> str:
+    """Processor time, which other programs on the machine change little, beside the clock's."""
+    reference = next((name for name in comparison.references if results[name].records), None)
+    base = None if reference is None else results[reference].mean("cpu_seconds")
+    head = ["cost of a run", "seconds", "CPU seconds"] + ([f"times `{reference}`"] if base else [])
+    head += ["generated tokens", "SFT tokens", "peak memory, MB"]
+    rows = []
+    for name, result in results.items():
+        cpu = result.mean("cpu_seconds")
+        if cpu is not None:
+            cells = [f"`{name}`", f"{result.mean('seconds'):.1f}", f"{cpu:.1f}"] + (
+                [f"{cpu / base:.2f}"] if base else []
+            )
+            fields = ("generated_tokens", "sft_tokens", "peak_memory_mb")
+            rows.append(cells + [_whole(result.mean(field)) for field in fields])
+    return _markdown(head, rows)
+
+
+def _rates(comparison: Comparison, records: Records) -> str:
+    rates = comparison.learning_rates
+    rows = []
+    for setting in comparison.settings:
+        for row in comparison.rows:
+            scores = validation_scores(comparison, row, setting, records)
+            if not scores:
+                continue
+            best = max(scores.values()) if len(scores) == len(rates) else None
+            diverged = {
+                r.learning_rate for r in tuning_runs(comparison, row, setting) if "diverged" in records.get(r.key, {})
+            }
+            cells, chosen = [], False
+            for rate in rates:
+                text = f"{scores[rate]:.3f}" if rate in scores else ""
+                if rate in scores and scores[rate] == best and not chosen:
+                    text, chosen = f"**{text}**", True
+                cells.append(text + (" (diverged)" if rate in diverged else ""))
+            rows.append([setting.name, f"`{row.name}`", *cells])
+    return _markdown(["setting", "method", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def _rate(comparison: Comparison, result: Result) -> str:
+    if result.learning_rate is None:
+        return ""
+    chosen = bool(comparison.validation_seeds)
+    ends = {min(comparison.learning_rates), max(comparison.learning_rates)} if chosen else set()
+    return f"{result.learning_rate:g}{'*' if result.learning_rate in ends else ''}"
+
+
+def _spread(values: Mapping[int, float]) -> str:
+    if not values:
+        return ""
+    mean, deviation = mean_and_deviation(list(values.values()))
+    return f"{mean:.3f}" + ("" if deviation is None else f" ({deviation:.3f})")
+
+
+def _difference(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    if difference.interval is None:
+        return f"{difference.mean:+.3f}"
+    low, high = difference.interval
+    mean = f"**{difference.mean:+.3f}**" if low > 0 or high < 0 else f"{difference.mean:+.3f}"
+    return f"{mean} [{low:+.3f}, {high:+.3f}]"
+
+
+def _whole(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(map(str, values))
+
+
+def _span(dates: Sequence[str]) -> str:
+    return "" if not dates else dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines)

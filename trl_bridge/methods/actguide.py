@@ -1,0 +1,341 @@
+"""ActGuide: groups without a success are rolled out anew with as little guidance as works."""
+
+import math
+import re
+import textwrap
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import pad
+
+from ..training.group import ExpertPlan, ExpertTrainer
+from ..training.group_config import ExpertConfig
+from ..training.metrics import record
+from ..training.policy import Scores
+from .actguide_rollouts import Guidance, GuidedRollouts
+
+
+@dataclass
+class ActGuideConfig(ExpertConfig):
+    r"""
+    Configuration of [`ActGuideTrainer`].
+
+    Parameters:
+        hard_threshold (`float`, *optional*, defaults to `0.0`):
+            Groups whose best reward is at most this are hard, and get guidance; a probe works if one of its rollouts
+            has more.
+        probe_rounds (`int`, *optional*, defaults to `5`):
+            Most probes of a hard group, each with guidance of another length.
+        probe_rollouts (`int`, *optional*, defaults to `2`):
+            Rollouts of a probe.
+        show_last_step (`bool`, *optional*, defaults to `False`):
+            Whether all steps may be shown. Mostly the last one holds the answer.
+        guidance_template (`str`, *optional*, defaults to `"Reference steps:\n{steps}\n\n{prompt}"`):
+            The prompt with guidance: a text with `{prompt}` and `{steps}`, in a conversation the last user message.
+        shaping_gamma (`float`, *optional*, defaults to `0.0`):
+            Above 0 a guided token has the weight `r / (r + gamma)` on its advantage, detached, in the place of its
+            ratio `r`. 0 keeps the ratio.
+        loss_type (`str`, *optional*, defaults to `"dapo"`):
+            As in [`~trl.GRPOConfig`]; `"grpo"`, `"dr_grpo"` or `"dapo"`.
+        beta (`float`, *optional*, defaults to `0.001`):
+            As in [`~trl.GRPOConfig`]: weight of the KL term, which needs a reference model.
+        delta (`float`, *optional*, defaults to `3.0`):
+            As in [`~trl.GRPOConfig`]: upper bound of the ratio where the advantage is negative.
+        expert_max_length (`int`, *optional*):
+            Longest worked solution, in tokens. `None` takes `max_completion_length`. Its steps go into the prompt, so
+            it may exceed that.
+    """
+
+    hard_threshold: float = field(
+        default=0.0, metadata={"help": "Groups whose best reward is at most this are hard, and get guidance."}
+    )
+    probe_rounds: int = field(default=5, metadata={"help": "Most probes of a hard group."})
+    probe_rollouts: int = field(default=2, metadata={"help": "Rollouts of a probe."})
+    show_last_step: bool = field(
+        default=False, metadata={"help": "Whether all steps may be shown. Mostly the last one holds the answer."}
+    )
+    guidance_template: str = field(
+        default="Reference steps:\n{steps}\n\n{prompt}",
+        metadata={"help": "The prompt with guidance: a text with {prompt} and {steps}."},
+    )
+    shaping_gamma: float = field(
+        default=0.0,
+        metadata={"help": "Above 0, guided tokens have the weight r / (r + gamma) in the place of their ratio r."},
+    )
+    loss_type: str = field(default="dapo", metadata={"help": "GRPO's loss type: 'grpo', 'dr_grpo' or 'dapo'."})
+    beta: float = field(default=0.001, metadata={"help": "Weight of the KL term, as in GRPO."})
+    delta: float | None = field(
+        default=3.0, metadata={"help": "Upper bound of the ratio where the advantage is negative, as in GRPO."}
+    )
+
+    presets = ("paper",)
+    reads_success_threshold = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("probe_rounds", "probe_rollouts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not self.shaping_gamma >= 0:
+            raise ValueError(f"`shaping_gamma` must not be negative, got {self.shaping_gamma}.")
+        for part in ("{prompt}", "{steps}"):
+            if self.guidance_template.count(part) != 1:
+                raise ValueError(f"`guidance_template` must contain {part} once, got {self.guidance_template!r}.")
+        if self.loss_scale != "trl":
+            raise ValueError(
+                f"`loss_scale={self.loss_scale!r}` scales an SFT term, and ActGuide has none. Set it to 'trl'."
+            )
+
+
+# Rollouts that speak of what the unguided prompt does not have.
+_MENTION = re.compile(r"\b(hint|guidance|reference steps?|given steps?)\b", re.IGNORECASE)
+
+
+class ActGuideTrainer(ExpertTrainer):
+    """
+    ActGuide: GRPO, where groups without a success get rollouts with guidance in their prompt.
+
+    A group whose best reward is at most `hard_threshold` is hard. Guidance is the first `k` steps of its worked
+    solution (`expert_steps`), put into the prompt. A binary search finds the least `k` with which one of a few rollouts
+    succeeds; `G` new rollouts under that prompt `x_k` then take the group's place, and are trained under the prompt `x`
+    without guidance. Their advantages `A` are their own group's, and the ratio of their tokens is
+
+        r_t = pi_theta(y_t | x, y_<t) / pi_old(y_t | x_k, y_<t)
+
+    in GRPO's clipped loss, or with `shaping_gamma` the weight `sg[r_t / (r_t + gamma)] A` on `log pi_theta(y_t | x)`.
+    All other groups are plain GRPO's, to the bit where no group is hard. KL is under the prompt without guidance.
+
+    Text only: the steps of a solution stand where the paper has an agent's actions. The dataset needs `expert` (or
+    `completion`) and `expert_steps`, its text cut up.
+
+    Source: "Learning Agentic Policy from Action Guidance" (arXiv 2605.12004), ActGuide-RL.
+
+    Deviations:
+    - the length that is used was always tried, and worked. The released code returns one that it never tried where five
+      probes are too few (32 actions and more); a group for which nothing worked keeps its unguided rollouts, whose
+      rewards are alike, in place of new ones;
+    - the search begins at one step: the unguided rollouts have shown that none does not suffice;
+    - the last step is not shown unless `show_last_step` is set: in a worked solution it mostly is the answer;
+    - a hard prompt without solution keeps its rollouts; the released code samples them anew;
+    - `loss_type="dapo"`, `beta=0.001` and `delta=3.0` are the released token mean, KL and dual clip.
+
+    With vLLM the correction for its sampling (`vllm_importance_sampling_correction`) compares a guided rollout's
+    log-probabilities under the prompt that it was sampled from. The parent alone would compare them under the other one
+    and, in its default mode, leave out such rollouts.
+
+    Metrics, as shares of all groups: `actguide/hard_rate` and `actguide/guided_rate`. Of guided groups:
+    `actguide/steps` and `actguide/step_share` (steps shown, and of those that may be shown), `actguide/rescued_rate`
+    (one of the new rollouts succeeds), `actguide/mention_rate` (rollouts that speak of a hint or reference steps),
+    `actguide/ratio_mean` (mean `r_t`), `expert/reward` (mean reward of the new rollouts). `actguide/probe_rollouts` is
+    their number. `rollouts/reward`, completion lengths and the rewards' own metrics are of the unguided rollouts;
+    `reward` is of those that are trained.
+
+    Args:
+        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
+        optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory:
+            As in [`~trl.GRPOTrainer`]; `train_dataset` has the columns `expert` and `expert_steps`.
+
+    Raises:
+        ValueError: `train_dataset` has no `expert_steps`.
+    """
+
+    config_class = ActGuideConfig
+    reads_steps = True
+    _tag_names = ["trl", "actguide"]
+    _name = "ActGuide"
+    _paper = {
+        "title": "Learning Agentic Policy from Action Guidance",
+        "id": "2605.12004",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{ji2026actguide,
+                title        = {{Learning Agentic Policy from Action Guidance}},
+                author       = {Yuxiang Ji and Zengbin Wang and Yong Wang and Shidong Yang and Ziyu Ma and Guanhua Chen and Zonghua Sun and Liaoni Wu and Xiangxiang Chu},
+                year         = 2026,
+                eprint       = {arXiv:2605.12004},
+            }"""),
+    }
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if not self.experts.has_steps:
+            raise ValueError(
+                "`train_dataset` has no `expert_steps` column: guidance is made of the steps of a worked solution. Add a "
+                "list of strings for each row that join to its `expert`."
+            )
+        self._guidance: Guidance | None = None
+        self._known_rewards: torch.Tensor | None = None
+        self._guided_prompts: list[list[int]] = []
+        self._old_log_probs_due = False
+
+    # The generation batch
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        generated = super()._generate(prompts)
+        plan = self._plan
+        if plan is None:
+            return generated
+        prompt_ids, completion_ids, tool_mask, completions, log_probs, *rest = generated
+        known = self._calculate_rewards(plan.inputs, prompts, completions, completion_ids)
+        rollouts = GuidedRollouts(self, plan)
+        guidance = rollouts.find()
+        if guidance.lengths:
+            known = rollouts.rewards(known, guidance.samples)
+            self._guided_prompts = [list(ids) for ids in prompt_ids]
+            for row, (ids, values) in guidance.samples.items():
+                completion_ids[row] = ids
+                completions[row] = rollouts.decode(row, ids)
+                self._guided_prompts[row] = rollouts.prompt_ids(row, guidance.lengths[plan.groups[row]])
+                if log_probs is not None:
+                    log_probs[row] = values
+            self._old_log_probs_due = self._parent_scores_old_policy()
+        self._guidance, self._known_rewards = guidance, known
+        return prompt_ids, completion_ids, tool_mask, completions, log_probs, *rest
+
+    def sample_apart(self, prompt_ids: list[list[int]], count: int) -> tuple[Any, Any]:
+        """
+        Sample beside the generation batch.
+
+        Args:
+            prompt_ids (`list[list[int]]`):
+                Prompts, each `count` times in a row; as many on every rank.
+            count (`int`):
+                Rollouts of a prompt.
+
+        Returns:
+            `tuple[list[list[int]], list[list[float]] | None]`: completions, and log-probabilities where the sampler
+            reports them.
+        """
+        plan, self._plan = self._plan, None
+        try:
+            return self._generate_single_turn(prompt_ids, None, {}, count)
+        finally:
+            self._plan = plan
+
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> torch.Tensor:
+        known, self._known_rewards = self._known_rewards, None
+        if known is None:
+            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self.rollouts.keep(known)
+        return known
+
+    def _parent_scores_old_policy(self) -> bool:
+        """Whether the parent's first scoring of a generation batch is that of the old policy."""
+        args = self.args
+        misaligned = args.gradient_accumulation_steps % (args.steps_per_generation * self.num_iterations) != 0
+        return misaligned or (self.use_vllm and self.vllm_importance_sampling_correction)
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if not self._old_log_probs_due:
+            return scores
+        # The parent corrects vLLM's sampling by these, so guided rows must have them under their own prompt by now.
+        self._old_log_probs_due = False
+        _, ids, mask, length = args[:4]
+        guided = self._guided_log_probs(ids[:, -length:], mask[:, -length:])
+        return torch.where(self._guided_rows(ids.device), guided, scores[0]), *scores[1:]
+
+    def _guided_rows(self, device: torch.device) -> torch.Tensor:
+        """Which of this rank's rows are guided, (rows, 1)."""
+        assert self._guidance is not None
+        rows = range(len(self._guided_prompts))
+        return torch.tensor([[row in self._guidance.samples] for row in rows], device=device)
+
+    def _guided_log_probs(self, completion_ids: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities (B, T) of the completions under the prompts that they were sampled from."""
+        tensors = [torch.tensor(ids) for ids in self._guided_prompts]
+        options: Any = {"padding_side": "left", "pad_to_multiple_of": self.pad_to_multiple_of}
+        ids = pad(tensors, padding_value=self._tokenizer.pad_token_id, **options).to(completion_ids.device)
+        mask = pad([torch.ones_like(t) for t in tensors], padding_value=0, **options).to(completion_ids.device)
+        model: Any = self.model
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        with torch.no_grad(), disable_gradient_checkpointing(model, checkpointing):
+            scores = super()._get_per_token_logps_and_entropies(
+                model,
+                torch.cat([ids, completion_ids], dim=1),
+                torch.cat([mask, completion_mask], dim=1),
+                completion_ids.size(1),
+                batch_size=self.args.per_device_train_batch_size,
+            )
+        return scores[0]
+
+    def assign(self, output: dict[str, Any], plan: ExpertPlan) -> None:
+        guidance = self._guidance
+        assert guidance is not None
+        self._record_guidance(guidance)
+        # The same on every rank, so that all of them score, or none.
+        if guidance.lengths:
+            output["guided"] = self._guided_rows(output["completion_ids"].device).squeeze(1)
+            if "old_per_token_logps" not in output:
+                output["guided_per_token_logps"] = self._guided_log_probs(
+                    output["completion_ids"], output["completion_mask"]
+                )
+        self._guidance, self._guided_prompts = None, []
+
+    # The loss
+
+    def policy_inputs(self, inputs: dict[str, Any], scores: Scores) -> dict[str, Any]:
+        log_probs = scores[0].detach()
+        if "guided" not in inputs:
+            nothing = torch.zeros((), device=log_probs.device)
+            self._add_up(guided_tokens=nothing, guided_ratio=nothing)
+            return inputs
+        rows = inputs["guided"].unsqueeze(1)
+        old = inputs.get("old_per_token_logps", log_probs)
+        old = torch.where(rows, inputs.get("guided_per_token_logps", old), old)
+        trained = (inputs["completion_mask"] > 0) & rows
+        self._add_up(
+            guided_tokens=trained.sum(), guided_ratio=(log_probs - old).exp().masked_fill(~trained, 0.0).sum()
+        )
+        advantages = inputs["advantages"].unsqueeze(1)
+        gamma = self.args.shaping_gamma
+        if gamma:
+            # r / (r + gamma), which must not overflow
+            weights = torch.sigmoid(log_probs - old - math.log(gamma))
+            advantages = torch.where(rows, advantages * weights, advantages)
+            old = torch.where(rows, log_probs, old)
+        return {**inputs, "old_per_token_logps": old, "advantages": advantages}
+
+    # Metrics
+
+    def _record_rewards(self, plan: ExpertPlan) -> None:
+        guidance = self._guidance
+        assert guidance is not None
+        values = {"rollouts/reward": guidance.own.nanmean().item()}
+        if guidance.lengths:
+            rewards = self.rollouts.total_rewards().view_as(guidance.own)
+            values["expert/reward"] = rewards[list(guidance.lengths)].nanmean().item()
+        record(self, {name: value for name, value in values.items() if value == value})
+
+    def _record_guidance(self, guidance: Guidance) -> None:
+        groups, lengths = len(guidance.own), guidance.lengths
+        values = {
+            "actguide/hard_rate": guidance.hard.sum().item() / groups,
+            "actguide/guided_rate": len(lengths) / groups,
+            "actguide/probe_rollouts": guidance.probes * self.args.probe_rollouts,
+        }
+        if lengths:
+            rewards = self.rollouts.total_rewards().view_as(guidance.own)[list(lengths)]
+            best = rewards.nan_to_num(nan=-torch.inf).amax(dim=1)
+            texts = self._tokenizer.batch_decode([ids for ids, _ in guidance.samples.values()])
+            mentions = self._sum_over_ranks(sum(bool(_MENTION.search(text)) for text in texts))
+            values |= {
+                "actguide/steps": sum(lengths.values()) / len(lengths),
+                "actguide/step_share": sum(k / guidance.steps[group] for group, k in lengths.items()) / len(lengths),
+                "actguide/rescued_rate": (best > self.args.hard_threshold).double().mean().item(),
+                "actguide/mention_rate": mentions / rewards.numel(),
+            }
+        record(self, values)
+
+    def window_metrics(self, totals: dict[str, float]) -> dict[str, float]:
+        values = super().window_metrics(totals)
+        if totals["guided_tokens"]:
+            values["actguide/ratio_mean"] = totals["guided_ratio"] / totals["guided_tokens"]
+        return values
+
+    def resume_requirements(self) -> dict[str, Any]:
+        return {**super().resume_requirements(), "guidance_template": self.args.guidance_template}

@@ -1,0 +1,290 @@
+"""Rollouts under guided prompts: which groups get them, with how many steps, and the sampling itself."""
+
+import dataclasses
+import re
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from .._upstream import decode_completions, isolated_bookkeeping
+from ..training.group import ExpertPlan
+from ..training.verdicts import ask_rewards
+
+
+class GuidanceSearch:
+    """
+    Binary search for the least number of steps with which the policy succeeds, in a limited number of probes.
+
+    The answer is always a length that was probed and worked. If success is monotone in the length, it is the least one
+    where the probes suffice (`longest < 2 ** rounds`). The last probe is of all steps where none has worked so far.
+
+    Args:
+        longest (`int`):
+            Most steps that may be shown, at least 1.
+        rounds (`int`):
+            Most probes.
+    """
+
+    def __init__(self, longest: int, rounds: int):
+        self.longest = longest
+        self._left = rounds
+        self._low, self._high = 1, longest + 1  # the least length that works is among these; the last one means none
+
+    @property
+    def probe(self) -> int | None:
+        """Number of steps to try now, from 1; `None` when the search is over."""
+        if self._left == 0 or self._low >= self._high:
+            return None
+        if self._left == 1 and self.found is None:
+            return self.longest
+        return (self._low + self._high) // 2
+
+    def tell(self, works: bool) -> None:
+        """
+        Give the result of the probe.
+
+        Raises:
+            ValueError: the search is over.
+        """
+        tried = self.probe
+        if tried is None:
+            raise ValueError("The search is over: there is no probe to tell the result of.")
+        self._left -= 1
+        if works:
+            self._high = tried
+        else:
+            self._low = tried + 1
+
+    @property
+    def found(self) -> int | None:
+        """The shortest length that was seen to work; `None` where none was."""
+        return self._high if self._high <= self.longest else None
+
+
+def guided_prompt(prompt: Any, steps: str, template: str) -> Any:
+    """
+    A prompt with guidance in it.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            Prompt; of a conversation the last user message is changed.
+        steps (`str`):
+            Text of the steps.
+        template (`str`):
+            Text with `{prompt}` and `{steps}`.
+
+    Returns:
+        `str` or `list[dict]`: another prompt of the same kind.
+
+    Raises:
+        ValueError: a conversation without a user message that is text.
+    """
+
+    def fill(text: str) -> str:
+        return re.sub(r"\{(prompt|steps)\}", lambda found: text if found[1] == "prompt" else steps, template)
+
+    if isinstance(prompt, str):
+        return fill(prompt)
+    for place in range(len(prompt) - 1, -1, -1):
+        content = prompt[place]["content"]
+        if prompt[place]["role"] == "user" and isinstance(content, list) and len(content) == 1:
+            content = content[0].get("text")
+        if prompt[place]["role"] == "user" and isinstance(content, str):
+            return [*prompt[:place], {**prompt[place], "content": fill(content)}, *prompt[place + 1 :]]
+    raise ValueError("a conversational `prompt` has no user message that is text: guidance has no place in it.")
+
+
+Sample = tuple[list[int], list[Any] | None]
+"""Tokens of a completion, and their log-probabilities where the sampler reports them."""
+
+
+@dataclasses.dataclass
+class Guidance:
+    """
+    Guidance of a generation batch. All but `samples` is the same on every rank.
+
+    Attributes:
+        own (`torch.Tensor` of shape `(groups, G)`):
+            Rewards of the unguided rollouts.
+        hard (`torch.Tensor` of shape `(groups,)`):
+            Whether a group's best reward is at most the threshold.
+        steps (`dict[int, int]`):
+            For each hard group with a worked solution, the most steps that may be shown.
+        lengths (`dict[int, int]`):
+            For each guided group, how many steps are shown.
+        probes (`int`):
+            Number of probes.
+        samples (`dict[int, Sample]`):
+            For each of this rank's rows in a guided group, its rollout.
+    """
+
+    own: torch.Tensor
+    hard: torch.Tensor
+    steps: dict[int, int] = dataclasses.field(default_factory=dict)
+    lengths: dict[int, int] = dataclasses.field(default_factory=dict)
+    probes: int = 0
+    samples: dict[int, Sample] = dataclasses.field(default_factory=dict)
+
+
+class GuidedRollouts:
+    """
+    Finds guidance for the hard groups of a generation batch and samples under it. Its methods are collective.
+
+    A group's guided rollouts are sampled by the rank that has its first row, and ranks with fewer of them sample a
+    filler, so that all of them make the same calls with the same number of rows, and the rows of one prompt are
+    neighbours (vLLM's server is asked for each prompt once).
+
+    Args:
+        trainer ([`ActGuideTrainer`]):
+            Trainer that samples and scores.
+        plan ([`~trl_bridge.training.group.ExpertPlan`]):
+            Rows of the batch on this rank.
+    """
+
+    def __init__(self, trainer: Any, plan: ExpertPlan):
+        self.trainer = trainer
+        self.plan = plan
+        self._first_rows = {group: row for row, group in enumerate(plan.groups) if plan.members[row] == 0}
+
+    def find(self) -> Guidance:
+        """
+        Guidance for the batch, once its own rollouts are rewarded.
+
+        Returns:
+            [`Guidance`]: with the rollouts under it.
+        """
+        args, size = self.trainer.args, self.trainer.num_generations
+        own = self.trainer.rollouts.total_rewards().view(-1, size)
+        unknown = torch.isnan(own)
+        # A group that nobody could score is not known to be hard.
+        hard = (own.masked_fill(unknown, -torch.inf).amax(dim=1) <= args.hard_threshold) & ~unknown.all(dim=1)
+        counts = [
+            (group, count)
+            for group, row in self._first_rows.items()
+            if hard[group] and (count := len(self._step_ends(row)) - (not args.show_last_step)) > 0
+        ]
+        found = Guidance(own, hard, steps=dict(sorted(gather_object(counts))))
+        searches = {group: GuidanceSearch(count, args.probe_rounds) for group, count in found.steps.items()}
+        while jobs := {group: s.probe for group, s in searches.items() if s.probe is not None}:
+            best = self._probe(jobs)
+            found.probes += len(jobs)
+            for group in jobs:
+                searches[group].tell(best[group] > args.hard_threshold)
+        found.lengths = {group: s.found for group, s in searches.items() if s.found is not None}
+        if found.lengths:
+            samples = dict(gather_object(list(self._sample(found.lengths, size).items())))
+            found.samples = {
+                row: samples[group][member]
+                for row, (group, member) in enumerate(zip(self.plan.groups, self.plan.members, strict=True))
+                if group in samples
+            }
+        return found
+
+    def prompt_ids(self, row: int, steps: int) -> list[int]:
+        """
+        Tokens of a row's prompt with guidance.
+
+        Args:
+            row (`int`):
+                Row of this rank, whose group has a worked solution.
+            steps (`int`):
+                How many steps are shown.
+        """
+        trace = self.plan.experts[row] or []
+        shown = trace[: self._step_ends(row)[steps - 1]]
+        text = self.trainer._tokenizer.decode(shown, skip_special_tokens=True).strip()
+        prompt = guided_prompt(self.plan.inputs[row]["prompt"], text, self.trainer.args.guidance_template)
+        return self._tokens(prompt)
+
+    def decode(self, row: int, completion_ids: list[int]) -> Any:
+        """A completion of a row's prompt as reward functions see it."""
+        prompt = self.plan.inputs[row]["prompt"]
+        return decode_completions(self.trainer, [prompt], [self._tokens(prompt)], [completion_ids])[0]
+
+    def rewards(self, known: torch.Tensor, samples: dict[int, Sample]) -> torch.Tensor:
+        """
+        Rewards of all rows, the guided rollouts' in the place of those that they replace.
+
+        Args:
+            known (`torch.Tensor` of shape `(rows over all ranks, reward functions)`):
+                Rewards of the unguided rollouts.
+            samples (`dict[int, Sample]`):
+                Guided rollouts of this rank's rows.
+
+        Returns:
+            `torch.Tensor` of the same shape.
+        """
+        trainer, plan = self.trainer, self.plan
+        rows = list(samples)
+        examples = [self._example(row, samples[row][0]) for row in rows]
+        # The parent gathers, which needs the same number of rows on each rank.
+        size = max(gather_object([len(rows)]))
+        examples += [self._filler()] * (size - len(rows))
+        names = ("inputs", "prompt", "completion", "completion_ids")
+        with isolated_bookkeeping(trainer):
+            scored = trainer._calculate_rewards(*([example[name] for example in examples] for name in names))
+            logged = {name: list(values) for name, values in trainer._pending_extra_logs.items()}
+        # Columns of the completions' table; what the unguided rollouts had there is replaced with them.
+        for name, values in logged.items():
+            kept = trainer._pending_extra_logs.get(name, [])
+            if len(kept) == len(plan.groups) and len(values) == size:
+                for row, value in zip(rows, values, strict=False):
+                    kept[row] = value
+        first = trainer.accelerator.process_index * len(plan.groups)
+        places = gather_object([[first + row for row in rows]])
+        rewards = known.clone()
+        for rank, indices in enumerate(places):
+            rewards[indices] = scored[rank * size : rank * size + len(indices)]
+        return rewards
+
+    def _step_ends(self, row: int) -> list[int]:
+        trace = self.plan.experts[row]
+        if trace is None:
+            return []
+        ends = self.trainer.experts.step_ends(
+            self.plan.inputs[row]["prompt"], self.plan.generation, self.plan.groups[row]
+        )
+        return [end for end in ends if end <= len(trace)]
+
+    def _tokens(self, prompt: Any) -> list[int]:
+        return list(self.trainer._tokenize_prompts([prompt])[0][0])
+
+    def _sample(self, lengths: dict[int, int], count: int) -> dict[int, list[Sample]]:
+        """`count` rollouts of each group whose first row this rank has, under guidance of these lengths."""
+        mine = [group for group in lengths if group in self._first_rows]
+        size = max(gather_object([len(mine)]))
+        prompts = [self.prompt_ids(self._first_rows[group], lengths[group]) for group in mine]
+        prompts += [self._tokens(self.plan.inputs[0]["prompt"])] * (size - len(mine))
+        repeated = [ids for ids in prompts for _ in range(count)]
+        completion_ids, log_probs = self.trainer.sample_apart(repeated, count)
+        samples = [
+            (list(ids), None if log_probs is None else list(log_probs[place]))
+            for place, ids in enumerate(completion_ids)
+        ]
+        return {group: samples[place * count : (place + 1) * count] for place, group in enumerate(mine)}
+
+    def _probe(self, jobs: dict[int, int]) -> dict[int, float]:
+        """Best reward of a probe of each group, on every rank; minus infinity where nobody could score it."""
+        samples = self._sample(jobs, self.trainer.args.probe_rollouts)
+        groups = [group for group, rollouts in samples.items() for _ in rollouts]
+        examples = [
+            self._example(self._first_rows[group], ids) for group, rollouts in samples.items() for ids, _ in rollouts
+        ]
+        asked = ask_rewards(self.trainer, examples, self._filler())
+        best = dict.fromkeys(jobs, -torch.inf)
+        for group, reward in gather_object(list(zip(groups, asked, strict=True))):
+            best[group] = max(best[group], reward if reward == reward else -torch.inf)
+        return best
+
+    def _filler(self) -> dict[str, Any]:
+        return self._example(0, [self.trainer._tokenizer.eos_token_id])
+
+    def _example(self, row: int, ids: list[int]) -> dict[str, Any]:
+        inputs = self.plan.inputs[row]
+        return {
+            "inputs": inputs,
+            "prompt": inputs["prompt"],
+            "completion": self.decode(row, ids),
+            "completion_ids": ids,
+        }

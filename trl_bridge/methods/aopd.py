@@ -1,0 +1,100 @@
+"""AOPD: imitation of the teacher's likeliest tokens where the student is too sure, on-policy distillation elsewhere."""
+
+import textwrap
+from typing import Any
+
+import torch
+
+from ..objectives.distill import imitation_gate, imitation_term, policy_term
+from ..objectives.lm_head import StudentScores, TeacherScores
+from .opd import OPDTrainer
+from .opd_config import AOPDConfig
+
+
+class AOPDTrainer(OPDTrainer):
+    """
+    AOPD: at each token of the student's answer either imitation or on-policy distillation.
+
+    With the probabilities `P_T`, `P_S` of the sampled token `y` and the teacher's K likeliest tokens `S`,
+
+        L_t = aopd_weight F               where P_T(y) - P_S(y) < aopd_tau,     F = sum_S P_T (log P_T - log P_S)
+        L_t = -opd_weight A log P_S(y)    elsewhere, as in [`OPDTrainer`]
+
+    Where the teacher finds the token less likely than the student does, a policy gradient only says "not this one";
+    there the teacher's own distribution is shown instead. The gate reads detached probabilities at temperature 1.
+    `P_T` is not renormalised on `S`, so `F` may be negative, and its gradient does not vanish at a match (see
+    [`imitation_term`](objectives.distill.imitation_term)).
+
+    Paper and released program disagree; `preset` chooses:
+
+    | | `"code"` (default) | `"paper"` |
+    | --- | --- | --- |
+    | threshold itself (`P_T - P_S = aopd_tau`) | distillation | imitation |
+    | `F` | sum over `S` | divided by K |
+    | average | over tokens | over completions of the mean over their tokens |
+
+    Metrics beside those of [`OPDTrainer`]: `aopd/gate_fraction` (share of tokens imitated), `aopd/imitation_loss` and
+    `aopd/policy_loss` (means over the tokens that have that loss, as trained but for its weight), `aopd/topk_mass` (the teacher's mass on
+    `S`), `aopd/mean_advantage_gated`.
+
+    Source: "Asymmetric On-Policy Distillation: Bridging Exploitation and Imitation at the Token Level" (arXiv
+    2605.06387) and its released program.
+
+    Deviations: the program makes two updates from each batch of rollouts, with a clipped ratio and a gate frozen over
+    them; here there is one, so the ratio is 1 and the gate that of the current student. Only the forward divergence is
+    offered. The program's `aopd_threshold` is `-aopd_tau`.
+
+    Args:
+        model, teacher_model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers,
+        quantization_config, peft_config, tools:
+            As in [`OPDTrainer`], with an [`AOPDConfig`].
+    """
+
+    config_class = AOPDConfig
+    args: AOPDConfig
+
+    _tag_names = ["trl", "trl-bridge", "aopd"]
+    _name = "AOPD"
+    _paper = {
+        "title": "Asymmetric On-Policy Distillation: Bridging Exploitation and Imitation at the Token Level",
+        "id": "2605.06387",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{jia2026aopd,
+                title        = {{Asymmetric On-Policy Distillation: Bridging Exploitation and Imitation at the Token Level}},
+                author       = {Nan Jia and Haojin Yang and Xing Ma and Jiesong Lian and Shuailiang Zhang and Weipeng Zhang and Ke Zeng and Xunliang Cai and Zequn Sun},
+                year         = 2026,
+                eprint       = {arXiv:2605.06387},
+            }"""),
+    }
+
+    @property
+    def teacher_top_k(self) -> int:
+        return self.args.aopd_top_k
+
+    def token_losses(
+        self, student: StudentScores, teacher: TeacherScores
+    ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+        args = self.args
+        policy, measured = super().token_losses(student, teacher)
+        imitation = imitation_term(
+            student.top_log_probs, teacher.top_log_probs, bool(args.aopd_normalize_by_k), args.aopd_generalized_kl
+        )
+        gate = imitation_gate(student.log_probs, teacher.log_probs, args.aopd_tau, bool(args.aopd_imitate_ties))
+        advantages, everywhere = measured["opd/advantage_mean"]
+        unweighted = policy_term(student.log_probs, teacher.log_probs, args.advantage_clip).loss
+        losses = torch.where(gate, args.aopd_weight * imitation, policy)
+        return losses, {
+            **measured,
+            "aopd/gate_fraction": (gate, everywhere),
+            "aopd/imitation_loss": (imitation, gate),
+            "aopd/policy_loss": (unweighted, ~gate),
+            "aopd/topk_mass": (teacher.top_log_probs.exp().sum(-1), everywhere),
+            "aopd/mean_advantage_gated": (advantages, gate),
+        }
+
+    def resume_requirements(self) -> dict[str, Any]:
+        args = self.args
+        fields = ("aopd_tau", "aopd_top_k", "aopd_weight", "aopd_normalize_by_k", "aopd_imitate_ties")
+        names = (*fields, "aopd_generalized_kl")
+        return {**super().resume_requirements(), **{name: getattr(args, name) for name in names}}

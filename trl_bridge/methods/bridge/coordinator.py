@@ -1,0 +1,367 @@
+"""
+The coordinator `w` in merged form, beside the plain student.
+
+For a linear layer the student holds M = theta + s B A, and theta is never stored. By the chain rule the gradient with
+respect to theta is the one with respect to M, and those of A and B are its projections s B^T G and s G A^T
+(`docs/bridge.md`).
+"""
+
+import copy
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, LoraModel, PeftConfig
+from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ...training.backends import Weights
+from .targets import Projection, Target, check_peft_config, check_targets
+
+
+class CoordinatorGradient:
+    """
+    A and B's part of a model's accumulated gradient.
+
+    Args:
+        weights ([`Weights`]):
+            The model's weights.
+    """
+
+    def __init__(self, weights: Weights):
+        self.weights = weights
+
+    def so_far(self) -> Projection:
+        """What this rank's gradients come to by now; `complete_` makes the whole of it."""
+        raise NotImplementedError
+
+    def complete_(self, projection: Projection, synced: bool) -> None:
+        """
+        Reduce over ranks, in place.
+
+        Args:
+            projection (`list[tuple[torch.Tensor, torch.Tensor]]`):
+                A linear function of what `so_far` returned.
+            synced (`bool`):
+                Whether the window's last backward is over.
+        """
+        self.weights.complete_([part for pair in projection for part in pair], synced)
+
+    def whole(self) -> Projection:
+        """At the end of a window: all of it, averaged over ranks."""
+        projection = self.so_far()
+        self.complete_(projection, synced=True)
+        return projection
+
+    def clear(self) -> None:
+        """When it has been read, or a window starts anew."""
+        raise NotImplementedError
+
+
+class Coordinator:
+    """
+    A and B of every target layer, and the calls that tie them to the student: `pull` takes their gradients at the end of
+    an update, `push` and `settle` bring what they have become into the student and the shadow.
+
+    Args:
+        targets (`list[Target]`):
+            The layers.
+        peft_config ([`~peft.PeftConfig`]):
+            Their shape, with the targets that PEFT resolved.
+    """
+
+    def __init__(self, targets: list[Target], peft_config: PeftConfig):
+        self.targets = targets
+        self.peft_config = peft_config
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """A and B of each target in turn."""
+        for target in self.targets:
+            yield target.a
+            yield target.b
+
+    def gradient_of(self, weights: Weights) -> CoordinatorGradient:
+        """A and B's part of the gradients of the student's or the shadow's weights, for `pull`."""
+        raise NotImplementedError
+
+    def pull(self, fused: Projection, shadow: Projection | None, policy_weight: float) -> None:
+        """
+        Set the gradients of A and B: the projection of F - lambda G_hat, at iterate k and before any clipping.
+
+        Args:
+            fused (`list[tuple[torch.Tensor, torch.Tensor]]`):
+                Projection of the student's accumulated gradient F, averaged over ranks.
+            shadow (`list[tuple[torch.Tensor, torch.Tensor]]`, *optional*):
+                That of the shadow's G_hat, likewise; `None` without the cooperative gain.
+            policy_weight (`float`):
+                lambda.
+        """
+        for index, target in enumerate(self.targets):
+            target.a.grad, target.b.grad = fused[index]
+            if shadow is not None:
+                target.a.grad = target.a.grad - policy_weight * shadow[index][0]
+                target.b.grad = target.b.grad - policy_weight * shadow[index][1]
+
+    def snapshot(self) -> Projection:
+        """Copies of A and B of each target."""
+        return [(target.a.detach().clone(), target.b.detach().clone()) for target in self.targets]
+
+    def push(self, old: Projection, models: Sequence[Weights]) -> None:
+        """
+        When A and B have stepped, before theta and the shadow do.
+
+        Args:
+            old (`list[tuple[torch.Tensor, torch.Tensor]]`):
+                A and B before the coordinator's step.
+            models (`Sequence[Weights]`):
+                Weights of the student and of the shadow.
+        """
+        raise NotImplementedError
+
+    def settle(self, models: Sequence[Weights]) -> None:
+        """When theta and the shadow have stepped too. Nothing here."""
+
+    def subtract_from(self, weights: Weights, keep: bool) -> dict[str, torch.Tensor]:
+        """
+        Theta, or the shadow's: weights without w's part. Collective where weights are spread over ranks.
+
+        Args:
+            weights ([`Weights`]):
+                Weights of the student or of the shadow.
+            keep (`bool`):
+                Whether this rank wants them.
+
+        Returns:
+            `dict[str, torch.Tensor]`: new float32 tensors on the CPU, by name; empty where they are not wanted.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        """Frobenius norm of s B A over all targets, from r x r products."""
+        squares = [
+            target.scaling**2 * ((target.b.T @ target.b).double() * (target.a @ target.a.T).double()).sum()
+            for target in self.targets
+        ]
+        return torch.stack(squares).sum().clamp(min=0).sqrt().item()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """A and B under PEFT's names, float32 on the CPU."""
+        state = {}
+        for target in self.targets:
+            prefix = f"base_model.model.{target.module}"
+            state[f"{prefix}.lora_A.weight"] = target.a.detach().float().cpu().clone()
+            state[f"{prefix}.lora_B.weight"] = target.b.detach().float().cpu().clone()
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `state_dict` returned."""
+        for target in self.targets:
+            prefix = f"base_model.model.{target.module}"
+            target.a.copy_(state[f"{prefix}.lora_A.weight"])
+            target.b.copy_(state[f"{prefix}.lora_B.weight"])
+
+    def shape(self) -> dict[str, Any]:
+        """What a resumed run must share: rank and scaling by layer, as JSON values."""
+        return {target.module: [target.a.size(0), target.scaling] for target in self.targets}
+
+
+def default_peft_config() -> LoraConfig:
+    """The paper's coordinator: rank 16, alpha 16 (scale 1). Targets and dropout are choices of ours."""
+    return LoraConfig(r=16, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+class ProjectedGradient(CoordinatorGradient):
+    """
+    Projects the gradient that has come together so far, on whatever way of training.
+
+    Where the engine takes gradients away (DeepSpeed), each is projected as it comes, and the sums are kept here.
+
+    Args:
+        targets (`list[Target]`):
+            Give A and B.
+        weights ([`Weights`]):
+            The model's weights.
+    """
+
+    def __init__(self, targets: list[Target], weights: Weights):
+        super().__init__(weights)
+        self.targets = targets
+        self._sums: Projection | None = None
+        if weights.watched:
+            self._sums = [(torch.zeros_like(t.a.data), torch.zeros_like(t.b.data)) for t in targets]
+            for target, sums in zip(targets, self._sums, strict=True):
+                weights.watch(target.weight_name, functools.partial(_add, target, sums))
+
+    def so_far(self) -> Projection:
+        if self._sums is not None:
+            return [(a.clone(), b.clone()) for a, b in self._sums]
+        projection = []
+        for target in self.targets:
+            gradient = self.weights.gradient(target.weight_name).to(target.a.device)  # an offloaded one is on the CPU
+            projection.append(target.project(gradient, self.weights.bounds(target.weight_name)[0]))
+        return projection
+
+    def clear(self) -> None:
+        for pair in self._sums or []:
+            for part in pair:
+                part.zero_()
+
+
+def _add(target: Target, sums: tuple[torch.Tensor, torch.Tensor], gradient: torch.Tensor) -> None:
+    with torch.no_grad():
+        for total, part in zip(sums, target.project(gradient), strict=True):
+            total += part
+
+
+_ADAPTER = "default"  # PEFT's own name for an adapter that has none
+
+
+class MergedCoordinator(Coordinator):
+    """
+    A and B of every target layer, added to the weights of plain models.
+
+    Target layers, patterns, scaling and initial values are PEFT's own: adapters are put into the model, read off, and
+    taken out again.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Plain model. Some initialisations (PiSSA) change its weights, as in PEFT; `merge_into` restores the sum.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            The coordinator's shape. `None` takes rank 16, alpha 16, all linear layers.
+        seed (`int`):
+            Seed of the initial values; the global random state is left as it was.
+
+    Raises:
+        ValueError: no layer matches, or the configuration is not additive LoRA.
+    """
+
+    def __init__(self, model: PreTrainedModel, peft_config: PeftConfig | None, seed: int):
+        # PEFT writes the resolved targets into the configuration; the user's own stays as it was.
+        peft_config = default_peft_config() if peft_config is None else copy.deepcopy(peft_config)
+        check_peft_config(peft_config)
+        super().__init__(_read_off_adapters(model, peft_config, seed), peft_config)
+        check_targets(model, self.targets)
+        self._by_weight = {target.weight_name: target for target in self.targets}
+
+    def gradient_of(self, weights: Weights) -> ProjectedGradient:
+        return ProjectedGradient(self.targets, weights)
+
+    @torch.no_grad()
+    def push(self, old: Projection, models: Sequence[Weights]) -> None:
+        """Add s (B'A' - BA) to merged weights."""
+        for target, (a, b) in zip(self.targets, old, strict=True):
+            change = functools.cache(functools.partial(target.change, a, b))
+            for weights in models:
+                weights.add_(target.weight_name, change)
+
+    @torch.no_grad()
+    def merge_into(self, weights: Weights) -> None:
+        """Add s B A to the weights of a plain model, once, at the start."""
+        for target in self.targets:
+            weights.add_(target.weight_name, target.product_rows)
+
+    @torch.no_grad()
+    def is_zero(self) -> bool:
+        """Whether s B A is zero everywhere, as with PEFT's default initial values."""
+        return all(not target.product().any() for target in self.targets)
+
+    @torch.no_grad()
+    def subtract_from(self, weights: Weights, keep: bool) -> dict[str, torch.Tensor]:
+        """Weights less s B A."""
+        state = {}
+        for name in weights.parameters:
+            weight = weights.whole(name)
+            if keep:
+                target = self._by_weight.get(name)
+                base = weight if target is None else weight - target.product().to(weight.device)
+                state[name] = base.float().cpu().clone()
+        return state
+
+    @torch.no_grad()
+    def overlap(self, name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
+        """
+        Inner product of some rows of a merged weight with those of s B A, from products of the adapters' size.
+
+        Args:
+            name (`str`):
+                The weight's name.
+            rows (`torch.Tensor`):
+                Its rows from `first` on.
+            first (`int`):
+                Number of the first row.
+
+        Returns:
+            `torch.Tensor`: a scalar, float64; zero for a weight that is no target.
+        """
+        target = self._by_weight.get(name)
+        if target is None:
+            return torch.zeros((), dtype=torch.float64, device=rows.device)
+        projected, _ = target.project(rows, first)  # s B^T M
+        return (projected.double() * target.a.double()).sum()
+
+
+def _read_off_adapters(model: PreTrainedModel, peft_config: PeftConfig, seed: int) -> list[Target]:
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        try:
+            tuner = LoraModel(model, peft_config, _ADAPTER)
+        except ValueError as error:
+            raise ValueError(f"`peft_config.target_modules` cannot be used: {error}") from error
+    try:
+        return _targets_of(model)
+    finally:
+        tuner.unload()
+        # PEFT leaves its configuration behind on the model, where TRL and transformers would read it.
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
+
+
+def _targets_of(model: PreTrainedModel) -> list[Target]:
+    layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+    for name, layer in layers:
+        if _ADAPTER not in layer.lora_A:
+            raise ValueError(
+                f"`peft_config.target_modules` matches {name!r}, a {type(layer.get_base_layer()).__name__}; the "
+                "coordinator acts on linear layers. Exclude it (`exclude_modules`)."
+            )
+    return [
+        Target(
+            module=name,
+            a=nn.Parameter(layer.lora_A[_ADAPTER].weight.detach().float().clone()),
+            b=nn.Parameter(layer.lora_B[_ADAPTER].weight.detach().float().clone()),
+            scaling=float(layer.scaling[_ADAPTER]),
+            transposed=isinstance(layer.get_base_layer(), Conv1D),
+        )
+        for name, layer in layers
+    ]
+
+
+def save_adapter(coordinator: Coordinator, output_dir: Path) -> None:
+    """
+    Write `adapter_model.safetensors` and `adapter_config.json`.
+
+    Args:
+        coordinator ([`Coordinator`]):
+            The coordinator.
+        output_dir (`Path`):
+            Folder to write to.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in coordinator.state_dict().items()}
+    # The mark by which `trl-bridge merge` knows it: merged into the saved policy, which holds it already, w would count twice.
+    save_file(tensors, output_dir / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt", "trl_bridge": "coordinator"})
+    config = coordinator.peft_config
+    config.inference_mode = True
+    config.save_pretrained(str(output_dir))

@@ -1,0 +1,185 @@
+"""
+Lean mode: theta, w and theta_hat as slices of LoRA adapters on one frozen base (`docs/bridge.md`, a deviation from the
+paper). What is refused, and how the parts are built; to the parent the student is a model with one LoRA adapter.
+"""
+
+import copy
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ...._upstream import decay_groups, optimizer_for
+from ....training.backends import Backend
+from ..coordinator import default_peft_config
+from ..targets import check_peft_config
+from .coordinator import LeanCoordinator, initial_values
+from .shadow import LeanShadow
+from .weights import ADAPTER, AdapterWeights, adapter_pairs, lora_layers
+
+
+if TYPE_CHECKING:
+    from ..config import BridgeConfig
+    from ..trainer import BridgeTrainer
+
+
+def check_lean(model: Any, peft_config: PeftConfig | None, optimizers: Any) -> None:
+    """
+    Refuse arguments of the trainer that lean mode cannot use.
+
+    Args:
+        model:
+            As in [`BridgeTrainer`].
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            The user's.
+        optimizers (`tuple`):
+            The user's.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: the argument is named, with what to change.
+    """
+    adapted = isinstance(model, nn.Module) and any(isinstance(m, BaseTunerLayer) for m in model.modules())
+    if isinstance(model, PeftModel) or adapted:
+        raise TypeError(
+            "`model` already has an adapter. With `lean=True` the adapter is made by the trainer: pass the plain model "
+            "(`model.merge_and_unload()`)."
+        )
+    if optimizers is not None and any(part is not None for part in optimizers):
+        raise NotImplementedError(
+            "`optimizers` is not supported with `lean=True`: the adapter that they would have to hold is made by the "
+            "trainer. Choose by `optim` and `lr_scheduler_type`."
+        )
+    if peft_config is None:
+        return
+    check_peft_config(peft_config)
+    for name in ("rank_pattern", "alpha_pattern"):
+        if getattr(peft_config, name):
+            raise NotImplementedError(
+                f"`peft_config.{name}` is not supported with `lean=True`: theta and w share one adapter, of one rank and "
+                "one scaling everywhere. Remove it."
+            )
+    init = peft_config.init_lora_weights
+    if isinstance(init, str) and init != "gaussian":
+        raise NotImplementedError(
+            f"`peft_config.init_lora_weights`={init!r} is not supported with `lean=True`: it may change the base, which "
+            "is frozen. Use True, False or 'gaussian'."
+        )
+
+
+def slices(args: "BridgeConfig", peft_config: PeftConfig | None) -> tuple[LoraConfig, LoraConfig, tuple[float, float]]:
+    """
+    Theta's and w's adapters.
+
+    Args:
+        args ([`BridgeConfig`]):
+            Gives theta's rank and alpha.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            w's.
+
+    Returns:
+        `tuple[LoraConfig, LoraConfig, tuple[float, float]]`: both, on the same layers, and their scalings alpha / r.
+    """
+    own: Any = default_peft_config() if peft_config is None else copy.deepcopy(peft_config)
+    own.inference_mode = False  # as a saved adapter's has it, whose shape is taken over here
+    theta = copy.deepcopy(own)
+    theta.r, theta.lora_alpha = args.lean_lora_r, args.lean_alpha
+    theta.use_rslora, theta.init_lora_weights = False, True
+    scaling = own.lora_alpha / (own.r**0.5 if own.use_rslora else own.r)
+    return theta, own, (theta.lora_alpha / theta.r, scaling)
+
+
+def students_adapter(args: "BridgeConfig", peft_config: PeftConfig | None) -> LoraConfig:
+    """The one adapter that the parent puts into the model: both ranks, under theta's scaling."""
+    theta, own, _ = slices(args, peft_config)
+    rank = theta.r + own.r
+    alpha: Any = theta.lora_alpha * rank / theta.r
+    theta.r, theta.lora_alpha = rank, int(alpha) if alpha == int(alpha) else alpha
+    return theta
+
+
+def build_student(trainer: "BridgeTrainer", peft_config: PeftConfig | None) -> tuple[LeanCoordinator, AdapterWeights]:
+    """
+    The coordinator, and the student's weights with the initial values of theta and w in them. Collective.
+
+    Args:
+        trainer ([`BridgeTrainer`]):
+            Trainer whose parent has put `students_adapter` into the model.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            The user's.
+
+    Raises:
+        ValueError: a target is no linear layer.
+    """
+    args: Any = trainer.args
+    model: Any = trainer._plain_model
+    layers = lora_layers(model)
+    for module, layer in layers.items():
+        pair: Any = layer.lora_A
+        if ADAPTER not in pair or pair[ADAPTER].weight.dim() != 2:
+            raise ValueError(
+                f"`peft_config.target_modules` matches {module!r}, a {type(layer.get_base_layer()).__name__}; adapters "
+                "act on linear layers. Exclude it (`exclude_modules`)."
+            )
+    theta, own, scalings = slices(args, peft_config)
+    initial_theta, initial_w = initial_values(model, [theta, own], args.seed)
+    device = trainer.accelerator.device
+    coordinator = LeanCoordinator(
+        {module: (a.to(device), b.to(device)) for module, (a, b) in initial_w.items()}, own, scalings
+    )
+    parameters = adapter_pairs(model, ADAPTER)
+    with torch.no_grad():
+        for module, (a, b) in parameters.items():
+            for parameter in (a, b):
+                # TRL rounds the adapters of a quantised base to 16 bits, where small steps would be lost. Where there
+                # is a master in float32, the working weights are as the engine wants them.
+                if not trainer.backend.keeps_master:
+                    parameter.data = parameter.data.float()
+            first_a, first_b = initial_theta[module]
+            a[: theta.r], b[:, : theta.r] = first_a, first_b
+    pairs = [parameter.data for pair in parameters.values() for parameter in pair]
+    trainer.backend.broadcast_([*pairs, *(parameter.data for parameter in coordinator.parameters())])
+    weights = student_weights(trainer)
+    coordinator.settle([weights])
+    return coordinator, weights
+
+
+def student_weights(trainer: "BridgeTrainer") -> AdapterWeights:
+    """The student's LoRA weights as they are held now, before or after it has been prepared."""
+    model: Any = trainer._plain_model
+    return AdapterWeights(adapter_pairs(model, ADAPTER), trainer.args.lean_lora_r, trainer.backend.weights(model))
+
+
+def base_identity(model: nn.Module, backend: Backend) -> str:
+    """
+    What tells one frozen base from another: its dtypes, its quantisation and sums over its weights, as a hash. Collective.
+    """
+    told = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_" in name:
+            continue
+        with backend.readable(parameter):
+            if backend.rank > 0:
+                continue
+            # Bytes of packed 4-bit weights tell them apart as well. Rounded, since devices add up in orders of their own.
+            floating = parameter.is_floating_point()
+            total = parameter.detach().sum(dtype=torch.float64 if floating else torch.int64).item()
+            told.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {total:.6e};".encode())
+    # The main process's: the others may hold nothing yet.
+    return broadcast_object_list([told.hexdigest()[:16]])[0]
+
+
+def build_shadow(trainer: "BridgeTrainer") -> LeanShadow:
+    """The shadow, from the student's weights as they stand."""
+    args = trainer.args
+    model: Any = trainer._plain_model
+    student: Any = trainer.student
+
+    def optimizer(parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+        groups = decay_groups(trainer, model, parameters, args.weight_decay)
+        return optimizer_for(trainer, groups, args.shadow_rate, args.shadow_optim or args.optim)
+
+    return LeanShadow(model, student, optimizer, args.max_grad_norm)

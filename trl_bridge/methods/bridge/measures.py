@@ -1,0 +1,202 @@
+"""Norms and cosines of the parts of a gradient, read off by differences where they add up anyway."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..._upstream import policy_objective
+from ...training.metrics import is_logged_update
+from ...training.policy import Scores
+from .targets import Projection
+
+
+if TYPE_CHECKING:
+    from .trainer import BridgeTrainer
+
+
+class GainMeter:
+    """
+    Accumulates `bridge/gain`, `bridge/shadow_ratio` and `bridge/shadow_clip_fraction` over a window.
+
+    The gain is L_RL(theta_hat, w) - L_RL(theta, w) at the iterate, on the shared rollouts, always with the ratio
+    (without it the two values are equal by construction), without KL and entropy terms. With `shadow_rollout_fraction`
+    below 1 it is estimated from the rollouts that the shadow scores, scaled as its gradient is.
+
+    Args:
+        trainer ([`BridgeTrainer`]):
+            Trainer whose loss is measured.
+    """
+
+    def __init__(self, trainer: "BridgeTrainer"):
+        self.trainer = trainer
+        self._sums: torch.Tensor | None = None
+
+    def observe(self, inputs: dict[str, Any], student: Scores, shadow: Scores) -> None:
+        """
+        Add one micro-batch.
+
+        Args:
+            inputs (`dict[str, Any]`):
+                The micro-batch with `old_per_token_logps`, what the rollouts were sampled with.
+            student (`Scores`):
+                The student's scores on it, detached.
+            shadow (`Scores`):
+                The shadow's; the student's in rows that were not taken.
+        """
+        trainer = self.trainer
+        weight = trainer._shadow_pass.share.weight_of(inputs)
+        gain = policy_objective(trainer, inputs, shadow) - policy_objective(trainer, inputs, student)
+        gain = weight.max() * gain  # rows that were not taken have the student's scores, and cancel
+        mask = inputs["completion_mask"] * (weight > 0).unsqueeze(1)
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        log_ratio = shadow[0] - inputs["old_per_token_logps"]
+        if trainer.importance_sampling_level == "sequence":
+            per_sequence = (log_ratio * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+            log_ratio = per_sequence.expand_as(log_ratio)
+        ratio = log_ratio.exp()
+        advantages = inputs["advantages"]
+        advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+        low = (ratio < 1 - trainer.epsilon_low) & (advantages < 0)
+        high = (ratio > 1 + trainer.epsilon_high) & (advantages > 0)
+        values = [gain, (ratio * mask).sum(), ((low | high) * mask).sum(), mask.sum()]
+        sums = torch.stack([value.double() for value in values])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def finish(self) -> dict[str, float]:
+        """
+        The window's metrics, over all ranks.
+
+        Returns:
+            `dict[str, float]`: `bridge/gain`; where the shadow has scored a token also `bridge/shadow_ratio` (mean over
+            completion tokens) and `bridge/shadow_clip_fraction`.
+        """
+        totals = self.trainer.accelerator.reduce(self._sums, reduction="sum").tolist()
+        self._sums = None
+        values = {"bridge/gain": totals[0] / self.trainer.backend.world_size}
+        if totals[3] > 0:
+            values["bridge/shadow_ratio"] = totals[1] / totals[3]
+            values["bridge/shadow_clip_fraction"] = totals[2] / totals[3]
+        return values
+
+
+class GradientProbe:
+    """
+    The RL part of the fused gradient, over the coordinator (on logged updates) and over theta (opt-in).
+
+    The parts are summed in one buffer, so RL's is the difference of what stands there after and before its backward.
+    The projection is linear, so over the coordinator it is taken pass by pass and needs no copy of the gradient.
+
+    Args:
+        trainer ([`BridgeTrainer`]):
+            Trainer whose gradients are read.
+    """
+
+    def __init__(self, trainer: "BridgeTrainer"):
+        self.trainer = trainer
+        self._policy_w: Projection | None = None
+        self._complete = False
+        self._policy_theta: dict[str, torch.Tensor] | None = None
+
+    def before_policy(self) -> None:
+        """Before a micro-batch's policy pass."""
+        if self._reads():
+            self._add(-1.0)
+
+    def after_policy(self, weight: float) -> None:
+        """After a micro-batch's policy pass."""
+        if self._reads():
+            self._add(1.0)
+
+    def _reads(self) -> bool:
+        return is_logged_update(self.trainer) or self.trainer._shadow_schedule.needs_policy_part
+
+    def policy_part(self) -> Projection:
+        """At the end of a window that was read: the projection of lambda times RL's gradient. Collective."""
+        if self._policy_w is None:
+            raise RuntimeError("The window's policy passes were not read.")
+        if not self._complete:
+            self.trainer.student_gradient.complete_(self._policy_w, synced=False)
+            self._complete = True
+        return self._policy_w
+
+    def _add(self, sign: float) -> None:
+        trainer = self.trainer
+        projected = trainer.student_gradient.so_far()
+        if self._policy_w is None:
+            self._policy_w = [(torch.zeros_like(a), torch.zeros_like(b)) for a, b in projected]
+        for (total_a, total_b), (a, b) in zip(self._policy_w, projected, strict=True):
+            total_a.add_(a, alpha=sign)
+            total_b.add_(b, alpha=sign)
+        if trainer.args.log_gradient_stats and is_logged_update(trainer):
+            weights = trainer.student_gradient.weights
+            gradients = {name: weights.gradient(name) for name in weights.parameters}
+            if self._policy_theta is None:
+                self._policy_theta = {name: torch.zeros_like(g) for name, g in gradients.items()}
+            for name, gradient in gradients.items():
+                self._policy_theta[name].add_(gradient, alpha=sign)
+
+    def finish(self, weight: float, fused: Projection, shadow: Projection | None) -> dict[str, float]:
+        """
+        The window's metrics, before any clipping and without lambda factors. Collective.
+
+        Args:
+            weight (`float`):
+                lambda of the update.
+            fused (`list[tuple[torch.Tensor, torch.Tensor]]`):
+                Projection of the student's accumulated gradient, averaged over ranks.
+            shadow (`list[tuple[torch.Tensor, torch.Tensor]]`, *optional*):
+                The shadow's, likewise, or what stands in for it.
+
+        Returns:
+            `dict[str, float]`: empty on updates that are not logged. NaN (left out of TRL's averages) for a part whose
+            weight is 0, since its backward then leaves nothing to read.
+        """
+        if not is_logged_update(self.trainer):
+            self._policy_w, self._complete = None, False
+            return {}
+        total, policy = _flat(fused), _flat(self.policy_part())
+        rl, sft = _divide(policy, weight), _divide(total - policy, 1.0 - weight)
+        values = {
+            "bridge/coordinator_grad_norm_sft": sft.norm().item(),
+            "bridge/coordinator_grad_norm_rl": rl.norm().item(),
+            "bridge/coordinator_grad_cosine": _cosine(sft, rl),
+        }
+        if shadow is not None:
+            values["bridge/gain_grad_norm"] = (rl - _flat(shadow)).norm().item()
+        self._policy_w, self._complete = None, False
+        if self._policy_theta is not None:
+            values.update(self._over_theta(weight, self._policy_theta))
+            self._policy_theta = None
+        return values
+
+    def _over_theta(self, weight: float, policy: dict[str, torch.Tensor]) -> dict[str, float]:
+        weights = self.trainer.student_gradient.weights
+        weights.average_unsynced_(policy.values())
+        norms = torch.zeros(3, dtype=torch.float64, device=self.trainer.accelerator.device)
+        for name, gradient in policy.items():
+            rl = _divide(gradient, weight).double()
+            sft = _divide(weights.gradient(name) - gradient, 1.0 - weight).double()
+            norms += torch.stack([sft.square().sum(), rl.square().sum(), (sft * rl).sum()])
+        weights.add_up_([norms])
+        sft_norm, rl_norm = math.sqrt(norms[0]), math.sqrt(norms[1])
+        product = sft_norm * rl_norm
+        return {
+            "bridge/grad_norm_sft": sft_norm,
+            "bridge/grad_norm_rl": rl_norm,
+            "bridge/grad_cosine": norms[2].item() / product if product else math.nan,
+        }
+
+
+def _flat(projection: Projection) -> torch.Tensor:
+    return torch.cat([part.reshape(-1) for pair in projection for part in pair])
+
+
+def _divide(tensor: torch.Tensor, weight: float) -> torch.Tensor:
+    return tensor / weight if weight else torch.full_like(tensor, math.nan)
+
+
+def _cosine(x: torch.Tensor, y: torch.Tensor) -> float:
+    product = x.norm() * y.norm()
+    return ((x @ y) / product).item() if product else math.nan

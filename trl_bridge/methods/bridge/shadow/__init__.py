@@ -1,0 +1,1 @@
+"""The RL-only shadow: its model, its passes, its turns."""

@@ -1,0 +1,437 @@
+"""[`BridgeTrainer`]: GRPO in which SFT learns to supervise RL."""
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.training_args import OptimizerNames
+
+from ..._upstream import decay_groups, optimizer_for, plain_copy
+from ...training.backends import Weights
+from ...training.checkpoint.sharded_state import RowState
+from ...training.metrics import record
+from ...training.rates import rate_factor
+from ...training.stream import DemonstrationTrainer
+from ...training.verdicts import missing_columns
+from .config import COST_OPTIONS, BridgeConfig, shadow_storage
+from .coordinator import Coordinator, CoordinatorGradient, MergedCoordinator, save_adapter
+from .lean.build import base_identity, build_shadow, build_student, check_lean, student_weights, students_adapter
+from .measures import GainMeter, GradientProbe
+from .shadow.model import Shadow
+from .shadow.passes import ShadowPass
+from .shadow.turns import ShadowOverlap, ShadowSchedule
+from .targets import Projection, check_base_model, check_initial_values
+
+
+class BridgeTrainer(DemonstrationTrainer):
+    """
+    Trainer for BRIDGE (*Beyond Two-Stage Training: Cooperative SFT and RL for LLM Reasoning*, arXiv 2509.06948).
+
+    A [`~trl.GRPOTrainer`] with one more argument, `sft_dataset`. The policy is pi(theta + w): theta the base, trained as
+    a whole, w a LoRA coordinator. Each update moves theta along the fused SFT and RL gradients, and w to maximise the
+    cooperative gain, the reward of joint training over an RL-only shadow theta_hat (Algorithm 2 of the paper, all
+    gradients at the same iterate):
+
+        theta     <- opt     ( (1 - lam) dL_SFT/dtheta + lam dL_RL/dtheta )                       at (theta, w)
+        theta_hat <- opt_hat ( dL_RL/dtheta )                                                     at (theta_hat, w)
+        w         <- opt_w   ( (1 - lam) dL_SFT/dw + lam [ dL_RL/dw (theta, w) - dL_RL/dw (theta_hat, w) ] )
+
+    It is held merged: `trainer.model` is the plain model with the weights theta + w, so generation, saving and everything
+    else of TRL see full fine-tuning. Deviations from the paper and choices where it is silent are listed in
+    `docs/bridge.md`.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Base model, plain and in float32 (`bf16=True` still computes in bfloat16).
+        reward_funcs:
+            As in [`~trl.GRPOTrainer`].
+        args ([`BridgeConfig`], *optional*):
+            Configuration.
+        sft_dataset ([`~datasets.Dataset`]):
+            Demonstrations in any of TRL's SFT formats.
+        peft_config ([`~peft.LoraConfig`], *optional*):
+            The coordinator. `None` takes rank 16, alpha 16 on all linear layers. It does not go to the parent.
+        train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
+        quantization_config, tools, rollout_func, environment_factory:
+            As in [`~trl.GRPOTrainer`]. `optimizers` serve theta; the coordinator and the shadow have their own.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: an argument cannot be used; the message names it and what to do.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl.rewards import accuracy_reward
+    >>> from trl_bridge import BridgeConfig, BridgeTrainer
+
+    >>> trainer = BridgeTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     reward_funcs=accuracy_reward,
+    ...     args=BridgeConfig(output_dir="bridge"),
+    ...     train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    ...     sft_dataset=load_dataset("trl-lib/Capybara", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    config_class = BridgeConfig
+    _tag_names = ["trl", "bridge"]
+    _name = "BRIDGE"
+    _paper = {
+        "title": "Beyond Two-Stage Training: Cooperative SFT and RL for LLM Reasoning",
+        "id": "2509.06948",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{chen2026bridge,
+                title        = {{Beyond Two-Stage Training: Cooperative SFT and RL for LLM Reasoning}},
+                author       = {Liang Chen and Xueting Han and Li Shen and Jing Bai and Kam-Fai Wong},
+                year         = 2026,
+                booktitle    = {International Conference on Machine Learning},
+                eprint       = {arXiv:2509.06948},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel",
+        reward_funcs: Any = None,
+        args: BridgeConfig | None = None,
+        train_dataset: Any = None,
+        sft_dataset: Dataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        tools: Any = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
+    ):
+        lean = getattr(args, "lean", False)
+        if lean:
+            check_lean(model, peft_config, optimizers)
+        elif quantization_config is not None:
+            raise ValueError(
+                "`quantization_config` is not supported: BRIDGE trains the base's own weights. `lean=True` freezes them."
+            )
+        elif isinstance(model, (PreTrainedModel, PeftModel)):
+            check_base_model(model)
+        if rollout_func is not None and getattr(args, "shadow_overlap", False):
+            raise NotImplementedError(
+                "`shadow_overlap` is not supported with `rollout_func`, which does not generate through TRL. Set it to False."
+            )
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            sft_dataset=sft_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=students_adapter(args, peft_config) if args and lean else None,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+        )
+        self._student: Weights | None = None
+        self._frozen_base: str | None = None
+        self.coordinator: Coordinator
+        if self.args.lean:
+            self.coordinator, self._student = build_student(self, peft_config)
+            # Now: TRL's sync with vLLM merges adapters into the base and takes them out again, which leaves rounding.
+            self._frozen_base = base_identity(self._plain_model, self.backend)
+        else:
+            check_base_model(self._plain_model, self.backend.keeps_master)
+            self.coordinator = self._build_coordinator(peft_config)
+        self.coordinator_optimizer: torch.optim.Optimizer | None = None
+        self.shadow: Shadow | None = None
+        self.student_gradient: CoordinatorGradient | None = None
+        self.shadow_gradient: CoordinatorGradient | None = None
+        self._outline: PreTrainedModel | None = None
+        self._gain = GainMeter(self)
+        self._probe = GradientProbe(self)
+        self._shadow_pass = ShadowPass(self)
+        self._shadow_schedule = ShadowSchedule(self)
+        self._shadow_overlap = ShadowOverlap(self)
+
+    # Parts beside the student
+
+    def _build_coordinator(self, peft_config: PeftConfig | None) -> MergedCoordinator:
+        if not self.backend.loads_everywhere:
+            check_initial_values(peft_config)
+        coordinator = MergedCoordinator(self._plain_model, peft_config, self.args.seed)
+        device = self.accelerator.device
+        for parameter in coordinator.parameters():
+            parameter.data = parameter.data.to(device)
+        self.backend.broadcast_(parameter.data for parameter in coordinator.parameters())
+        coordinator.merge_into(self.student)
+        if self.ref_model is not None and not coordinator.is_zero():
+            # The KL reference is the initial policy, theta^0 + s B_0 A_0.
+            self.backend.fill_reference(self.ref_model, self.student)
+        return coordinator
+
+    def _build_parts(self) -> None:
+        """Optimizer of the coordinator, and the shadow: once, from the student as `train` has prepared it."""
+        if self.coordinator_optimizer is not None:
+            return
+        args = self.args
+        groups = [{"params": list(self.coordinator.parameters()), "weight_decay": args.weight_decay}]
+        self.coordinator_optimizer = optimizer_for(self, groups, args.coordinator_rate, args.optim)
+        # Kept from here on: forwards hide the weights that FSDP holds behind gathered ones.
+        self._student = student_weights(self) if args.lean else self.student
+        self.student_gradient = self.coordinator.gradient_of(self._student)
+        if args.cooperative_gain:
+            self.shadow = build_shadow(self) if args.lean else self._build_shadow()
+            self.shadow_gradient = self.coordinator.gradient_of(self.shadow.held)
+
+    def _build_shadow(self) -> Shadow:
+        args = self.args
+        if self._outline is None:
+            twin = self._copy_student(self._plain_model)
+            held = self.backend.hold(twin, shadow_storage(args))
+        else:
+            twin, self._outline = self._outline, None
+            held = self.backend.place(twin, self.student, shadow_storage(args))
+
+        def optimizer(parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+            groups = decay_groups(self, twin, parameters, args.weight_decay)
+            return optimizer_for(self, groups, args.shadow_rate, args.shadow_optim or args.optim)
+
+        return Shadow(twin, held, optimizer, args.max_grad_norm)
+
+    def _copy_student(self, model: PreTrainedModel, memo: dict[int, Any] | None = None) -> PreTrainedModel:
+        return plain_copy(model, self.temperature, self.args.cast_lm_head_to_fp32, entropy=True, memo=memo)
+
+    @property
+    def student(self) -> Weights:
+        """The student's weights M."""
+        return self.backend.weights(self._plain_model) if self._student is None else self._student
+
+    @property
+    def _held(self) -> list[Weights]:
+        """Weights that hold w: the student's, and the shadow's where there is one."""
+        return [self.student] if self.shadow is None else [self.student, self.shadow.held]
+
+    @property
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return self.student.held()
+
+    def resolve_weighting(self, sft_dataset: Dataset) -> str:
+        if self.args.sft_weighting is not None:
+            return self.args.sft_weighting
+        columns = self.train_dataset.column_names or []
+        return "judge" if missing_columns(self.reward_funcs, columns, sft_dataset) else "judge_verdict"
+
+    # Weights of the two terms
+
+    def policy_weight(self) -> float:
+        return self.args.lambda_at(self.state.global_step)
+
+    def demonstration_weight(self) -> float:
+        return 1.0 - self.policy_weight()
+
+    # The template
+
+    def policy_pass(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        self._probe.before_policy()
+        self._shadow_pass.before_policy()
+        loss = super().policy_pass(model, inputs)
+        self._probe.after_policy(self.policy_weight())
+        return loss
+
+    def between_passes(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        if self.args.shadow_overlap:
+            self._shadow_overlap.put_off(self._shadow_pass.scored(inputs))
+        elif self._shadow_schedule.due:
+            self._shadow_pass.run(self._shadow_pass.scored(inputs))
+
+    def end_of_window(self) -> None:
+        weight = self.policy_weight()
+        fused = self.student_gradient.whole()
+        shadow = self._shadow_schedule.projection(weight)
+        self._log_update(weight, fused, shadow)
+        self._move_coordinator(fused, shadow, weight)
+        if self._shadow_schedule.due:
+            # A window without a taken rollout counts: with it the others' gradients have the whole one as their mean.
+            self.shadow.step(rate_factor(self.optimizer), counts_zeros=not self._shadow_pass.share.whole)
+        self._shadow_overlap.end_of_update()
+
+    def after_step(self) -> None:
+        self.coordinator.settle(self._held)
+        # Called before `global_step` counts the update that has just been made.
+        every = self.args.shadow_reset_steps
+        if self.shadow is not None and every is not None and (self.state.global_step + 1) % every == 0:
+            self.shadow.reset(self.student)
+            self._shadow_schedule.forget()
+
+    def _move_coordinator(self, fused: Projection, shadow: Projection | None, weight: float) -> None:
+        """w's step, along the student's projected gradient less the shadow's; the weights that hold it follow."""
+        self.coordinator.pull(fused, shadow, weight)
+        old = self.coordinator.snapshot()
+        self._step_coordinator()
+        self.coordinator.push(old, self._held)
+        self.student_gradient.clear()
+
+    def _step_coordinator(self) -> None:
+        if self.args.max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(self.coordinator.parameters(), self.args.max_grad_norm)
+        for group in self.coordinator_optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate_factor(self.optimizer)
+        self.coordinator_optimizer.step()
+        self.coordinator_optimizer.zero_grad(set_to_none=True)
+
+    def _log_update(self, weight: float, fused: Projection, shadow: Projection | None) -> None:
+        values = {"bridge/lambda": weight, "bridge/coordinator_norm": self.coordinator.norm()}
+        if self.shadow is not None:
+            values["bridge/shadow_distance"] = self.shadow.distance(self.student, self.coordinator)
+            if self._shadow_schedule.due:
+                values.update(self._gain.finish())
+        values.update(self._probe.finish(weight, fused, shadow))
+        record(self, values)
+
+    # The parent's methods
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if self.args.cooperative_gain and self.shadow is None and self.backend.shards_copies and not self.args.lean:
+            # From the plain model, before its backend takes hold of it.
+            self._outline = self.backend.outline(self._plain_model, self._copy_student)
+        self._shadow_overlap.clear()
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._build_parts()
+        # An exception may have come between the coordinator's step and the student's.
+        self.coordinator.settle(self._held)
+        # Nothing of a window that an exception cut off in an earlier call of `train` may stay.
+        self._gain, self._probe = GainMeter(self), GradientProbe(self)
+        rate_factor(self.optimizer)  # refuses now what would fail in the first update
+        self.student_gradient.clear()
+        if self.shadow is not None:
+            self.shadow.clear_gradients()
+        return prepared
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            output.update(self._shadow_pass.share.mark(len(inputs)))
+        return output
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        return self._shadow_overlap.during(lambda: super(BridgeTrainer, self)._generate_single_turn(*args, **kwargs))
+
+    # Saving and resuming
+
+    def shared_state(self) -> dict[str, Any]:
+        return {
+            **super().shared_state(),
+            "coordinator": self.coordinator.state_dict(),
+            "coordinator_optimizer": self.coordinator_optimizer.state_dict(),
+            "shadow_schedule": self._shadow_schedule.state_dict(),
+        }
+
+    def local_state(self) -> dict[str, Any]:
+        return {**super().local_state(), "shadow_overlap": self._shadow_overlap.state_dict()}
+
+    def row_states(self) -> dict[str, RowState]:
+        return {} if self.shadow is None else {"shadow": self.shadow.saved}
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        self._build_parts()
+        super().load_shared_state(state)
+        self.coordinator.load_state_dict(state["coordinator"])
+        self.coordinator_optimizer.load_state_dict(state["coordinator_optimizer"])
+        self._shadow_schedule.load_state_dict(state["shadow_schedule"])
+
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        super().load_local_state(state)
+        self._shadow_overlap.load_state_dict(state["shadow_overlap"])
+
+    def load_best_shared_state(self, state: dict[str, Any]) -> None:
+        self.coordinator.load_state_dict(state["coordinator"])
+        self._shadow_schedule.load_state_dict(state["shadow_schedule"])
+
+    def bound_to_ranks(self) -> str | None:
+        args = self.args
+        if args.shadow_overlap:
+            return "the rollouts that `shadow_overlap` has put off lie with their ranks"
+        optim = OptimizerNames(args.shadow_optim or args.optim).value
+        if args.cooperative_gain and not args.lean and "8bit" in optim:
+            return f"the shadow's optimizer ({optim}) keeps blocks of 8-bit numbers, which belong to their rank's rows"
+        return super().bound_to_ranks()
+
+    def resume_requirements(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            **super().resume_requirements(),
+            "peft_config": self.coordinator.shape(),
+            "cooperative_gain": args.cooperative_gain,
+            "lean_lora_r": args.lean_lora_r if args.lean else None,
+            "lean_lora_alpha": args.lean_alpha if args.lean else None,
+            "frozen base": self._frozen_base,
+            "optim": str(args.optim),
+            "shadow_optim": str(args.shadow_optim or args.optim),
+            "shadow_reset_steps": args.shadow_reset_steps,
+            "shadow_importance_sampling": args.shadow_importance_sampling,
+            **{name: getattr(args, name) for name in COST_OPTIONS},
+            # Optimizers bring their base rates back with their state, so a changed one would be ignored.
+            "coordinator_learning_rate": args.coordinator_rate,
+            "shadow_learning_rate": args.shadow_rate,
+        }
+
+    # What users read
+
+    def theta_state_dict(self) -> dict[str, torch.Tensor]:
+        """
+        The base weights theta = M - s B A. Collective: every rank calls.
+
+        Returns:
+            `dict[str, torch.Tensor]`: float32 on the CPU under the plain model's names; empty on all ranks but the main
+            process. Not defined inside a training step.
+        """
+        return self.coordinator.subtract_from(self.student, keep=self.accelerator.is_main_process)
+
+    def coordinator_state_dict(self) -> dict[str, torch.Tensor]:
+        """
+        A and B of the coordinator w. Collective: every rank calls.
+
+        Returns:
+            `dict[str, torch.Tensor]`: float32 on the CPU under PEFT's names (`base_model.model.<module>.lora_A.weight`);
+            empty on all ranks but the main process.
+        """
+        return self.coordinator.state_dict() if self.accelerator.is_main_process else {}
+
+    def shadow_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """
+        The shadow's weights theta_hat = M_hat - s B A; theta^0 before training. Collective: every rank calls.
+
+        Returns:
+            `dict[str, torch.Tensor]`, *optional*: as `theta_state_dict`; `None` where the gain is off.
+        """
+        if not self.args.cooperative_gain:
+            return None
+        if self.shadow is None:
+            return self.theta_state_dict()
+        return self.coordinator.subtract_from(self.shadow.held, keep=self.accelerator.is_main_process)
+
+    def save_coordinator(self, output_dir: str | Path) -> None:
+        """
+        Save w as a PEFT adapter directory, to look at. Its base is theta, not the saved policy, which holds w already.
+
+        Args:
+            output_dir (`str` or `Path`):
+                Folder to write to; made where it does not exist.
+        """
+        if self.accelerator.is_main_process:
+            save_adapter(self.coordinator, Path(output_dir))
+        self.accelerator.wait_for_everyone()

@@ -1,0 +1,264 @@
+"""HPT: RL where the policy finds an answer, SFT where it finds none. SuperRL is a preset of it."""
+
+import dataclasses
+import textwrap
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from .._upstream import decode_completions
+from ..objectives.expert import group_advantages
+from ..training.group import ExpertPlan
+from ..training.metrics import record
+from ..training.randomness import forked_python_rng, forked_torch_rng
+from ..training.shaping import SHAPING_FIELDS, UNCLIPPED, ShapedConfig, ShapedTrainer
+from ..training.verdicts import ask_rewards
+
+
+# SuperRL calls a rollout right from any reward that is not zero.
+_ANY_REWARD = 1e-8
+
+
+@dataclass
+class HPTConfig(ShapedConfig):
+    r"""
+    Configuration of [`HPTTrainer`].
+
+    Parameters:
+        preset (`str`, *optional*, defaults to `"paper"`):
+            `"paper"`, `"code"`, or `"superrl"` for SuperRL. Fills fields left at `None`.
+        gate (`int`, *optional*, defaults to `0`):
+            Groups with at most so many right rollouts are trained by SFT on their trace. -1 never fires, which is GRPO.
+        gate_off (`int`, *optional*):
+            Second gate: groups with more than `gate` and at most so many right rollouts have their trace in the place
+            of a rollout, by LUFFY's off-policy RL term. `None` switches it off, as the published runs do.
+        sft_loss_coef (`float`, *optional*, defaults to `1.0`):
+            Weight of the SFT term (the released scripts have 0.3 for Qwen2.5-Math-1.5B).
+        policy_shaping, policy_shaping_gamma, policy_shaping_exponent, rl_plus_exponent:
+            As in [`LUFFYConfig`], for traces of the second gate.
+        success_threshold (`float`, *optional*):
+            Reward from which a rollout counts as right. `None` takes 1.0, and 1e-8 (any reward) with
+            `preset="superrl"`.
+        loss_type (`str`, *optional*, defaults to `"dr_grpo"`):
+            As in [`~trl.GRPOConfig`]; `"grpo"`, `"dr_grpo"` or `"dapo"`.
+        scale_rewards (`str` or `bool`, *optional*):
+            As in [`~trl.GRPOConfig`]. `None` takes `"none"`, and `"group"` with `preset="superrl"`.
+        epsilon (`float`, *optional*):
+            As in [`~trl.GRPOConfig`], for own tokens. `None` takes 0.2, and no clipping with `preset="code"`.
+    """
+
+    gate: int = field(
+        default=0,
+        metadata={"help": "Groups with at most so many right rollouts are trained by SFT. -1 never fires."},
+    )
+    gate_off: int | None = field(
+        default=None,
+        metadata={
+            "help": "Groups with more than gate and at most so many right rollouts get their trace by an off-policy RL "
+            "term. None switches it off."
+        },
+    )
+    sft_loss_coef: float = field(default=1.0, metadata={"help": "Weight of the SFT term."})
+    success_threshold: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Reward from which a rollout counts as right. None: 1.0, or 1e-8 (preset 'superrl')."},
+    )
+    loss_type: str = field(default="dr_grpo", metadata={"help": "GRPO's loss type: 'grpo', 'dr_grpo' or 'dapo'."})
+    scale_rewards: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Scaling of advantages, as in GRPO. None: 'none', or 'group' (preset 'superrl')."},
+    )
+    epsilon: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Clipping of own tokens' ratios. None: 0.2, or no clipping (preset 'code')."},
+    )
+
+    presets = ("paper", "code", "superrl")
+
+    def __post_init__(self) -> None:
+        superrl = self.preset == "superrl"
+        if self.success_threshold is None:
+            self.success_threshold = _ANY_REWARD if superrl else 1.0
+        if self.scale_rewards is None:
+            self.scale_rewards = "group" if superrl else "none"
+        if self.epsilon is None:
+            self.epsilon = UNCLIPPED if self.preset == "code" else 0.2
+        super().__post_init__()
+        rows = int(self.num_generations or 1)
+        if not -1 <= self.gate <= rows:
+            raise ValueError(f"`gate` must lie between -1 (never) and `num_generations` ({rows}), got {self.gate}.")
+        if not self.sft_loss_coef >= 0:
+            raise ValueError(f"`sft_loss_coef` must not be negative, got {self.sft_loss_coef}.")
+        if self.gate_off is not None and not self.gate <= self.gate_off <= rows:
+            raise ValueError(
+                f"`gate_off` must lie between `gate` ({self.gate}) and `num_generations` ({rows}), got "
+                f"{self.gate_off}. Set it to None to switch it off."
+            )
+        if self.gate >= 0 or self.gate_off is not None:
+            self._refuse_scaling_across_groups()
+        if self.gate_off is None:
+            self._refuse_shaping()
+
+    def _refuse_scaling_across_groups(self) -> None:
+        if self.scale_rewards not in ("group", "none"):
+            raise NotImplementedError(
+                f"`scale_rewards={self.scale_rewards!r}` is not supported by HPTConfig: groups that leave the RL loss "
+                "would still change the advantages of the others. Set it to 'none' or 'group'."
+            )
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            raise NotImplementedError(
+                f"`multi_objective_aggregation={self.multi_objective_aggregation!r}` is not supported by HPTConfig: "
+                "groups that leave the RL loss would still change the advantages of the others. Set it to "
+                "'sum_then_normalize'."
+            )
+
+    def _refuse_shaping(self) -> None:
+        for shaped in dataclasses.fields(ShapedConfig):
+            if shaped.name in SHAPING_FIELDS and getattr(self, shaped.name) != shaped.default:
+                raise ValueError(f"`{shaped.name}` has no effect without `gate_off`. Remove it, or set `gate_off`.")
+
+
+class HPTTrainer(ShapedTrainer):
+    """
+    HPT: for each question a hard switch between RL and SFT, by how many of its rollouts are right.
+
+    With `s` right rollouts in a group (reward of `success_threshold` and above; one that nobody could score is wrong):
+
+        s <= gate, and the prompt has a trace      -sft_loss_coef mean log p(trace)        the rollouts are not trained on
+        otherwise                                  the parent's RL loss
+
+    The group that is switched leaves the RL loss as a whole, with its KL and entropy terms, and its trace takes the
+    last row, so shapes stay as they are. For a sum of token losses that is the removal of the group. The mean is over
+    the update's trained tokens (see `loss_scale`), at temperature 1.
+
+    With `gate_off`, groups with `gate < s <= gate_off` have their trace in the last row, in the place of a rollout, by
+    LUFFY's off-policy term `-f(p_t) A` (see [`LUFFYTrainer`]). The reward functions are then asked about the trace, and
+    the group's advantages are formed anew.
+
+    Metrics, as shares of all groups: `hpt/gate_rate` (trained by SFT), `hpt/off_rate` (by the second gate),
+    `hpt/solve_none` and `hpt/solve_all` (no rollout is right, all are).
+
+    Sources: "Towards a Unified View of Large Language Model Post-Training" (arXiv 2509.04419); with
+    `preset="superrl"` "SuperRL: Reinforcement Learning with Supervision to Boost Language Model Reasoning" (arXiv
+    2506.01096).
+
+    Deviations:
+    - `loss_type="dr_grpo"` divides by `max_completion_length` and the number of rows, switched ones included; the
+      released code by 8192 (`loss_scale="paper"` reproduces its balance of SFT and RL);
+    - updates with a gradient norm above 80 (about 1.25 in our scale) are skipped in the released code; here the
+      gradient is clipped to `max_grad_norm`, and an update is never left out;
+    - the number of updates for each generation batch is fixed; in the released code it falls with each group removed;
+    - no entropy bonus by default (the released script has 0.001; set `entropy_coef`, about 1e-4 in our scale);
+    - `gate_off`: the released code removes the group's rollouts here too, and the trace stands alone with its reward
+      as advantage; here it stands among the other rollouts, as in LUFFY. No published run uses it;
+    - no "soft" table of coefficients: no released script uses it;
+    - `preset="code"`: own ratios are not clipped;
+    - `preset="superrl"`: the rule for each question alone, not the variant with learned weights of the two losses; a
+      negative reward is not right; advantages are divided by the standard deviation.
+
+    Args:
+        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
+        optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory:
+            As in [`~trl.GRPOTrainer`]; `train_dataset` has an `expert` column.
+    """
+
+    config_class = HPTConfig
+    _tag_names = ["trl", "hpt"]
+    _name = "HPT"
+    _paper = {
+        "title": "Towards a Unified View of Large Language Model Post-Training",
+        "id": "2509.04419",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{lv2025hpt,
+                title        = {{Towards a Unified View of Large Language Model Post-Training}},
+                author       = {Xingtai Lv and Yuxin Zuo and Youbang Sun and Hongyi Liu and Yuntian Wei and Zhekai Chen and Lixuan He and Xuekai Zhu and Kaiyan Zhang and Bingning Wang and Ning Ding and Bowen Zhou},
+                year         = 2025,
+                eprint       = {arXiv:2509.04419},
+            }"""),
+    }
+
+    def assign(self, output: dict[str, Any], plan: ExpertPlan) -> None:
+        args = self.args
+        size: Any = self.num_generations
+        rewards = self.rollouts.total_rewards().view(-1, size)  # (groups, G)
+        counts = (rewards >= args.success_threshold).sum(dim=1).tolist()  # right rollouts of each group
+        second = args.gate if args.gate_off is None else args.gate_off
+        # Of a group that lies on two ranks both see all rewards and the same trace, so they decide alike.
+        traced = [(row, counts[plan.groups[row]]) for row, expert in enumerate(plan.experts) if expert is not None]
+        to_sft = [row for row, count in traced if count <= args.gate]
+        to_off = [row for row, count in traced if args.gate < count <= second]
+        last = [row for row, member in enumerate(plan.members) if member == size - 1]
+        if args.gate_off is not None:
+            self._put_among_rollouts(output, plan, rewards, to_off, [row for row in last if row in to_off])
+        trained = [row for row in last if row in to_sft]
+        self.write_experts(output, plan, trained)
+        output["tool_mask"][to_sft] = 0
+        output["advantages"][to_sft] = 0.0
+        output["sft_mask"][trained] = output["completion_mask"][trained]
+        numbers = {
+            "hpt/gate_rate": self._sum_over_ranks(len(set(last) & set(to_sft))),
+            "hpt/off_rate": self._sum_over_ranks(len(set(last) & set(to_off))),
+            "hpt/solve_none": counts.count(0),
+            "hpt/solve_all": counts.count(size),
+        }
+        record(self, {name: number / len(counts) for name, number in numbers.items()})
+
+    def _put_among_rollouts(
+        self, output: dict[str, Any], plan: ExpertPlan, rewards: torch.Tensor, rows: list[int], written: list[int]
+    ) -> None:
+        """
+        Second gate: the trace as a rollout of its group. Collective: every rank calls.
+
+        Args:
+            output (`dict[str, Any]`):
+                The generation batch.
+            plan ([`ExpertPlan`]):
+                Where the traces are.
+            rewards (`torch.Tensor` of shape `(groups, G)`):
+                Rewards of all ranks' rollouts.
+            rows (`list[int]`):
+                This rank's rows of such groups.
+            written (`list[int]`):
+                Those of them that the trace takes.
+        """
+        filler = self._as_rollout(output, plan, 0, output["completion_ids"][0].tolist())
+        traces = [self._as_rollout(output, plan, row, plan.experts[row] or []) for row in written]
+        # A reward function may draw random numbers; RL's own go on as if it had not been asked.
+        with forked_torch_rng(self.accelerator.device), forked_python_rng():
+            asked = ask_rewards(self, traces, filler)
+        graded = gather_object([(plan.groups[row], reward) for row, reward in zip(written, asked, strict=True)])
+        if not graded:  # the same on every rank
+            return
+        rewards = rewards.clone()
+        for group, reward in graded:
+            rewards[group, -1] = reward
+        record(self, {"expert/reward": rewards[[group for group, _ in graded], -1].nanmean().item()})
+        advantages = group_advantages(rewards, self.scale_rewards)
+        for row in rows:
+            output["advantages"][row] = advantages[plan.groups[row], plan.members[row]]
+        self.write_experts(output, plan, written)
+
+    def _as_rollout(self, output: dict[str, Any], plan: ExpertPlan, row: int, ids: list[int]) -> dict[str, Any]:
+        prompt = plan.inputs[row]["prompt"]
+        prompt_ids = output["prompt_ids"][row][output["prompt_mask"][row] > 0].tolist()
+        (completion,) = decode_completions(self, [prompt], [prompt_ids], [ids])
+        return {"inputs": plan.inputs[row], "prompt": prompt, "completion": completion, "completion_ids": ids}
+
+    def expert_loss(self, log_probs: torch.Tensor, entropies: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        return super().expert_loss(log_probs, entropies, inputs).masked_fill(inputs["sft_mask"] > 0, 0.0)
+
+    def has_expert_loss(self) -> bool:
+        return self.args.gate_off is not None
+
+    def _count_items(self, output: dict[str, Any]) -> None:
+        # Traces of the first gate are trained by SFT: they are not among the tokens of the RL loss.
+        expert_mask = output["expert_mask"]
+        output["expert_mask"] = expert_mask * (1 - output["sft_mask"])
+        super()._count_items(output)
+        output["expert_mask"] = expert_mask
+
+    def sft_coefficient(self) -> float:
+        return self.args.sft_loss_coef if self.args.gate >= 0 else 0.0

@@ -1,0 +1,116 @@
+"""LUFFY: an expert trace as one rollout of the group."""
+
+import textwrap
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..training.group import ExpertPlan
+from ..training.shaping import UNCLIPPED, ShapedConfig, ShapedTrainer
+
+
+@dataclass
+class LUFFYConfig(ShapedConfig):
+    r"""
+    Configuration of [`LUFFYTrainer`].
+
+    Parameters:
+        num_experts (`int`, *optional*, defaults to `1`):
+            Rows of each group that the expert takes; below `num_generations`.
+        policy_shaping (`str`, *optional*, defaults to `"p_div_p"`):
+            Shaping of the expert's probability: `"p_div_p"`, `"none"`, `"logp"`, `"p_logp"`, `"square_root"`, `"pow"`
+            or `"rl_plus"` (see [`objectives.expert.shaped_probability`]).
+        policy_shaping_gamma (`float`, *optional*, defaults to `0.1`):
+            Constant of `"p_div_p"`.
+        policy_shaping_exponent (`float`, *optional*, defaults to `0.5`):
+            Exponent of `"pow"`.
+        rl_plus_exponent (`float`, *optional*, defaults to `0.0`):
+            The expert's advantage is multiplied by the detached `(1 - p)^exponent` (RL-PLUS, whose released code has
+            0.5). 0 leaves it.
+        loss_type (`str`, *optional*, defaults to `"dr_grpo"`):
+            As in [`~trl.GRPOConfig`]; `"grpo"`, `"dr_grpo"` or `"dapo"`.
+        scale_rewards (`str` or `bool`, *optional*):
+            As in [`~trl.GRPOConfig`]. `None` takes `"group"` with `preset="paper"` and `"none"` with `"code"`.
+        epsilon (`float`, *optional*):
+            As in [`~trl.GRPOConfig`], for own tokens. `None` takes 0.2 with `preset="paper"`, and no clipping with
+            `"code"`.
+    """
+
+    num_experts: int = field(default=1, metadata={"help": "Rows of each group that the expert takes."})
+    loss_type: str = field(default="dr_grpo", metadata={"help": "GRPO's loss type: 'grpo', 'dr_grpo' or 'dapo'."})
+    scale_rewards: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Scaling of advantages, as in GRPO. None: 'group' (preset 'paper') or 'none' ('code')."},
+    )
+    epsilon: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Clipping of own tokens' ratios. None: 0.2 (preset 'paper') or no clipping ('code')."},
+    )
+
+    reads_success_threshold = False
+
+    def __post_init__(self) -> None:
+        paper = self.preset == "paper"
+        if self.scale_rewards is None:
+            self.scale_rewards = "group" if paper else "none"
+        if self.epsilon is None:
+            self.epsilon = 0.2 if paper else UNCLIPPED
+        super().__post_init__()
+        if not 1 <= self.num_experts < int(self.num_generations or 1):
+            raise ValueError(
+                f"`num_experts` must be at least 1 and below `num_generations` ({self.num_generations}), got "
+                f"{self.num_experts}."
+            )
+
+
+class LUFFYTrainer(ShapedTrainer):
+    """
+    LUFFY: the expert trace is one rollout of its group, with a shaped and unclipped policy loss.
+
+    Per optimizer update, with the group's advantages `A` over own and expert rows together:
+
+        L = L_GRPO(own tokens)  -  sum over expert tokens of f(p_t) A,        f(p) = p / (p + gamma)
+
+    `p_t` is the policy's probability of the expert's token at the sampling temperature; `f` is differentiated, so the
+    weight on `grad log p_t` is `gamma p / (p + gamma)^2 A`. The expert is scored by the same reward functions, and its
+    reward is in the group's mean. Both sums are scaled as `loss_type` says.
+
+    Source: "Learning to Reason under Off-Policy Guidance" (arXiv 2504.14945).
+
+    Deviations:
+    - the expert takes the last rows of the group, which are sampled and discarded (as in the released code), so that
+      the other rows' samples are plain GRPO's;
+    - `loss_type="dr_grpo"` divides by `max_completion_length`; the released code by 8192 and not by the number of rows;
+    - no entropy bonus by default (the released script has 0.001; set `entropy_coef`, about 1e-4 in our scale);
+    - traces that are too long are left out in place of cut (`expert_overlong`): a cut trace is scored wrong, and its
+      negative advantage pushes a possibly right trace down;
+    - `preset="code"`: advantages are not divided by the standard deviation and own ratios are not clipped;
+      `policy_shaping="rl_plus"` has `V = 1`, as RL-PLUS's released code.
+
+    Args:
+        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
+        optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory:
+            As in [`~trl.GRPOTrainer`]; `train_dataset` has an `expert` column.
+    """
+
+    config_class = LUFFYConfig
+    _tag_names = ["trl", "luffy"]
+    _name = "LUFFY"
+    _paper = {
+        "title": "Learning to Reason under Off-Policy Guidance",
+        "id": "2504.14945",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{yan2025luffy,
+                title        = {{Learning to Reason under Off-Policy Guidance}},
+                author       = {Jianhao Yan and Yafu Li and Zican Hu and Zhi Wang and Ganqu Cui and Xiaoye Qu and Yu Cheng and Yue Zhang},
+                year         = 2025,
+                eprint       = {arXiv:2504.14945},
+            }"""),
+    }
+
+    def expert_heads(self, plan: ExpertPlan, inputs: list[dict[str, Any]]) -> list[int]:
+        first = self.num_generations - self.args.num_experts
+        return [
+            len(expert) if expert is not None and member >= first else 0
+            for expert, member in zip(plan.experts, plan.members, strict=True)
+        ]

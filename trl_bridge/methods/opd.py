@@ -1,0 +1,225 @@
+"""OPD: on-policy distillation by sampled tokens."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from trl import DistillationTrainer
+
+from ..distillation.refusals import check_backend
+from ..distillation.teacher import TeacherServer, check_tokenizers, head_of, scores_in
+from ..objectives.distill import aggregate, policy_term
+from ..objectives.lm_head import StudentScores, TeacherScores, student_scores, teacher_scores
+from ..training.checkpoint.resume import BufferResumable
+from .opd_config import OPDConfig
+
+
+class OPDTrainer(BufferResumable, DistillationTrainer):
+    """
+    On-policy distillation by sampled tokens, on TRL's stable `DistillationTrainer`.
+
+    The student answers each prompt once; every token `y_t` of the answer is trained by
+
+        L_t = -opd_weight A_t log P_S(y_t | x, y_<t),        A_t = sg[log P_T(y_t | x, y_<t) - log P_S(y_t | x, y_<t)],
+
+    a policy gradient whose reward at each token is the log-ratio of teacher and student. Its expectation over what the
+    student may sample is the gradient of the reverse KL divergence at each position, which `DistillationTrainer` with
+    `beta=1` takes over the whole vocabulary. One number for each token is all that is needed of the teacher, so it may
+    be far away.
+
+    One update is made for each batch of rollouts, so there is no importance ratio and no clipping of it.
+
+    Metrics: `opd/advantage_mean`, `opd/advantage_abs`, `opd/advantage_clip_fraction`, `opd/teacher_logprob`,
+    `opd/reverse_kl` (the sampled estimate, in nats for each token), and the parent's `entropy`.
+
+    Sources: "On-Policy Distillation of Language Models" (arXiv 2306.13649) for training on the student's own samples;
+    the sampled-token loss as in the programs of AOPD (arXiv 2605.06387) and Lightning OPD (arXiv 2604.13010).
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            The student.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            The teacher. `None` takes `args.teacher_model_name_or_path`, or the server that
+            `args.teacher_model_server_url` names.
+        args ([`OPDConfig`], *optional*):
+            Arguments.
+        train_dataset, eval_dataset, processing_class, callbacks, optimizers, quantization_config, peft_config, tools:
+            As in [`~trl.DistillationTrainer`].
+
+    Raises:
+        TypeError: `args` is not of the trainer's own config class.
+        ValueError: there is no teacher, or one with another vocabulary.
+        NotImplementedError: an option or a backend that is not supported.
+    """
+
+    config_class: type[OPDConfig] = OPDConfig
+    args: OPDConfig
+
+    _tag_names = ["trl", "trl-bridge", "opd"]
+    _name = "OPD"
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel",
+        teacher_model: "str | PreTrainedModel | None" = None,
+        args: Any = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | DatasetDict | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: list[Callable] | None = None,
+    ):
+        owner = type(self).__name__
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = self.config_class(f"{name.split('/')[-1] or 'model'}-{self._name}")
+        if not isinstance(args, self.config_class):
+            raise TypeError(
+                f"`args` of {owner} must be a `{self.config_class.__name__}`, got `{type(args).__name__}`."
+            )
+        if isinstance(processing_class, ProcessorMixin):
+            raise NotImplementedError(f"{owner} does not support vision-language models: pass a tokenizer.")
+        if args.teacher_model_server_url is not None and teacher_model is not None:
+            raise ValueError("`teacher_model` and `teacher_model_server_url` are two teachers. Remove one of them.")
+        teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
+        if teacher_model is None and args.teacher_model_server_url is None:
+            raise ValueError(
+                f"{owner} needs a teacher: pass `teacher_model`, or set `teacher_model_name_or_path` or "
+                "`teacher_model_server_url`."
+            )
+        super().__init__(
+            model=model,
+            teacher_model=teacher_model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+        )
+        if isinstance(self.processing_class, ProcessorMixin):
+            raise NotImplementedError(f"{owner} does not support vision-language models: pass a text-only `model`.")
+        check_backend(self.accelerator, owner)
+        if isinstance(teacher_model, str):
+            check_tokenizers(self._tokenizer, teacher_model, args.teacher_model_revision, args.trust_remote_code)
+        self.served_teacher: TeacherServer | None = None
+        if args.teacher_model_server_url is not None:
+            config: Any = self.model.config
+            self.served_teacher = TeacherServer(
+                args.teacher_model_server_url,
+                args.teacher_model_server_timeout,
+                max(1, self.teacher_top_k),
+                config.get_text_config().vocab_size,
+            )
+        self._measured: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    # What subclasses change
+
+    @property
+    def teacher_top_k(self) -> int:
+        """How many of the teacher's likeliest tokens the loss reads."""
+        return 0
+
+    def token_losses(
+        self, student: StudentScores, teacher: TeacherScores
+    ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+        """
+        Loss of each token, and what is logged of it.
+
+        Args:
+            student ([`StudentScores`](objectives.lm_head.StudentScores)):
+                The student's scores of the N trained tokens, with graph.
+            teacher ([`TeacherScores`](objectives.lm_head.TeacherScores)):
+                The teacher's.
+
+        Returns:
+            `tuple[torch.Tensor, dict]`: losses of shape `(N,)`, and for each metric its values, and `True` where they
+            count, of that shape.
+        """
+        term = policy_term(student.log_probs, teacher.log_probs, self.args.advantage_clip)
+        everywhere = torch.ones_like(term.clipped)
+        return self.args.opd_weight * term.loss, {
+            "opd/advantage_mean": (term.advantages, everywhere),
+            "opd/advantage_abs": (term.advantages.abs(), everywhere),
+            "opd/advantage_clip_fraction": (term.clipped, everywhere),
+            "opd/teacher_logprob": (teacher.log_probs, everywhere),
+            "opd/reverse_kl": (-term.advantages, everywhere),
+        }
+
+    # The parent's methods
+
+    def resume_requirements(self) -> dict[str, Any]:
+        args = self.args
+        fields = ("temperature", "opd_weight", "advantage_clip", "loss_aggregation")
+        return {**super().resume_requirements(), **{name: getattr(args, name) for name in fields}}
+
+    def progress_state(self) -> dict[str, Any]:
+        return {**super().progress_state(), "total_train_tokens": int(self._total_train_tokens)}
+
+    def load_progress_state(self, state: dict[str, Any]) -> None:
+        super().load_progress_state(state)
+        self._total_train_tokens = state["total_train_tokens"]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        # Once for the whole generation batch: the scores are buffered and saved with the rollouts.
+        return output if self.served_teacher is None else {**output, **self.served_teacher.score(output)}
+
+    def _compute_loss(
+        self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        mask = inputs["completion_mask"].bool()  # (B, T)
+        if "tool_mask" in inputs:
+            mask = mask & inputs["tool_mask"].bool()
+        token_ids = inputs["completion_ids"][mask]  # (N,)
+        forward = (
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            mask.size(1),
+        )
+        teacher = self._score_by_teacher(inputs, forward, mask, token_ids)
+        hidden = self._get_last_hidden_state(unwrapped_student, *forward)[mask]  # (N, H)
+        student = student_scores(hidden, token_ids, teacher.top_ids, head_of(unwrapped_student, self.temperature))
+        losses, self._measured = self.token_losses(student, teacher)
+        per_token = losses.new_zeros(mask.shape).masked_scatter(mask, losses)
+        rows = mask.size(0) * self.args.gradient_accumulation_steps if self.model.training else mask.size(0)
+        how: Any = self.args.loss_aggregation
+        loss = aggregate(per_token, mask, how, num_items=num_items_in_batch, num_rows=rows)
+        return loss, student.entropy.sum(), mask.sum()
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # Outside of the wrapped forward, where a collective could hang.
+        mode = "train" if self.model.training else "eval"
+        measured = self._measured
+        sums = [
+            torch.stack([torch.where(counts, values.detach(), 0).sum().double(), counts.sum().double()])
+            for values, counts in measured.values()
+        ]
+        totals = self.accelerator.reduce(torch.stack(sums), reduction="sum").tolist()
+        for name, (total, count) in zip(measured, totals, strict=True):
+            # TRL leaves NaN out of its averages: no token of the batch was of that kind.
+            self._metrics[mode][name].append(total / count if count else float("nan"))
+        return result
+
+    def _score_by_teacher(
+        self, inputs: dict[str, Any], forward: tuple[Any, ...], mask: torch.Tensor, token_ids: torch.Tensor
+    ) -> TeacherScores:
+        if self.served_teacher is not None:
+            return scores_in(inputs, mask, self.teacher_top_k)
+        wrapped: Any = self.teacher_model
+        wrapped.eval()
+        plain: Any = self.accelerator.unwrap_model(wrapped)
+        with torch.no_grad():
+            hidden = self._forward_redirection(wrapped, plain, self._get_last_hidden_state, plain, *forward)[mask]
+        return teacher_scores(hidden, token_ids, head_of(plain, self.temperature), self.teacher_top_k)

@@ -1,0 +1,265 @@
+"""ReLIFT: RL, and now and then an SFT step on the questions that RL could not solve."""
+
+import functools
+import textwrap
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate.utils import gather_object
+from transformers.training_args import OptimizerNames
+
+from ..training.checkpoint.sharded_state import RowState
+from ..training.group import ExpertPlan, ExpertTrainer
+from ..training.group_config import ExpertConfig
+from ..training.metrics import record
+from ..training.rates import rate_factor
+from ..training.refusals import SIDE_OPTIMIZERS
+from ..training.shaping import UNCLIPPED
+from .relift_sft_step import SFTPass
+
+
+@dataclass
+class ReLIFTConfig(ExpertConfig):
+    r"""
+    Configuration of [`ReLIFTTrainer`].
+
+    Parameters:
+        buffer_size (`int`, *optional*, defaults to `128`):
+            Unsolved questions that start an SFT step, and that it trains on.
+        buffer_max_age (`int`, *optional*):
+            Generation batches after which a question leaves the buffer untrained. `None` keeps it for ever, as
+            published.
+        separate_optimizer (`bool`, *optional*, defaults to `True`):
+            Whether SFT steps have an optimizer (of the kind `optim`) and a state of their own. Otherwise they are
+            additional steps of the student's.
+        sft_learning_rate (`float`, *optional*):
+            Base rate of the SFT steps' own optimizer. `None` takes `learning_rate`. It follows the schedule of
+            `lr_scheduler_type`; with `"constant"` it is the published constant rate.
+        sft_max_grad_norm (`float`, *optional*):
+            Norm to which the gradient of an SFT step is clipped; 0 is no clipping. `None` takes `max_grad_norm`.
+        sft_per_device_train_batch_size (`int`, *optional*):
+            Demonstrations in each micro-batch of an SFT step on each device. `None` takes
+            `per_device_train_batch_size`. It does not change the result.
+        loss_type (`str`, *optional*, defaults to `"dr_grpo"`):
+            As in [`~trl.GRPOConfig`]; `"grpo"`, `"dr_grpo"` or `"dapo"`.
+        scale_rewards (`str` or `bool`, *optional*, defaults to `"none"`):
+            As in [`~trl.GRPOConfig`].
+        epsilon (`float`, *optional*):
+            As in [`~trl.GRPOConfig`]. `None` takes 0.2 with `preset="paper"`, and no clipping with `"code"`.
+    """
+
+    buffer_size: int = field(
+        default=128, metadata={"help": "Unsolved questions that start an SFT step, and that it trains on."}
+    )
+    buffer_max_age: int | None = field(
+        default=None,
+        metadata={"help": "Generation batches after which a question leaves the buffer untrained. None keeps it."},
+    )
+    separate_optimizer: bool = field(
+        default=True, metadata={"help": "Whether SFT steps have an optimizer and a state of their own."}
+    )
+    sft_learning_rate: float | None = field(
+        default=None, metadata={"help": "Base rate of the SFT steps' own optimizer. None takes learning_rate."}
+    )
+    sft_max_grad_norm: float | None = field(
+        default=None,
+        metadata={"help": "Norm to which the gradient of an SFT step is clipped. None takes max_grad_norm."},
+    )
+    sft_per_device_train_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Demonstrations in each micro-batch of an SFT step on each device. None takes "
+            "per_device_train_batch_size."
+        },
+    )
+    loss_type: str = field(default="dr_grpo", metadata={"help": "GRPO's loss type: 'grpo', 'dr_grpo' or 'dapo'."})
+    scale_rewards: str = field(default="none", metadata={"help": "Scaling of advantages, as in GRPO."})
+    epsilon: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Clipping of ratios. None: 0.2 (preset 'paper') or no clipping ('code')."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.epsilon is None:
+            self.epsilon = UNCLIPPED if self.preset == "code" else 0.2
+        super().__post_init__()
+        for name in ("buffer_size", "buffer_max_age", "sft_per_device_train_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        for name in ("sft_learning_rate", "sft_max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"`{name}` must not be negative, got {value}.")
+        if self.loss_scale != "trl":
+            raise ValueError(
+                f"`loss_scale={self.loss_scale!r}` has no effect in ReLIFT, whose SFT is a step of its own. Set it to "
+                "'trl'."
+            )
+        if self.sft_learning_rate is not None and not self.separate_optimizer:
+            raise ValueError(
+                "`sft_learning_rate` has no effect with `separate_optimizer=False`, where SFT steps are the student's "
+                "own. Remove it, or set `separate_optimizer=True`."
+            )
+        self._check_optimizer()
+
+    @property
+    def sft_rate(self) -> float:
+        """Base rate of the SFT steps' own optimizer."""
+        return self.learning_rate if self.sft_learning_rate is None else self.sft_learning_rate
+
+    def _check_optimizer(self) -> None:
+        name = OptimizerNames(self.optim)
+        if self.separate_optimizer and name not in SIDE_OPTIMIZERS:
+            supported = ", ".join(sorted(optimizer.value for optimizer in SIDE_OPTIMIZERS))
+            raise NotImplementedError(
+                f"`optim={name.value!r}` is not supported with `separate_optimizer=True`: a second one beside the "
+                f"student's is not known to work. Use one of {supported}, or set `separate_optimizer=False`."
+            )
+        if "lomo" in name.value or "layerwise" in name.value:
+            raise NotImplementedError(
+                f"`optim={name.value!r}` is not supported by ReLIFTConfig: it steps inside the backward. Use another."
+            )
+
+
+class ReLIFTTrainer(ExpertTrainer):
+    """
+    ReLIFT: plain GRPO, interleaved with SFT on the hardest questions.
+
+    Every update is the parent's, on own rollouts alone. A group without a right rollout (reward of
+    `success_threshold` and above), whose prompt has a trace, puts prompt and trace into a buffer. Once the buffer
+    holds `buffer_size` of them and the generation batch is used up, the newest `buffer_size` leave it, and one SFT
+    step on them follows the RL step:
+
+        L_SFT = - mean over all their tokens of log p(token),       temperature 1
+
+    with gradient clipping, rate and, unless `separate_optimizer=False`, optimizer state of its own. The buffer is the
+    same on every rank; it and the second optimizer are in the checkpoint.
+
+    Metrics: `relift/buffer_size`, `relift/sft_steps` (so far); of an SFT step `sft/loss` and `relift/sft_grad_norm`
+    (before clipping); as shares of all groups `relift/solve_none` and `relift/solve_all` (no rollout is right, all
+    are).
+
+    Source: "Learning What Reinforcement Learning Can't: Interleaved Online Fine-Tuning for Hardest Questions" (arXiv
+    2506.07527).
+
+    Deviations:
+    - a question is unsolved without a right rollout, whatever the rewards; in the released code only where all equal
+      the value for failure, so that one badly formatted rollout kept it out;
+    - `loss_type="dr_grpo"` divides by `max_completion_length` and the number of rows, the released code by 8192;
+    - no entropy bonus in the SFT step, nor by default in RL (the released script has 0.001 in both);
+    - an update with a gradient that is too large is clipped, not left out;
+    - the newest questions leave first, as in the release beside the paper (later ones take the oldest), so that
+      questions may stay very long: `buffer_max_age` bounds it;
+    - the released code fails on an empty buffer and saves neither buffer nor second optimizer;
+    - the SFT step's rate follows the student's schedule (constant in the paper);
+    - `separate_optimizer=False` is ours: SFT and RL then share Adam's moments;
+    - `preset="code"`: own ratios are not clipped.
+
+    Args:
+        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
+        optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory:
+            As in [`~trl.GRPOTrainer`]; `train_dataset` has an `expert` column.
+    """
+
+    config_class = ReLIFTConfig
+    _tag_names = ["trl", "relift"]
+    _name = "ReLIFT"
+    _paper = {
+        "title": "Learning What Reinforcement Learning Can't: Interleaved Online Fine-Tuning for Hardest Questions",
+        "id": "2506.07527",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{ma2025relift,
+                title        = {{Learning What Reinforcement Learning Can't: Interleaved Online Fine-Tuning for Hardest Questions}},
+                author       = {Lu Ma and Hao Liang and Meiyi Qiang and Lexiang Tang and Xiaochen Ma and Zhen Hao Wong and Junbo Niu and Chengyu Shen and Runming He and Bin Cui and Wentao Zhang},
+                year         = 2025,
+                eprint       = {arXiv:2506.07527},
+            }"""),
+    }
+
+    @functools.cached_property
+    def buffer(self) -> list[tuple[int, list[int], list[int]]]:
+        """Unsolved questions, oldest first: number of the generation batch, tokens of the prompt and of the trace."""
+        return []
+
+    @functools.cached_property
+    def sft_pass(self) -> SFTPass:
+        """The SFT step, from the student as `train` has prepared it."""
+        args = self.args
+        return SFTPass(
+            self,
+            batch_size=args.sft_per_device_train_batch_size or args.per_device_train_batch_size,
+            max_grad_norm=args.max_grad_norm if args.sft_max_grad_norm is None else args.sft_max_grad_norm,
+            learning_rate=args.sft_rate if args.separate_optimizer else None,
+        )
+
+    # SFT steps done.
+    sft_steps = 0
+
+    def assign(self, output: dict[str, Any], plan: ExpertPlan) -> None:
+        size: Any = self.num_generations
+        rewards = self.rollouts.total_rewards().view(-1, size)  # (groups, G)
+        counts = (rewards >= self.args.success_threshold).sum(dim=1).tolist()  # right rollouts of each group
+        unsolved = []
+        for row, expert in enumerate(plan.experts):
+            # A group that lies on two ranks counts where its first row is.
+            if plan.members[row] == 0 and counts[plan.groups[row]] == 0 and expert is not None:
+                prompt = output["prompt_ids"][row][output["prompt_mask"][row] > 0].tolist()
+                unsolved.append((plan.generation, prompt, expert))
+        # In the order of ranks, which is the order of groups.
+        self.buffer += gather_object(unsolved)
+        if self.args.buffer_max_age is not None:
+            oldest = plan.generation - self.args.buffer_max_age
+            self.buffer[:] = [entry for entry in self.buffer if entry[0] >= oldest]
+        shares = {"relift/solve_none": counts.count(0), "relift/solve_all": counts.count(size)}
+        record(self, {name: number / len(counts) for name, number in shares.items()})
+
+    def after_step(self) -> None:
+        # Between two updates on the same rollouts it would move the policy away from the one that wrote them.
+        used_up = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        if used_up and len(self.buffer) >= self.args.buffer_size:
+            newest = self.buffer[-self.args.buffer_size :]
+            del self.buffer[-self.args.buffer_size :]
+            values = self.sft_pass.run([(prompt, trace) for _, prompt, trace in newest])
+            self.sft_steps += 1
+            record(self, {"sft/loss": values["loss"], "relift/sft_grad_norm": values["grad_norm"]})
+        record(self, {"relift/buffer_size": len(self.buffer), "relift/sft_steps": self.sft_steps})
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        _ = self.sft_pass  # before any forward
+        if self.args.separate_optimizer:
+            rate_factor(self.optimizer)
+        return prepared
+
+    # Saving and resuming
+
+    def shared_state(self) -> dict[str, Any]:
+        return {**super().shared_state(), "buffer": self.buffer, "sft_steps": self.sft_steps}
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        super().load_shared_state(state)
+        self.buffer[:] = state["buffer"]
+        self.sft_steps = state["sft_steps"]
+
+    def local_state(self) -> dict[str, Any]:
+        return {**super().local_state(), "sft_optimizer": self.sft_pass.engine_state_dict()}
+
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        super().load_local_state(state)
+        self.sft_pass.load_engine_state_dict(state["sft_optimizer"])
+
+    def row_states(self) -> dict[str, RowState]:
+        saved = self.sft_pass.saved
+        return super().row_states() if saved is None else {**super().row_states(), "sft_optimizer": saved}
+
+    def resume_requirements(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            **super().resume_requirements(),
+            "separate_optimizer": args.separate_optimizer,
+            "optim": str(args.optim) if args.separate_optimizer else None,
+            # An optimizer brings its base rate back with its state, so a changed one would be ignored.
+            "sft_learning_rate": args.sft_rate if args.separate_optimizer else None,
+        }

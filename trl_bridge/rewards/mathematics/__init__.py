@@ -1,0 +1,1 @@
+"""Is this answer that number? What [`math_reward`] knows of mathematics."""

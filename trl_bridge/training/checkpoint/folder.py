@@ -1,0 +1,231 @@
+"""
+The folder `bridge/` inside `checkpoint-N`: what an exact resume needs beside TRL's own checkpoint.
+
+A marker is written last. A checkpoint counts as whole when the marker and TRL's own state file agree, so one that was
+cut off half-way is recognised and passed over.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .layout import RANKS
+from .sharded_state import RowState
+
+
+logger = logging.get_logger(__name__)
+
+FOLDER = "bridge"
+_MARKER = "complete.json"
+
+T = TypeVar("T")
+
+
+def discard_marker(checkpoint: Path) -> None:
+    """Unmark a checkpoint folder that is about to be written over."""
+    (checkpoint / FOLDER / _MARKER).unlink(missing_ok=True)
+
+
+def write(
+    checkpoint: Path,
+    accelerator: Accelerator,
+    *,
+    local: dict[str, Any],
+    shared: dict[str, Any],
+    rows: dict[str, RowState],
+    requirements: dict[str, Any],
+    layout: dict[str, int],
+    step: int,
+    parts: Callable[[Path], list[str]],
+) -> None:
+    """
+    Write `bridge/`. Collective: every rank calls.
+
+    Args:
+        checkpoint (`Path`):
+            The `checkpoint-N` folder.
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator of the trainer.
+        local (`dict[str, Any]`):
+            State of this rank; tensors and plain Python values.
+        shared (`dict[str, Any]`):
+            State that all ranks have alike; written by the main process.
+        rows (`dict[str, RowState]`):
+            State whose rows may be spread over the ranks.
+        requirements (`dict[str, Any]`):
+            Options that a resumed run must share, as JSON values.
+        layout (`dict[str, int]`):
+            How an update is cut into ranks and micro-batches (see [`training.layout`]).
+        step (`int`):
+            Number of updates done.
+        parts (`Callable[[Path], list[str]]`):
+            Names what the parent has written beside the plain model, of a folder where all ranks have written it.
+    """
+    folder = checkpoint / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(local, folder / f"rank-{accelerator.process_index}.pt")
+    if accelerator.is_main_process:
+        torch.save(shared, folder / "shared.pt")
+    for name, state in rows.items():
+        state.save(folder / name)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        pieces = [f"{FOLDER}/{name}/{file.name}" for name in rows for file in sorted((folder / name).iterdir())]
+        marker = {
+            "global_step": step,
+            "layout": layout,
+            "requirements": requirements,
+            "parts": [*parts(checkpoint), *pieces],
+        }
+        partial = folder / (_MARKER + ".partial")
+        partial.write_text(json.dumps(marker, indent=2))
+        partial.replace(folder / _MARKER)
+    accelerator.wait_for_everyone()
+
+
+def read_shared(checkpoint: Path) -> dict[str, Any]:
+    """State that all ranks share, on CPU."""
+    return torch.load(checkpoint / FOLDER / "shared.pt", map_location="cpu", weights_only=True)
+
+
+def read_local(checkpoint: Path, rank: int) -> dict[str, Any]:
+    """State of one rank, on CPU."""
+    return torch.load(checkpoint / FOLDER / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
+
+
+def layout_of(checkpoint: Path) -> dict[str, int]:
+    """How the run that wrote a checkpoint cut its updates into ranks and micro-batches."""
+    return _marker(checkpoint)["layout"]
+
+
+def rows_folder(checkpoint: Path, name: str) -> Path:
+    """Where a [`RowState`] is."""
+    return checkpoint / FOLDER / name
+
+
+def _marker(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / FOLDER / _MARKER).read_text())
+
+
+def missing_part(checkpoint: Path) -> str | None:
+    """
+    What a checkpoint lacks for an exact resume.
+
+    Args:
+        checkpoint (`Path`):
+            The `checkpoint-N` folder.
+
+    Returns:
+        `str`, *optional*: the part's name, `None` where the checkpoint is whole.
+    """
+    try:
+        marker = _marker(checkpoint)
+    except FileNotFoundError:
+        return f"{FOLDER}/{_MARKER}"
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return TRAINER_STATE_NAME
+    if state["global_step"] != marker["global_step"]:
+        return f"{FOLDER}/{_MARKER} of step {state['global_step']} (it is of step {marker['global_step']})"
+    if "layout" not in marker:
+        return f"the layout in {FOLDER}/{_MARKER} (it is of an earlier release)"
+    ranks = range(marker["layout"][RANKS])
+    names = [f"{FOLDER}/shared.pt", *(f"{FOLDER}/rank-{rank}.pt" for rank in ranks), *marker["parts"]]
+    names += ["rng_state.pth"] if len(ranks) == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
+    # The parent passes over a missing optimizer or random state without a word.
+    absent = next((name for name in names if not (checkpoint / name).is_file()), None)
+    has_weights = any(checkpoint.glob("*.safetensors")) or any(checkpoint.glob("pytorch_model*.bin"))
+    return absent if absent is not None or has_weights else "the model's weights"
+
+
+def check(checkpoint: Path, requirements: dict[str, Any], layout: dict[str, int], bound: str | None) -> None:
+    """
+    Refuse a checkpoint that this run cannot go on from exactly.
+
+    Args:
+        checkpoint (`Path`):
+            The `checkpoint-N` folder.
+        requirements (`dict[str, Any]`):
+            Options of this run that must equal the checkpoint's.
+        layout (`dict[str, int]`):
+            How this run cuts its updates into ranks and micro-batches.
+        bound (`str`, *optional*):
+            Why the number of ranks has to be the checkpoint's.
+
+    Raises:
+        ValueError: a part is missing, or an option differs; the message names it.
+    """
+    if not checkpoint.is_dir():
+        raise ValueError(f"`resume_from_checkpoint`: there is no folder {str(checkpoint)!r}.")
+    part = missing_part(checkpoint)
+    if part is not None:
+        raise ValueError(
+            f"`resume_from_checkpoint`: {str(checkpoint)!r} lacks {part}, so training cannot go on from it exactly. "
+            "It was cut off while saving, saved with `save_only_model=True`, or made by another trainer. Use another "
+            "checkpoint, or start a new run from its weights."
+        )
+    ranks, now = layout_of(checkpoint)[RANKS], layout[RANKS]
+    if bound is not None and ranks != now:
+        raise ValueError(
+            f"`resume_from_checkpoint`: {str(checkpoint)!r} was written by {ranks} ranks, and this run has {now}: {bound}. "
+            f"Go on with {ranks}, or start a new run from the model that is saved there."
+        )
+    saved = _marker(checkpoint)["requirements"]
+    # Compared as JSON: tuples and enumerations come back as lists and strings.
+    wanted = json.loads(json.dumps(requirements))
+    differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
+    if differing:
+        listed = "; ".join(f"`{name}` was {saved.get(name)!r}, now {wanted.get(name)!r}" for name in differing)
+        raise ValueError(
+            f"`resume_from_checkpoint`: {str(checkpoint)!r} was made with other options: {listed}. Restore them, or "
+            "start a new run."
+        )
+
+
+def agreed(find: Callable[[], T]) -> T:
+    """
+    What the main process finds in a folder, on every rank. Collective.
+
+    Ranks may see a file at different times: each by itself, one would go on from a checkpoint and another start anew,
+    and both would wait for ever.
+
+    Args:
+        find (`Callable`):
+            Looks; called on the main process, once all ranks have come here.
+    """
+    state = PartialState()
+    state.wait_for_everyone()
+    return broadcast_object_list([find() if state.is_main_process else None])[0]
+
+
+def latest(output_dir: Path) -> Path | None:
+    """
+    The newest whole checkpoint of an output folder; unfinished newer ones are passed over with a warning.
+
+    Args:
+        output_dir (`Path`):
+            Folder that holds `checkpoint-N` folders.
+
+    Returns:
+        `Path`, *optional*: the folder, `None` where there is none.
+    """
+    numbered = [
+        (int(folder.name.rpartition("-")[2]), folder)
+        for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if folder.is_dir() and folder.name.rpartition("-")[2].isdigit()
+    ]
+    for _, folder in sorted(numbered, reverse=True):
+        part = missing_part(folder)
+        if part is None:
+            return folder
+        logger.warning(f"Passing over {folder}: it lacks {part}.")
+    return None
