@@ -51,12 +51,6 @@ def add_demonstration_head(model: PreTrainedModel, cast_lm_head_to_fp32: bool = 
 
     GRPO's own head divides the logits by the sampling temperature, which would make the SFT loss depend on it. Both
     heads score in tiles and never hold the `(batch, seq_len, vocab)` logits.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Causal language model that `trl.trainer.utils.add_fused_lm_head` has been applied to.
-        cast_lm_head_to_fp32 (`bool`, *optional*, defaults to `False`):
-            As in [`~trl.GRPOConfig`].
     """
     policy_forward = model.forward
     add_fused_lm_head(
@@ -86,21 +80,6 @@ def plain_copy(
 
     The patched forward is a closure over the model it was made for, so a plain `copy.deepcopy` would answer with the
     *original's* weights. Here the instance's forwards are set aside while copying, and the head is added afresh.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Unwrapped model to copy. Left as it was.
-        temperature (`float`):
-            Sampling temperature of the copy's head.
-        cast_lm_head_to_fp32 (`bool`):
-            As in [`~trl.GRPOConfig`].
-        entropy (`bool`):
-            Whether the head returns entropies too (the shadow's loss reads them, the reference model's does not).
-        memo (`dict[int, Any]`, *optional*):
-            Objects by `id` that stand in for parts of the model (see `copy.deepcopy`).
-
-    Returns:
-        [`~transformers.PreTrainedModel`]: the copy, its parameters on the same devices and in the same train mode.
     """
     modules = [model] if not cast_lm_head_to_fp32 else [model, model.get_output_embeddings()]
     set_aside = [
@@ -124,13 +103,6 @@ def isolated_bookkeeping(trainer: GRPOTrainer, entropy_control: tuple[float, flo
     """
     Call the parent's loss or rewards without a trace: metrics, completion logs and the adaptive-entropy controller are
     put back as they were.
-
-    Args:
-        trainer ([`~trl.GRPOTrainer`]):
-            Trainer whose books are protected.
-        entropy_control (`tuple[float, float]`, *optional*):
-            Entropy coefficient and last measured entropy to use inside. The student's pass of a window's last
-            micro-batch already moved them on, while the shadow's must see the values that the student's loss used.
     """
     names = ("_metrics", "_pending_extra_logs", "_pending_metrics")
     controls = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")
@@ -153,19 +125,6 @@ def decode_completions(
 ) -> list[Any]:
     """
     Completions in the form that reward functions see those of rollouts in (`GRPOTrainer._generate`, without tools).
-
-    Args:
-        trainer ([`~trl.GRPOTrainer`]):
-            Gives the tokenizer.
-        prompts (`list[str]` or `list[list[dict]]`):
-            Prompts; at least one.
-        prompt_ids (`list[list[int]]`):
-            Their tokens.
-        completion_ids (`list[list[int]]`):
-            Tokens of the completions.
-
-    Returns:
-        `list[str]` or `list[list[dict]]`: strings after standard prompts, messages after conversational ones.
     """
     tokenizer = trainer._tokenizer
     if not is_conversational({"prompt": prompts[0]}):
@@ -196,22 +155,7 @@ def without_reference_model(args: Any) -> Iterator[None]:
 def optimizer_for(
     trainer: Trainer, groups: list[dict[str, Any]], learning_rate: float, optim: Any
 ) -> torch.optim.Optimizer:
-    """
-    An optimizer of the kind that `args.optim` names, over our own parameter groups.
-
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            Gives the remaining optimizer arguments (betas, epsilon, `optim_args`).
-        groups (`list[dict[str, Any]]`):
-            Parameter groups, each with its `weight_decay`.
-        learning_rate (`float`):
-            Base learning rate.
-        optim (`str` or [`~transformers.training_args.OptimizerNames`]):
-            Kind of optimizer.
-
-    Returns:
-        `torch.optim.Optimizer`: the optimizer, with `initial_lr` set in every group.
-    """
+    """An optimizer of the kind that `args.optim` names, over our own parameter groups."""
     args = copy.copy(trainer.args)
     args.optim = optim
     args.learning_rate = learning_rate
@@ -225,22 +169,7 @@ def optimizer_for(
 def decay_groups(
     trainer: Trainer, model: nn.Module, parameters: Mapping[str, nn.Parameter], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """
-    The parent's two weight-decay groups (`Trainer.create_optimizer`) for another model.
-
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            Decides which parameters decay.
-        model (`nn.Module`):
-            Model whose parameters are grouped.
-        parameters (`Mapping[str, nn.Parameter]`):
-            The parameters by their names in the model.
-        weight_decay (`float`):
-            Weight decay of the first group.
-
-    Returns:
-        `list[dict[str, Any]]`: the decaying group and the other one.
-    """
+    """The parent's two weight-decay groups (`Trainer.create_optimizer`) for another model."""
     decaying = set(trainer.get_decay_parameter_names(model))
     return [
         {"params": [p for name, p in parameters.items() if name in decaying], "weight_decay": weight_decay},
@@ -251,17 +180,6 @@ def decay_groups(
 def policy_objective(trainer: GRPOTrainer, inputs: dict[str, Any], scores: Any) -> torch.Tensor:
     """
     The parent's RL loss of scores already computed, without KL, entropy and auxiliary terms and without a forward.
-
-    Args:
-        trainer ([`~trl.GRPOTrainer`]):
-            Trainer whose `_get_per_token_logps_and_entropies` returns `trainer.rollouts.replayed` while it is set.
-        inputs (`dict[str, Any]`):
-            Micro-batch.
-        scores:
-            Log-probabilities (B, T), entropies (B, T) and auxiliary loss.
-
-    Returns:
-        `torch.Tensor`: the loss, scaled for the accumulation window as in training.
     """
     terms = {"beta": 0.0, "_entropy_bonus_enabled": False, "aux_loss_enabled": False}
     kept = {name: getattr(trainer, name) for name in terms}
@@ -314,10 +232,6 @@ class TwiceAsked:
     TRL's generation blocks its main process between two collectives (`VLLMGeneration.generate`), where no other work
     fits in. So it is called twice with the same prompts: the first call sends the request off and returns at once with
     completions of one token, which the caller drops; the second returns the server's answer.
-
-    Args:
-        client ([`~trl.generation.vllm_client.VLLMClient`]):
-            The client. Nobody else may use it until the answer is there.
     """
 
     def __init__(self, client: Any):
@@ -346,10 +260,6 @@ def asked_twice(trainer: GRPOTrainer) -> Iterator[None]:
     """
     While inside, the first `_generate_single_turn` of a trainer in vLLM's server mode only sends the request, and the
     second fetches the answer (see [`TwiceAsked`]).
-
-    Args:
-        trainer ([`~trl.GRPOTrainer`]):
-            The trainer. Only its main process has a client.
     """
     generation: Any = trainer.vllm_generation
     if not trainer.accelerator.is_main_process:
@@ -365,37 +275,14 @@ def asked_twice(trainer: GRPOTrainer) -> Iterator[None]:
 
 
 def teacher_client(url: str, timeout: float) -> Any:
-    """
-    TRL's client of a vLLM server.
-
-    Args:
-        url (`str`):
-            Base URL of the server.
-        timeout (`float`):
-            Seconds to wait for it.
-
-    Returns:
-        [`~trl.generation.vllm_client.VLLMClient`]: the client.
-    """
+    """TRL's client of a vLLM server."""
     from trl.generation.vllm_client import VLLMClient
 
     return VLLMClient(base_url=url, connection_timeout=timeout)
 
 
 def served_log_probs(teacher: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """
-    Log-probabilities that a teacher's vLLM server gives of rollouts, by TRL's own request.
-
-    Args:
-        teacher:
-            Has `teacher_client`, `loss_top_k` and `temperature`, as TRL's server trainer.
-        batch (`Mapping[str, torch.Tensor]`):
-            `prompt_ids`, `prompt_mask` (B, P), `completion_ids`, `completion_mask` (B, T).
-
-    Returns:
-        `dict[str, torch.Tensor]`: `actual_logprobs` (B, T'), `topk_logprobs` and `topk_token_ids` (B, T', K), where T' is
-        the longest completion; `-inf` where there is no score.
-    """
+    """Log-probabilities that a teacher's vLLM server gives of rollouts, by TRL's own request."""
     # Experimental in TRL, which says so on import.
     from trl.experimental.server_distillation import ServerDistillationTrainer
 

@@ -15,12 +15,7 @@ __all__ = ["launch_command", "launch_options", "launch_parser", "print_trl_env",
 
 
 def launch_parser() -> argparse.ArgumentParser:
-    """
-    Parser of `accelerate launch`.
-
-    Returns:
-        `argparse.ArgumentParser`: a fresh one.
-    """
+    """Parser of `accelerate launch`."""
     from accelerate.commands.launch import launch_command_parser
 
     return launch_command_parser()
@@ -28,12 +23,7 @@ def launch_parser() -> argparse.ArgumentParser:
 
 @cache
 def launch_options() -> dict[str, argparse.Action]:
-    """
-    Options of `accelerate launch`, without the script and its arguments.
-
-    Returns:
-        `dict[str, argparse.Action]`: from the option's name without dashes, as in a YAML file, to its action.
-    """
+    """Options of `accelerate launch`, without the script and its arguments."""
     actions = [action for action in launch_parser()._actions if action.dest not in ("help", "training_script_args")]
     return {
         option.lstrip("-"): action for action in actions for option in action.option_strings if option.startswith("--")
@@ -41,29 +31,14 @@ def launch_options() -> dict[str, argparse.Action]:
 
 
 def launch_command(args: Any) -> None:
-    """
-    `accelerate launch` itself.
-
-    Args:
-        args (`argparse.Namespace`):
-            What [`launch_parser`] parsed.
-    """
+    """`accelerate launch` itself."""
     from accelerate.commands.launch import launch_command as launch
 
     launch(args)
 
 
 def trl_accelerate_config(name: str) -> Path | None:
-    """
-    A config for `accelerate launch` that TRL ships, such as `zero2`.
-
-    Args:
-        name (`str`):
-            File name without `.yaml`.
-
-    Returns:
-        `Path`, *optional*: the file, `None` if TRL has none of that name.
-    """
+    """A config for `accelerate launch` that TRL ships, such as `zero2`."""
     path = Path(str(importlib.resources.files("trl.accelerate_configs").joinpath(f"{name}.yaml")))
     return path if path.is_file() else None
 

@@ -19,18 +19,7 @@ REFUSED, UNTESTED = "refused", "untested"
 
 
 class Capability(NamedTuple):
-    """
-    A method's entry.
-
-    Attributes:
-        paper (`str`):
-            Where the method comes from.
-        extra_state (`str`):
-            What it keeps beside the student and its optimizer.
-        ways (`dict[str, str]`):
-            For each of [`WAYS`] the test (`path::function`) that covers it, or `"refused"` or `"untested"`. Every file
-            is below `tests/`.
-    """
+    """A method's entry."""
 
     paper: str
     extra_state: str
@@ -175,12 +164,7 @@ _ENTRIES = {
 
 
 def capabilities() -> dict[str, Capability]:
-    """
-    The entries of our methods, in the order of [`METHODS`].
-
-    Raises:
-        KeyError: a method has none.
-    """
+    """The entries of our methods, in the order of [`METHODS`]."""
     ours = [name for name, method in METHODS.items() if method.trainer.startswith("trl_bridge.")]
     return {name: _ENTRIES[name] for name in ours}
 

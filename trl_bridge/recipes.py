@@ -29,54 +29,27 @@ class RecipeNotFoundError(FileNotFoundError):
 
 
 def recipe_folder() -> Path:
-    """
-    Folder that holds the recipes: in the wheel a part of the package, in a checkout the top-level `recipes/`.
-
-    Returns:
-        `Path`: the folder.
-    """
+    """Folder that holds the recipes: in the wheel a part of the package, in a checkout the top-level `recipes/`."""
     shipped = _PACKAGE / "recipe_files"
     return shipped if shipped.is_dir() else _PACKAGE.parent / "recipes"
 
 
 def list_recipes() -> list[str]:
-    """
-    Names of all recipes.
-
-    Returns:
-        `list[str]`: the names, sorted.
-    """
+    """Names of all recipes."""
     folder = recipe_folder()
     paths = (path.relative_to(folder) for path in folder.rglob("*.yaml"))
     return sorted(path.with_suffix("").as_posix() for path in paths if path.parts[0] != _ACCELERATE_CONFIGS)
 
 
 def accelerate_configs() -> dict[str, Path]:
-    """
-    Configs for `accelerate launch`. Each is in a folder, so that none has the name of one of TRL's.
-
-    Returns:
-        `dict[str, Path]`: from the name, such as `bridge/zero3`, to its file; sorted.
-    """
+    """Configs for `accelerate launch`. Each is in a folder, so that none has the name of one of TRL's."""
     folder = recipe_folder() / _ACCELERATE_CONFIGS
     paths = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
     return dict(sorted(paths.items()))
 
 
 def find_recipe(name: str | Path) -> Path:
-    """
-    File of a recipe. An existing file goes before a shipped recipe of that name.
-
-    Args:
-        name (`str` or `Path`):
-            Path of a file, or name of a shipped recipe, with or without `.yaml`.
-
-    Returns:
-        `Path`: the file.
-
-    Raises:
-        RecipeNotFoundError: there is none; the message names the nearest recipe.
-    """
+    """File of a recipe. An existing file goes before a shipped recipe of that name."""
     if Path(name).is_file():
         return Path(name)
     wanted = str(name).removesuffix(".yaml")
@@ -90,40 +63,14 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def summary_line(path: Path) -> str:
-    """
-    First line of a file's header.
-
-    Args:
-        path (`Path`):
-            A recipe's file, or an accelerate config's.
-
-    Returns:
-        `str`: the line without its `#`, empty if the file does not start with a comment.
-    """
+    """First line of a file's header."""
     with path.open(encoding="utf-8") as file:
         first = file.readline()
     return first.lstrip("# ").rstrip() if first.startswith("#") else ""
 
 
 def copy_recipe(name: str, target: str | Path, force: bool = False) -> Path:
-    """
-    Copy a recipe, or a config for `accelerate launch`, to a file of your own.
-
-    Args:
-        name (`str`):
-            Name of a shipped recipe or config.
-        target (`str` or `Path`):
-            File to write, or a folder that exists.
-        force (`bool`, *optional*, defaults to `False`):
-            Whether to overwrite a file.
-
-    Returns:
-        `Path`: the file written.
-
-    Raises:
-        RecipeNotFoundError: no such recipe.
-        FileExistsError: the target exists and `force` is not set.
-    """
+    """Copy a recipe, or a config for `accelerate launch`, to a file of your own."""
     source = accelerate_configs().get(name.removesuffix(".yaml")) or find_recipe(name)
     path = Path(target)
     if path.is_dir():

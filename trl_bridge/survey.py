@@ -13,19 +13,7 @@ __all__ = ["PLACES", "Place", "survey_table"]
 
 
 class Place(NamedTuple):
-    """
-    A place on the map.
-
-    Attributes:
-        title (`str`):
-            Part and component, in the survey's words.
-        ours (`str`):
-            What the package has there beside its methods; may be empty.
-        upstream (`str`):
-            What TRL has there.
-        left_out (`str`):
-            What is deliberately absent, and why.
-    """
+    """A place on the map."""
 
     title: str
     ours: str
@@ -127,12 +115,7 @@ PLACES = {
 
 
 def survey_table() -> list[str]:
-    """
-    The map as the lines of a Markdown table.
-
-    Raises:
-        KeyError: a method stands at a place that does not exist.
-    """
+    """The map as the lines of a Markdown table."""
     here: dict[str, list[str]] = {key: [] for key in PLACES}
     for name, method in METHODS.items():
         here[method.place].append(f"`{name}`")

@@ -23,18 +23,6 @@ class DatasetArguments(ScriptArguments):
     """
     Arguments that every method has: TRL's, where `dataset_name` also names sources, generated tasks and local files
     (see [`~trl_bridge.data.rows.load_named_dataset`]), the mapping of columns, and what is done to the prompts.
-
-    Parameters:
-        prompt_column (`str`, *optional*):
-            Column that holds the prompts. `None` means `prompt`.
-        prompt_template (`str`, *optional*):
-            What is put around every question: a name (`boxed`, `qwen-boxed`, `abel`, `knights-knaves`) or a text with
-            `{prompt}`; see [`~trl_bridge.data.templates.find_template`].
-        max_prompt_length (`int`, *optional*):
-            Longest prompt, in tokens, template and system prompt included. Rows above it are dropped, and their number
-            is logged.
-        system_prompt (`str`, *optional*):
-            System message in front of every conversation. Prompts that are strings become conversations.
     """
 
     prompt_column: str | None = field(
@@ -61,13 +49,7 @@ class DatasetArguments(ScriptArguments):
 
 @dataclass
 class SupervisedArguments(DatasetArguments):
-    """
-    Arguments of methods that read demonstrations only.
-
-    Parameters:
-        expert_column (`str`, *optional*):
-            Column that holds the demonstrations' completions. `None` means `completion`.
-    """
+    """Arguments of methods that read demonstrations only."""
 
     expert_column: str | None = field(
         default=None,
@@ -85,18 +67,7 @@ class ScoredArguments(DatasetArguments):
 
 @dataclass
 class RewardArguments(DatasetArguments):
-    """
-    Arguments of methods that sample rollouts.
-
-    Parameters:
-        solution_column (`str`, *optional*):
-            Column that holds what the reward functions compare with. `None` means `solution`.
-        reward_model_name_or_path (`str`, *optional*):
-            Reward model, as in TRL's GRPO script.
-        reward_funcs (`list[str]`, *optional*):
-            Reward functions: names from `trl_bridge.rewards` or TRL's GRPO script, or dotted paths of your own
-            (`my_lib.rewards.custom_reward`). `reward_weights` weighs them.
-    """
+    """Arguments of methods that sample rollouts."""
 
     solution_column: str | None = field(
         default=None,
@@ -122,18 +93,6 @@ class StreamArguments(RewardArguments):
 
     Without `sft_dataset_name` and `sft_datasets` the demonstrations are the RL rows themselves, which then need a
     `completion` column (or the one that `expert_column` names).
-
-    Parameters:
-        expert_column (`str`, *optional*):
-            Column that holds the demonstrations' completions. `None` means `completion`.
-        sft_dataset_name (`str`, *optional*):
-            Demonstrations; the same kinds of names as `dataset_name`.
-        sft_dataset_config (`str`, *optional*):
-            Configuration name, or the parameters of a generated task.
-        sft_dataset_split (`str`, *optional*, defaults to `"train"`):
-            Split of the demonstrations.
-        sft_datasets (`list[dict]`, *optional*):
-            Mixture of demonstration datasets, each with the keys of TRL's `datasets`. Only in a YAML file.
     """
 
     expert_column: str | None = field(
@@ -159,14 +118,7 @@ class StreamArguments(RewardArguments):
 
 @dataclass
 class GroupArguments(RewardArguments):
-    """
-    Arguments of methods that read a demonstration for each prompt from the RL rows.
-
-    Parameters:
-        expert_column (`str`, *optional*):
-            Column that holds the demonstration of each prompt. `None` means `expert`, or `completion` where there is no
-            `expert`.
-    """
+    """Arguments of methods that read a demonstration for each prompt from the RL rows."""
 
     expert_column: str | None = field(
         default=None,
@@ -182,14 +134,6 @@ class CoordinatorModelConfig(ModelConfig):
     """
     TRL's model arguments, where the `lora_*` keys describe the coordinator of BRIDGE, with its defaults. `use_peft` is
     neither needed nor read.
-
-    Parameters:
-        lora_alpha (`int`, *optional*, defaults to `16`):
-            LoRA alpha of the coordinator.
-        lora_dropout (`float`, *optional*, defaults to `0.0`):
-            Must stay 0: the coordinator is merged into the weights.
-        lora_target_modules (`list[str]`, *optional*, defaults to `["all-linear"]`):
-            Modules that the coordinator acts on.
     """
 
     use_peft: bool = field(

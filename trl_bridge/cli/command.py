@@ -50,16 +50,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """
-    Run the command line.
-
-    Args:
-        argv (`list[str]`, *optional*):
-            Command line without the program. `None` takes `sys.argv`.
-
-    Returns:
-        `int`: exit code; 2 for a user's error.
-    """
+    """Run the command line."""
     arguments = sys.argv[1:] if argv is None else argv
     verb = arguments[0] if arguments and not arguments[0].startswith("-") else None
     with user_errors("trl-bridge" if verb is None else f"trl-bridge {verb}"):
@@ -103,16 +94,7 @@ def _top_parser() -> _Parser:
 
 
 def recipes(argv: list[str]) -> int:
-    """
-    `trl-bridge recipes`.
-
-    Args:
-        argv (`list[str]`):
-            Arguments after the verb.
-
-    Returns:
-        `int`: exit code.
-    """
+    """`trl-bridge recipes`."""
     parser = _Parser(prog="trl-bridge recipes", description="Recipes shipped with trl-bridge.", allow_abbrev=False)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     actions.add_parser("ls", help="list the recipes, and the configs for `--accelerate_config`")
@@ -138,13 +120,6 @@ def recipes(argv: list[str]) -> int:
 def env(argv: list[str]) -> int:
     """
     `trl-bridge env`: what `trl env` prints, our version, and those of the packages that the rewards compare with.
-
-    Args:
-        argv (`list[str]`):
-            Arguments after the verb.
-
-    Returns:
-        `int`: exit code.
     """
     parser = _Parser(prog="trl-bridge env", description="Print versions, for bug reports.", allow_abbrev=False)
     parser.parse_args(argv)

@@ -17,20 +17,7 @@ TABLE_FILE = "table.md"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """
-    Run what is missing of a comparison, then write its table and pictures.
-
-    Args:
-        argv (`list[str]`, *optional*):
-            Arguments after the verb. `None` takes `sys.argv`.
-
-    Returns:
-        `int`: exit code.
-
-    Raises:
-        UsageError, ValueError, FileNotFoundError, NotImplementedError: the comparison or an option cannot be used.
-        ImportError: matplotlib is not installed.
-    """
+    """Run what is missing of a comparison, then write its table and pictures."""
     parser = _parser()
     options = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if options.workers < 1:

@@ -27,16 +27,7 @@ _TOKENS = 120
 
 
 def report_lines(report: "DatasetReport") -> list[str]:
-    """
-    Findings by kind, the first few of each spelt out.
-
-    Args:
-        report ([`~trl_bridge.data.checks.DatasetReport`]):
-            The report.
-
-    Returns:
-        `list[str]`: the lines.
-    """
+    """Findings by kind, the first few of each spelt out."""
     kinds: list[tuple[str, Sequence[Any]]] = [
         ("empty cells", report.empty),
         ("duplicates", report.duplicates),
@@ -61,18 +52,7 @@ def report_lines(report: "DatasetReport") -> list[str]:
 
 
 def row_lines(index: int, row: Mapping[str, Any]) -> list[str]:
-    """
-    A row, column by column.
-
-    Args:
-        index (`int`):
-            Its index.
-        row (`Mapping[str, Any]`):
-            The row.
-
-    Returns:
-        `list[str]`: the lines.
-    """
+    """A row, column by column."""
     lines = ["", f"row {index}"]
     for column, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -83,16 +63,7 @@ def row_lines(index: int, row: Mapping[str, Any]) -> list[str]:
 
 
 def sample_lines(sample: "Sample") -> list[str]:
-    """
-    A row as the trainer's tokens, separated by "|".
-
-    Args:
-        sample ([`~trl_bridge.data.checks.Sample`]):
-            The row.
-
-    Returns:
-        `list[str]`: the lines.
-    """
+    """A row as the trainer's tokens, separated by "|"."""
     lines = ["", f"row {sample.row}", f"  prompt, {len(sample.prompt)} tokens: {_tokens(sample.prompt)}"]
     if sample.completion:
         lines.append(f"  trained, {len(sample.completion)} tokens: {_tokens(sample.completion)}")
@@ -140,19 +111,7 @@ class _Loaded(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """
-    Run the tool.
-
-    Args:
-        argv (`list[str]`, *optional*):
-            Arguments after the verb. `None` takes `sys.argv`.
-
-    Returns:
-        `int`: exit code; 1 where `check` found something.
-
-    Raises:
-        ValueError, OSError, ImportError: a user's error.
-    """
+    """Run the tool."""
     options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
     if options.action == "ls":
         return _list()

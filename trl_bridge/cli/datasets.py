@@ -28,31 +28,7 @@ def load_splits(
     model: ModelConfig | None = None,
     training: Any = None,
 ) -> dict[str, AnyDataset | None]:
-    """
-    Load, map and prompt the datasets of a method.
-
-    Args:
-        family (`str`):
-            Family of the method, a key of `trl_bridge.methods.catalogue.FAMILIES`.
-        script ([`DatasetArguments`]):
-            Script arguments of that family.
-        mixture ([`~trl.DatasetMixtureConfig`]):
-            TRL's mixture; goes before `dataset_name`.
-        evaluate (`bool`):
-            Whether an evaluation split is needed.
-        model ([`~trl.ModelConfig`], *optional*):
-            Model arguments, whose tokenizer `max_prompt_length` counts with.
-        training ([`~transformers.TrainingArguments`], *optional*):
-            The method's config, for `trust_remote_code` and `chat_template_kwargs`.
-
-    Returns:
-        `dict[str, Dataset | None]`: `train_dataset`, `eval_dataset` and, for methods with a demonstration stream,
-        `sft_dataset`.
-
-    Raises:
-        ValueError, OSError, ImportError: a dataset, split or column is missing, the prompt template does not fit, or
-        every prompt is too long.
-    """
+    """Load, map and prompt the datasets of a method."""
     _check_prompts(script)
     loaded = _load(script, mixture)
     train = _split(loaded, script.dataset_train_split, "dataset_train_split")
@@ -77,21 +53,7 @@ def load_splits(
 
 
 def load_tokenizer(model: ModelConfig, trust_remote_code: bool = False) -> Any:
-    """
-    Tokenizer of the model that the arguments name.
-
-    Args:
-        model ([`~trl.ModelConfig`]):
-            Model arguments.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            As in transformers.
-
-    Returns:
-        [`~transformers.PreTrainedTokenizerBase`]: the tokenizer.
-
-    Raises:
-        ValueError, OSError, ImportError: there is no such model.
-    """
+    """Tokenizer of the model that the arguments name."""
     name = model.model_name_or_path
     if name is None:
         raise ValueError("`model_name_or_path` is not set")

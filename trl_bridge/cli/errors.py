@@ -26,16 +26,6 @@ def user_errors(program: str, only_ours: bool = False) -> Iterator[None]:
     Turn exceptions that speak to the user into one line and exit code 2.
 
     Wrap what checks and builds from the user's input. `TRL_BRIDGE_DEBUG=1` in the environment lets the traceback through.
-
-    Args:
-        program (`str`):
-            Name in front of the message, such as `trl-bridge bridge`.
-        only_ours (`bool`, *optional*, defaults to `False`):
-            Whether to take only exceptions that trl-bridge itself raises, for code where an exception from elsewhere is
-            a fault and deserves its traceback (training).
-
-    Raises:
-        SystemExit: with code 2, in place of the exception.
     """
     try:
         yield

@@ -28,61 +28,7 @@ _MAX_NEW_TOKENS = 5000
 
 @dataclass
 class EvaluationArguments:
-    """
-    Arguments of `trl-bridge eval`.
-
-    Parameters:
-        model (`str`):
-            Directory of a model, name on the hub, `builtin:tiny` or `builtin:smollm2-135m`.
-        benchmarks (`str`):
-            Names separated by commas; see [`~trl_bridge.evaluation.tasks.parse_benchmarks`].
-        output_dir (`str`, *optional*):
-            Folder of the results. `None` means `eval_results/` and the model's name.
-        n (`int`, *optional*, defaults to `1`):
-            Samples per question.
-        temperature (`float`, *optional*):
-            0 is greedy. `None` means 0 for one sample and 1 for more.
-        top_p (`float`, *optional*, defaults to `0.95`):
-            Mass of the nucleus; not read at temperature 0.
-        max_new_tokens (`int`, *optional*):
-            Longest completion, in tokens. `None` means 5000, or what the model's context leaves.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the samples and of the order of choices in GPQA.
-        grader (`str`, *optional*):
-            Reward function that grades, by name or dotted path, in place of each benchmark's own.
-        success_threshold (`float`, *optional*, defaults to `1.0`):
-            Score from which an answer is right.
-        system_prompt (`str`, *optional*):
-            System message.
-        prompt_template (`str`, *optional*):
-            Prompt template, as in training: a name or a text with `{prompt}`, in place of each benchmark's own.
-        chat_template (`bool`, *optional*, defaults to `True`):
-            Whether benchmark questions go through the tokenizer's chat template, where it has one.
-        chat_template_kwargs (`dict`, *optional*):
-            Variables for the tokenizer's chat template, as JSON.
-        prompt_column, solution_column (`str`, *optional*):
-            Columns of a dataset of your own. `None` means `prompt` and `solution`.
-        dataset_config, dataset_split (`str`, *optional*):
-            Configuration (or a generated task's parameters) and split of a dataset of your own.
-        limit (`int`, *optional*):
-            First questions only.
-        batch_size (`int`, *optional*):
-            Completions at a time to start with; halved when out of memory. `None` means 64, with vLLM 1024.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of the weights.
-        model_revision (`str`, *optional*):
-            Revision of a model on the hub.
-        attn_implementation (`str`, *optional*):
-            Attention implementation.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run code of the model's repository.
-        use_vllm (`bool`, *optional*, defaults to `False`):
-            Whether to generate with vLLM.
-        vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
-            GPUs for vLLM.
-        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.9`):
-            Share of the memory for vLLM.
-    """
+    """Arguments of `trl-bridge eval`."""
 
     model: str = field(
         metadata={"help": "Directory of a model, name on the hub, builtin:tiny or builtin:smollm2-135m."}
@@ -162,19 +108,7 @@ class _Parser(HfArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """
-    Evaluate a model.
-
-    Args:
-        argv (`list[str]`, *optional*):
-            Arguments after the verb. `None` takes `sys.argv`.
-
-    Returns:
-        `int`: exit code.
-
-    Raises:
-        ValueError, OSError, ImportError: an argument that cannot be used.
-    """
+    """Evaluate a model."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     # Imported late, so that --help and a wrong option answer at once.
     import torch

@@ -14,23 +14,7 @@ __all__ = ["find_accelerate_config", "launch"]
 
 
 def launch(method: Method, options: list[str], forwarded: list[str]) -> int:
-    """
-    Run a method's script and wait for it.
-
-    Args:
-        method ([`~trl_bridge.methods.catalogue.Method`]):
-            The method.
-        options (`list[str]`):
-            Options of `accelerate launch`, and `--accelerate_config NAME`.
-        forwarded (`list[str]`):
-            Command line of the script.
-
-    Returns:
-        `int`: exit code of the script.
-
-    Raises:
-        UsageError: an option that accelerate refuses, or no such accelerate config.
-    """
+    """Run a method's script and wait for it."""
     parser = launch_parser()
     parser.error = _raise  # type: ignore[method-assign]
     args = parser.parse_args(
@@ -64,19 +48,7 @@ def _with_config_file(options: list[str]) -> list[str]:
 
 
 def find_accelerate_config(name: str) -> Path:
-    """
-    The file that `--accelerate_config` names.
-
-    Args:
-        name (`str`):
-            A file, or a config that trl-bridge or TRL ships.
-
-    Returns:
-        `Path`: the file.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The file that `--accelerate_config` names."""
     shipped = accelerate_configs()
     found = Path(name) if Path(name).is_file() else shipped.get(name) or trl_accelerate_config(name)
     if found is None:

@@ -40,12 +40,7 @@ _COLUMNS = (
 
 
 def scaling_table() -> str:
-    """
-    The table, in Markdown.
-
-    Returns:
-        `str`: GiB for each size, option and backend with its number of GPUs.
-    """
+    """The table, in Markdown."""
     heads = [f"{backend} x {count}" if count > 1 else "1 GPU" for backend, count in _COLUMNS]
     lines = [f"| model | option | {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * len(_COLUMNS)]
     for size in SIZES:
@@ -67,19 +62,7 @@ _EPILOG = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """
-    Run the tool.
-
-    Args:
-        argv (`list[str]`, *optional*):
-            Arguments after the verb. `None` takes `sys.argv`.
-
-    Returns:
-        `int`: exit code.
-
-    Raises:
-        ValueError, OSError: a user's error.
-    """
+    """Run the tool."""
     options, rest = _parse(sys.argv[1:] if argv is None else argv)
     if options.table:
         if rest:
@@ -106,25 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_of(method: Method, values: Any, launch: list[str], options: argparse.Namespace) -> Run:
-    """
-    What memory depends on, of a method's values.
-
-    Args:
-        method ([`~trl_bridge.methods.catalogue.Method`]):
-            The method.
-        values (`argparse.Namespace`):
-            Its keys (`parse_values`).
-        launch (`list[str]`):
-            Options for `accelerate launch`.
-        options (`argparse.Namespace`):
-            The tool's own.
-
-    Returns:
-        [`~trl_bridge.memory.formulas.Run`]: the options.
-
-    Raises:
-        ValueError: a value that the formulas do not cover.
-    """
+    """What memory depends on, of a method's values."""
     backend, processes = _backend(launch, options)
     lean = bool(getattr(values, "lean", False))
     bridge = method.name == "bridge"

@@ -17,19 +17,7 @@ _TOKENIZER = "tokenizer_config.json"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """
-    Run the tool.
-
-    Args:
-        argv (`list[str]`, *optional*):
-            Arguments after the verb. `None` takes `sys.argv`.
-
-    Returns:
-        `int`: exit code.
-
-    Raises:
-        ValueError, OSError: a user's error.
-    """
+    """Run the tool."""
     options = _parse(sys.argv[1:] if argv is None else argv)
     output = merge_adapter(options.adapter, options.output_dir, base=options.base, force=options.force)
     sys.stdout.write(f"wrote the merged model to {output}\n")
@@ -37,27 +25,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def merge_adapter(adapter: str | Path, output_dir: str | Path, base: str | None = None, force: bool = False) -> Path:
-    """
-    Merge an adapter into its model and save both as a plain model, in the model's own dtype, with the tokenizer.
-
-    Args:
-        adapter (`str` or `Path`):
-            Folder of the adapter, or a checkpoint that holds one.
-        output_dir (`str` or `Path`):
-            Where to write.
-        base (`str`, *optional*):
-            Model that the adapter was trained on. `None` takes the one that the adapter names.
-        force (`bool`, *optional*, defaults to `False`):
-            Whether to overwrite a model in `output_dir`.
-
-    Returns:
-        `Path`: `output_dir`.
-
-    Raises:
-        ValueError: there is nothing to merge, the adapter is BRIDGE's coordinator or none of a causal language model, or
-            `output_dir` cannot be written.
-        OSError: the adapter or its model is not there.
-    """
+    """Merge an adapter into its model and save both as a plain model, in the model's own dtype, with the tokenizer."""
     adapter, output = Path(adapter).expanduser(), Path(output_dir).expanduser()
     config = _adapter_config(adapter)
     name = base or config.get("base_model_name_or_path")

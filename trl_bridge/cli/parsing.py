@@ -39,24 +39,7 @@ LAUNCH_KEYS = ("accelerate_config",)
 
 
 class CommandLine(NamedTuple):
-    """
-    What the command line and its recipe say.
-
-    Attributes:
-        script ([`DatasetArguments`]):
-            Script arguments of the method's family.
-        training (`Any`):
-            The method's config.
-        model ([`~trl.ModelConfig`]):
-            Model arguments.
-        datasets ([`~trl.DatasetMixtureConfig`]):
-            TRL's mixture of datasets.
-        launch (`list[str]`):
-            Options for `accelerate launch`, the recipe's first.
-        forwarded (`list[str]`):
-            Command line for the script that is launched: the recipe's file and the shell's options but those in
-            `launch`.
-    """
+    """What the command line and its recipe say."""
 
     script: DatasetArguments
     training: Any
@@ -67,15 +50,7 @@ class CommandLine(NamedTuple):
 
 
 class MethodParser(TrlParser):
-    """
-    TRL's parser without abbreviations, with errors that are exceptions instead of an exit.
-
-    Args:
-        dataclass_types (`Iterable[type]`):
-            Dataclasses whose fields are the keys.
-        prog (`str`, *optional*):
-            Name of the program in the help text.
-    """
+    """TRL's parser without abbreviations, with errors that are exceptions instead of an exit."""
 
     def __init__(self, dataclass_types: Iterable[Any], prog: str | None = None):
         super().__init__(dataclass_types=dataclass_types, prog=prog, allow_abbrev=False)
@@ -92,19 +67,7 @@ class MethodParser(TrlParser):
         return {action.dest: action for action in actions}
 
     def set_defaults_with_config(self, **values: Any) -> list[str]:
-        """
-        As TRL's, after a check of each value: argparse converts only those that are strings.
-
-        Args:
-            **values:
-                Keys and values of the file.
-
-        Returns:
-            `list[str]`: what the parser has no key for, in shell form.
-
-        Raises:
-            UsageError: a value of the wrong kind.
-        """
+        """As TRL's, after a check of each value: argparse converts only those that are strings."""
         actions = self.keys
         for key, value in values.items():
             if key in actions:
@@ -113,16 +76,7 @@ class MethodParser(TrlParser):
 
 
 def build_parser(method: Method) -> MethodParser:
-    """
-    Parser of a method.
-
-    Args:
-        method ([`~trl_bridge.methods.catalogue.Method`]):
-            The method.
-
-    Returns:
-        [`MethodParser`]: its parser.
-    """
+    """Parser of a method."""
     script, model = FAMILY_ARGUMENTS[method.family]
     types = (script, import_by_path(method.config), model, DatasetMixtureConfig)
     return MethodParser(types, prog=f"trl-bridge {method.name}")
@@ -131,22 +85,6 @@ def build_parser(method: Method) -> MethodParser:
 def parse_command_line(method: Method, argv: list[str], launched: bool) -> CommandLine:
     """
     Read a command line and the recipe that it names. The recipe's `env:` is exported before anything heavy is imported.
-
-    Args:
-        method ([`~trl_bridge.methods.catalogue.Method`]):
-            The method.
-        argv (`list[str]`):
-            Command line without program and method.
-        launched (`bool`):
-            Whether this is the script itself. Options of `accelerate launch` on its shell are then too late and
-            refused; those in the file are the launcher's affair.
-
-    Returns:
-        [`CommandLine`]: everything that it says.
-
-    Raises:
-        UsageError: an unknown key, or a value that cannot be used.
-        FileNotFoundError: no such file or recipe.
     """
     shell, path = _take_config(argv)
     values = {} if path is None else _read_config(path)
@@ -165,23 +103,7 @@ def parse_command_line(method: Method, argv: list[str], launched: bool) -> Comma
 
 
 def parse_values(method: Method, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """
-    Read a command line without building the method's config, which asks for the devices of the machine at hand.
-
-    Args:
-        method ([`~trl_bridge.methods.catalogue.Method`]):
-            The method.
-        argv (`list[str]`):
-            As in `parse_command_line`.
-
-    Returns:
-        `tuple[argparse.Namespace, list[str]]`: every key with its value or default, and the options for
-        `accelerate launch`, the recipe's first.
-
-    Raises:
-        UsageError: an unknown key, or a value that cannot be used.
-        FileNotFoundError: no such file or recipe.
-    """
+    """Read a command line without building the method's config, which asks for the devices of the machine at hand."""
     shell, path = _take_config(argv)
     values = {} if path is None else _read_config(path)
     parser = build_parser(method)
@@ -194,16 +116,7 @@ def parse_values(method: Method, argv: list[str]) -> tuple[argparse.Namespace, l
 
 
 def import_by_path(path: str) -> Any:
-    """
-    Import what a dotted path names.
-
-    Args:
-        path (`str`):
-            Such as `trl.GRPOConfig`.
-
-    Returns:
-        `Any`: the object.
-    """
+    """Import what a dotted path names."""
     import importlib
 
     module, _, name = path.rpartition(".")

@@ -16,19 +16,7 @@ _TRL_NAMES = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_rewa
 
 
 def load_reward_functions(arguments: RewardArguments) -> list[Any]:
-    """
-    Reward model and reward functions that the script arguments name.
-
-    Args:
-        arguments ([`RewardArguments`]):
-            Script arguments.
-
-    Returns:
-        `list[str | Callable]`: what a trainer takes as `reward_funcs`.
-
-    Raises:
-        ValueError: no reward at all, or one that cannot be found.
-    """
+    """Reward model and reward functions that the script arguments name."""
     rewards: list[Any] = [arguments.reward_model_name_or_path] if arguments.reward_model_name_or_path else []
     rewards += [reward_function(name) for name in arguments.reward_funcs or []]
     if not rewards:
@@ -42,16 +30,6 @@ def reward_function(name: str) -> Callable[..., Any]:
     """
     A reward function by name: from `trl_bridge.rewards`, from TRL's GRPO script, or by dotted path (the current
     directory is looked into as well).
-
-    Args:
-        name (`str`):
-            The name.
-
-    Returns:
-        `Callable`: the function.
-
-    Raises:
-        ValueError: there is none.
     """
     from .. import rewards as ours
 

@@ -23,13 +23,7 @@ _MAX_NEW_TOKENS = 4096
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """
-    Add the verb's own options.
-
-    Args:
-        parser (`argparse.ArgumentParser`):
-            Parser that has the options of datasets already, `--model` among them.
-    """
+    """Add the verb's own options."""
     add = parser.add_argument
     add("--teacher", required=True, help="model that scores: a directory, a name on the hub, builtin:smollm2-135m")
     add(
@@ -55,23 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase | None") -> list[str]:
-    """
-    Sample, score and write.
-
-    Args:
-        options (`argparse.Namespace`):
-            The verb's options.
-        rows ([`~datasets.Dataset`]):
-            Rows with prompts.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The student's.
-
-    Returns:
-        `list[str]`: lines for people.
-
-    Raises:
-        ValueError, OSError, ImportError: a user's error.
-    """
+    """Sample, score and write."""
     from ..distillation.collect import sample_rollouts, score_rollouts, write_rollouts
     from ..distillation.identity import rollout_identity
     from ..distillation.scoring import LocalTeacher, ServedTeacher

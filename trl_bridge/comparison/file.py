@@ -25,19 +25,7 @@ _WITH_TEACHER = ("distillation", "scored")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """
-    A row of the table: a method with fields of its config.
-
-    Attributes:
-        name (`str`):
-            Name in the table.
-        method (`str`):
-            Verb of `trl-bridge`.
-        fields (`dict[str, Any]`):
-            Fields of the method's config, which go before the comparison's own.
-        times_learning_rate (`dict[str, float]`):
-            Fields that are this multiple of the learning rate.
-    """
+    """A row of the table: a method with fields of its config."""
 
     name: str
     method: str
@@ -68,15 +56,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """
-    A setting: the comparison's task with some fields changed.
-
-    Attributes:
-        name (`str`):
-            Name in the table.
-        task ([`TaskSpec`]):
-            The task.
-    """
+    """A setting: the comparison's task with some fields changed."""
 
     name: str
     task: TaskSpec
@@ -84,32 +64,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """
-    Methods x settings x seeds.
-
-    Attributes:
-        settings (`list[Setting]`):
-            Settings, in the order in which they are run.
-        rows (`list[Row]`):
-            Rows of the table.
-        seeds, validation_seeds (`list[int]`):
-            Seeds of test runs, and of the runs that choose the learning rate: none with a single rate, where nothing is to
-            choose and only test runs are wanted.
-        learning_rates (`list[float]`):
-            The grid, the same for every row.
-        steps (`int`):
-            Updates of a run, `max_steps` of a row that does not set it.
-        points (`int`):
-            Points of a learning curve after its start.
-        trainer (`dict[str, Any]`):
-            Config fields of all methods. Those that a method's config lacks are left out for it.
-        references (`list[str]`):
-            Rows that the others are compared with, seed by seed.
-        curves (`list[str]`):
-            Rows whose learning curves are drawn.
-        output_dir (`str`):
-            Folder for the results.
-    """
+    """Methods x settings x seeds."""
 
     settings: list[Setting]
     rows: list[Row]
@@ -128,19 +83,7 @@ class Comparison:
         return next(row for row in self.rows if row.name == name)
 
     def only(self, rows: Iterable[str] | None = None, settings: Iterable[str] | None = None) -> "Comparison":
-        """
-        A part of the comparison.
-
-        Args:
-            rows, settings (`Iterable[str]`, *optional*):
-                Names to keep. `None` keeps all.
-
-        Returns:
-            [`Comparison`]: with the named ones, in their order.
-
-        Raises:
-            ValueError: there is no such row or setting.
-        """
+        """A part of the comparison."""
         kept: dict[str, Any] = {}
         for field, wanted in (("rows", rows), ("settings", settings)):
             if wanted is not None:
@@ -157,20 +100,7 @@ class Comparison:
 
 
 def load_comparison(name: str | Path) -> Comparison:
-    """
-    Read a comparison.
-
-    Args:
-        name (`str` or `Path`):
-            YAML file, or name of a shipped recipe, such as `comparison/addition`.
-
-    Returns:
-        [`Comparison`]: the comparison.
-
-    Raises:
-        FileNotFoundError: no such file or recipe.
-        ValueError: something in it cannot be used; the message names it.
-    """
+    """Read a comparison."""
     path = find_recipe(name)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -180,21 +110,7 @@ def load_comparison(name: str | Path) -> Comparison:
 
 
 def parse_comparison(values: Any, source: str = "the comparison") -> Comparison:
-    """
-    A comparison from the values of a YAML file.
-
-    Args:
-        values (`Any`):
-            What `yaml.safe_load` returns.
-        source (`str`, *optional*, defaults to `"the comparison"`):
-            How errors name the file.
-
-    Returns:
-        [`Comparison`]: the comparison.
-
-    Raises:
-        ValueError: something in it cannot be used; the message names it.
-    """
+    """A comparison from the values of a YAML file."""
     values = _mapping(_numbers(values), source)
     keys = {"task", "settings", "methods"} | {field.name for field in dataclasses.fields(Comparison)} - {"rows"}
     for key in values:

@@ -21,12 +21,7 @@ _SERIES = {
 
 
 def check_matplotlib() -> None:
-    """
-    Look for matplotlib before time is spent on training.
-
-    Raises:
-        ImportError: it is not installed.
-    """
+    """Look for matplotlib before time is spent on training."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("curves are drawn with matplotlib: pip install 'trl-bridge[demo]'")
 
@@ -48,20 +43,7 @@ def style(index: int, number: int) -> dict[str, Any]:
 
 
 def draw_all(comparison: Comparison, records: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
-    """
-    Draw what there are runs for, a panel for each setting.
-
-    Args:
-        comparison ([`~trl_bridge.comparison.file.Comparison`]):
-            The comparison.
-        records (`Mapping[str, Mapping]`):
-            Records of finished runs by key.
-        folder (`Path`):
-            Where to write `curves.png`, `gain.png` and `cost.png`.
-
-    Returns:
-        `list[Path]`: the files.
-    """
+    """Draw what there are runs for, a panel for each setting."""
     settings = []
     for setting in comparison.settings:
         results = results_of(comparison, setting, records)

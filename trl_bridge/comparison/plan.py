@@ -25,27 +25,7 @@ Records = Mapping[str, Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """
-    One training.
-
-    Attributes:
-        row ([`~trl_bridge.comparison.file.Row`]):
-            The method.
-        setting ([`~trl_bridge.comparison.file.Setting`]):
-            Where it is trained.
-        phase (`str`):
-            `"validation"` (scored on the validation rows, to choose a learning rate) or `"test"`.
-        seed (`int`):
-            Seed of data, base model and trainer.
-        learning_rate (`float`):
-            Rate.
-        steps (`int`):
-            Updates.
-        points (`int`):
-            Points of the curve after its start; 0 in a validation run.
-        trainer (`dict[str, Any]`):
-            Config fields of all methods.
-    """
+    """One training."""
 
     row: Row
     setting: Setting
@@ -109,12 +89,7 @@ def runs_of(comparison: Comparison, row: Row, setting: Setting, rate: float) -> 
 
 
 def validation_scores(comparison: Comparison, row: Row, setting: Setting, records: Records) -> dict[float, float]:
-    """
-    Mean validation score of each rate whose runs are done. A run that diverged counts as 0.
-
-    Returns:
-        `dict[float, float]`: from the rate to the score.
-    """
+    """Mean validation score of each rate whose runs are done. A run that diverged counts as 0."""
     scores: dict[float, list[float]] = {}
     for run in tuning_runs(comparison, row, setting):
         if run.key in records:
@@ -125,20 +100,7 @@ def validation_scores(comparison: Comparison, row: Row, setting: Setting, record
 
 
 def best_rate(comparison: Comparison, row: Row, setting: Setting, records: Records) -> float | None:
-    """
-    The learning rate with the best mean validation score; among equals the smallest.
-
-    Args:
-        comparison ([`~trl_bridge.comparison.file.Comparison`]):
-            The comparison.
-        row, setting:
-            Row and setting.
-        records (`Mapping[str, Mapping]`):
-            Records of finished runs by key.
-
-    Returns:
-        `float`, *optional*: `None` while validation runs are missing.
-    """
+    """The learning rate with the best mean validation score; among equals the smallest."""
     if not comparison.validation_seeds:
         return comparison.learning_rates[0]
     scores = validation_scores(comparison, row, setting, records)
@@ -151,17 +113,6 @@ def next_runs(comparison: Comparison, records: Records, busy: Collection[str] = 
     """
     Runs that can start now, in order: setting by setting, and there row by row, each row's test runs once its learning
     rate is chosen.
-
-    Args:
-        comparison ([`~trl_bridge.comparison.file.Comparison`]):
-            The comparison.
-        records (`Mapping[str, Mapping]`):
-            Records of finished runs by key.
-        busy (`Collection[str]`, *optional*):
-            Keys of runs under way.
-
-    Yields:
-        [`Run`]: each key once.
     """
     given = set(busy)
     for run in all_runs(comparison, records):
@@ -181,12 +132,7 @@ def all_runs(comparison: Comparison, records: Records) -> Iterator[Run]:
 
 
 def number_of_runs(comparison: Comparison, records: Records) -> int:
-    """
-    How many different runs there are in all, those of unknown rate included.
-
-    Returns:
-        `int`: the number.
-    """
+    """How many different runs there are in all, those of unknown rate included."""
     keys = set()
     for setting in comparison.settings:
         for row in comparison.rows:

@@ -48,19 +48,7 @@ _PARTS = 20
 
 
 class Recorder(TrainerCallback):
-    """
-    Follows a training with `logging_steps=1`, both stages of a cold start.
-
-    Args:
-        task ([`~trl_bridge.comparison.tasks.addition.Task`]):
-            Gives the validation rows that the curve's points are measured on.
-        points (`int`):
-            Points of the curve after its start; 0 measures none.
-        cold_start (`bool`, *optional*, defaults to `False`):
-            Whether an SFT stage goes before. Its curve then starts where that ends.
-        stop_after (`int`, *optional*):
-            Updates after which training stops, with the schedule of the full run.
-    """
+    """Follows a training with `logging_steps=1`, both stages of a cold start."""
 
     def __init__(self, task: Task, points: int, cold_start: bool = False, stop_after: int | None = None):
         self.task, self.points, self.cold_start, self.stop_after = task, points, cold_start, stop_after
@@ -76,13 +64,7 @@ class Recorder(TrainerCallback):
         self.away = (0.0, 0.0)
 
     def sampled_before(self, rollouts: Dataset) -> None:
-        """
-        Count rollouts that were made before training.
-
-        Args:
-            rollouts ([`~datasets.Dataset`]):
-                Rows with `completion_ids`.
-        """
+        """Count rollouts that were made before training."""
         self.offline = True
         self.rollouts = len(rollouts)
         self.generated_tokens = sum(map(len, rollouts["completion_ids"]))

@@ -18,17 +18,7 @@ Record = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """
-    A row against a reference on the seeds that both have.
-
-    Attributes:
-        mean (`float`):
-            Mean difference.
-        interval (`tuple[float, float]`, *optional*):
-            95 % bootstrap interval over seeds. `None` for one seed.
-        seeds (`int`):
-            Number of seeds.
-    """
+    """A row against a reference on the seeds that both have."""
 
     mean: float
     interval: tuple[float, float] | None
@@ -37,19 +27,7 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """
-    The test runs of a row in a setting.
-
-    Attributes:
-        row, setting:
-            Row and setting.
-        learning_rate (`float`, *optional*):
-            The rate that validation chose; `None` while it has not.
-        records (`dict[int, Mapping]`):
-            Finished test runs by seed, those that diverged left out.
-        diverged (`int`):
-            Number of test runs that diverged.
-    """
+    """The test runs of a row in a setting."""
 
     row: Row
     setting: Setting
@@ -58,18 +36,7 @@ class Result:
     diverged: int
 
     def values(self, score: str | None = None, split: str = "test") -> dict[int, float]:
-        """
-        A score by seed.
-
-        Args:
-            score (`str`, *optional*):
-                Name of the score. `None` takes the task's metric.
-            split (`str`, *optional*, defaults to `"test"`):
-                `"test"` or `"ood"`.
-
-        Returns:
-            `dict[int, float]`: empty where there is none.
-        """
+        """A score by seed."""
         name = self.setting.task.metric if score is None else score
         found = {seed: record["scores"].get(split, {}).get(name) for seed, record in self.records.items()}
         return {seed: value for seed, value in found.items() if value is not None}
@@ -80,18 +47,7 @@ class Result:
         return statistics.fmean(found) if found else None
 
     def against(self, other: "Result", score: str | None = None) -> Difference | None:
-        """
-        Difference on the test rows.
-
-        Args:
-            other ([`Result`]):
-                The reference.
-            score (`str`, *optional*):
-                Name of the score. `None` takes the task's metric.
-
-        Returns:
-            [`Difference`], *optional*: `None` without a common seed.
-        """
+        """Difference on the test rows."""
         own, theirs = self.values(score), other.values(score)
         differences = [own[seed] - theirs[seed] for seed in sorted(own) if seed in theirs]
         if not differences:
@@ -101,20 +57,7 @@ class Result:
 
 
 def results_of(comparison: Comparison, setting: Setting, records: Mapping[str, Record]) -> dict[str, Result]:
-    """
-    Results of all rows in a setting.
-
-    Args:
-        comparison ([`~trl_bridge.comparison.file.Comparison`]):
-            The comparison.
-        setting ([`~trl_bridge.comparison.file.Setting`]):
-            The setting.
-        records (`Mapping[str, Mapping]`):
-            Records of finished runs by key.
-
-    Returns:
-        `dict[str, Result]`: by the row's name, in the comparison's order.
-    """
+    """Results of all rows in a setting."""
     results = {}
     for row in comparison.rows:
         rate = best_rate(comparison, row, setting, records)
@@ -134,18 +77,7 @@ Records = Mapping[str, Mapping[str, Any]]
 
 
 def report(comparison: Comparison, records: Records) -> str:
-    """
-    All tables: results, cost and the choice of learning rates, setting by setting.
-
-    Args:
-        comparison ([`~trl_bridge.comparison.file.Comparison`]):
-            The comparison.
-        records (`Mapping[str, Mapping]`):
-            Records of finished runs by key.
-
-    Returns:
-        `str`: Markdown. Runs that are missing are missing in it: a row without a test run has no numbers.
-    """
+    """All tables: results, cost and the choice of learning rates, setting by setting."""
     parts = [_how(comparison, records), "## Overview", overview(comparison, records)]
     for setting, results in _present(comparison, records):
         part = comparison.only(results)
@@ -157,18 +89,7 @@ def report(comparison: Comparison, records: Records) -> str:
 
 
 def overview(comparison: Comparison, records: Records) -> str:
-    """
-    One line for each row: its scores in every setting, and the difference against the first reference.
-
-    Args:
-        comparison ([`~trl_bridge.comparison.file.Comparison`]):
-            The comparison.
-        records (`Mapping[str, Mapping]`):
-            Records of finished runs by key.
-
-    Returns:
-        `str`: Markdown.
-    """
+    """One line for each row: its scores in every setting, and the difference against the first reference."""
     present = _present(comparison, records)
     columns = [(setting, results, score) for setting, results in present for score in _names(setting)]
     head = ["method", *(f"{setting.name}: {score}" for setting, _, score in columns)]

@@ -31,20 +31,7 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def execute(run: Run, cache: str | None = None, stop_after: int | None = None) -> dict[str, Any]:
-    """
-    Train a run and score it.
-
-    Args:
-        run ([`~trl_bridge.comparison.plan.Run`]):
-            The run.
-        cache (`str`, *optional*):
-            Folder for base models and teachers.
-        stop_after (`int`, *optional*):
-            Updates after which to stop, to repeat the start of a longer run.
-
-    Returns:
-        `dict[str, Any]`: JSON values. `scores` by split; `diverged` instead, where the weights stopped being numbers.
-    """
+    """Train a run and score it."""
     task = _task(run.setting.task, run.seed, cache)
     recorder = Recorder(task, run.points, run.row.method == "two-stage", stop_after)
     if run.row.reads_teacher:
@@ -117,13 +104,7 @@ def _task(spec: TaskSpec, seed: int, cache: str | None) -> Task:
 
 @functools.lru_cache(maxsize=1)
 def where() -> dict[str, Any]:
-    """
-    Commit, versions and machine.
-
-    Returns:
-        `dict[str, Any]`: JSON values, the same for all runs of a process. `commit` is `None` outside a checkout, and
-        ends in `+` where tracked files were changed.
-    """
+    """Commit, versions and machine."""
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     machine = {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}

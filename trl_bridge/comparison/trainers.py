@@ -38,19 +38,7 @@ _TEACHERS = ("teacher_model_name_or_path", "teacher_model_server_url")
 
 
 def config_fields(run: Run) -> dict[str, Any]:
-    """
-    Fields of the method's config, `output_dir` apart.
-
-    Args:
-        run ([`~trl_bridge.comparison.plan.Run`]):
-            The run.
-
-    Returns:
-        `dict[str, Any]`: the comparison's own fields as far as the config has them, then the row's.
-
-    Raises:
-        ValueError: the row has a field that the config lacks, or sets one that the comparison sets.
-    """
+    """Fields of the method's config, `output_dir` apart."""
     row = run.row
     known = _field_names(METHODS[row.method])
     fields = {name: value for name, value in row.fields.items() if name not in _KEYS.get(row.family, ())}
@@ -71,18 +59,7 @@ def config_fields(run: Run) -> dict[str, Any]:
 
 
 def check_rows(comparison: Comparison, output_dir: str) -> None:
-    """
-    Refuse before anything is trained what the methods' configs refuse.
-
-    Args:
-        comparison ([`~trl_bridge.comparison.file.Comparison`]):
-            The comparison.
-        output_dir (`str`):
-            Folder that the configs name; nothing is written.
-
-    Raises:
-        ValueError, TypeError, NotImplementedError: the message names the row, or the field.
-    """
+    """Refuse before anything is trained what the methods' configs refuse."""
     for name in comparison.trainer:
         if name in (*_OURS, "max_steps"):
             raise ValueError(f"`trainer`: `{name}` is set by the comparison")
@@ -100,16 +77,7 @@ def check_rows(comparison: Comparison, output_dir: str) -> None:
 
 
 def sample_offline(run: Run, task: Task, output_dir: str) -> Dataset | None:
-    """
-    Rollouts that are made before training, for a method that makes none: as many as its updates read.
-
-    Args:
-        run, task, output_dir:
-            As in [`build_trainer`].
-
-    Returns:
-        [`~datasets.Dataset`], *optional*: rows with tokens and the teacher's scores. `None` for all other methods.
-    """
+    """Rollouts that are made before training, for a method that makes none: as many as its updates read."""
     if run.row.family != "scored":
         return None
     args, given = _config(run, output_dir), {**run.trainer, **run.row.fields}
@@ -121,24 +89,7 @@ def sample_offline(run: Run, task: Task, output_dir: str) -> Dataset | None:
 
 
 def build_trainer(run: Run, task: Task, output_dir: str, callbacks: list[Any], rollouts: Dataset | None = None) -> Any:
-    """
-    The trainer of a run, ready to train.
-
-    Args:
-        run ([`~trl_bridge.comparison.plan.Run`]):
-            The run.
-        task ([`~trl_bridge.comparison.tasks.addition.Task`]):
-            Its task, built with its seed.
-        output_dir (`str`):
-            Folder that the trainer may write to.
-        callbacks (`list[~transformers.TrainerCallback]`):
-            Callbacks.
-        rollouts ([`~datasets.Dataset`], *optional*):
-            What [`sample_offline`] returns.
-
-    Returns:
-        [`~transformers.Trainer`] or [`~trl_bridge.TwoStageTrainer`]: the trainer.
-    """
+    """The trainer of a run, ready to train."""
     method = METHODS[run.row.method]
     arguments: dict[str, Any] = {
         "model": task.fresh_model(),

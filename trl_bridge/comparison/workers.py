@@ -21,39 +21,12 @@ _LOG = "worker-{}.log"
 
 
 def read_records(folder: Path) -> dict[str, dict[str, Any]]:
-    """
-    Records of the runs that are done.
-
-    Args:
-        folder (`Path`):
-            Folder of the comparison.
-
-    Returns:
-        `dict[str, dict]`: by key.
-    """
+    """Records of the runs that are done."""
     return {record["key"]: record for record in read_lines(folder / RUNS_FILE)}
 
 
 def run_all(comparison: Comparison, folder: Path, workers: int = 1) -> dict[str, dict[str, Any]]:
-    """
-    Do what is not done yet, and append one line to `runs.jsonl` for each run that ends.
-
-    Args:
-        comparison ([`~trl_bridge.comparison.file.Comparison`]):
-            The comparison.
-        folder (`Path`):
-            Folder of the comparison.
-        workers (`int`, *optional*, defaults to `1`):
-            Processes. Where there are GPUs, they take them by turns; on a CPU each has one thread.
-
-    Returns:
-        `dict[str, dict]`: records of all runs by key.
-
-    Raises:
-        ValueError, TypeError, NotImplementedError: a method's config refuses its fields. Nothing is trained then.
-        Exception: what a run raised, once the runs beside it have ended and are written down. A run whose weights stop
-        being numbers raises nothing: its record says so.
-    """
+    """Do what is not done yet, and append one line to `runs.jsonl` for each run that ends."""
     records = read_records(folder)
     total = number_of_runs(comparison, records)
     # Spawned, for CUDA's sake; each process imports torch once, and then does one run after another.

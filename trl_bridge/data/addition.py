@@ -28,36 +28,14 @@ ERRORS = (1, 2, 9, 10, 11)
 
 
 def addition_pairs(max_number: int, seed: int) -> list[tuple[int, int]]:
-    """
-    All pairs of numbers from 0 to `max_number`, in a random order.
-
-    Args:
-        max_number (`int`):
-            Largest number.
-        seed (`int`):
-            Seed of the order.
-
-    Returns:
-        `list[tuple[int, int]]`: `(max_number + 1) ** 2` pairs.
-    """
+    """All pairs of numbers from 0 to `max_number`, in a random order."""
     pairs = [(a, b) for a in range(max_number + 1) for b in range(max_number + 1)]
     random.Random(seed).shuffle(pairs)
     return pairs
 
 
 def wrong_sum(total: int, generator: random.Random) -> int:
-    """
-    A wrong answer close to the right one and not negative.
-
-    Args:
-        total (`int`):
-            Right answer.
-        generator (`random.Random`):
-            Source of chance.
-
-    Returns:
-        `int`: the right answer plus or minus one of [`ERRORS`].
-    """
+    """A wrong answer close to the right one and not negative."""
     error = generator.choice(ERRORS)
     return total - error if generator.random() < 0.5 and total >= error else total + error
 
@@ -74,20 +52,7 @@ WRONG_KINDS = tuple(_WRONG)
 
 
 def wrong_answer(kind: str, a: int, b: int, generator: random.Random) -> str:
-    """
-    A wrong answer to `a + b`.
-
-    Args:
-        kind (`str`):
-            One of [`WRONG_KINDS`].
-        a, b (`int`):
-            What is added.
-        generator (`random.Random`):
-            Source of chance; only `"near"` draws from it.
-
-    Returns:
-        `str`: the answer. That of `"subtraction"` is right where one of the numbers is 0.
-    """
+    """A wrong answer to `a + b`."""
     return _WRONG[kind](a, b, generator)
 
 
@@ -119,37 +84,14 @@ def addition_dataset(
 
 
 def worked_sum(a: int, b: int, slips: tuple[int, int] = (0, 0)) -> list[str]:
-    """
-    A sum worked in three steps: the units, the tens with what is carried, and the answer that the two make.
-
-    Args:
-        a, b (`int`):
-            What is added.
-        slips (`tuple[int, int]`, *optional*, defaults to `(0, 0)`):
-            By how much units and tens are off. What follows goes on from there.
-
-    Returns:
-        `list[str]`: `["12,", "7,", "72"]` for 27 and 45. The steps join to `"12,7,72"`.
-    """
+    """A sum worked in three steps: the units, the tens with what is carried, and the answer that the two make."""
     units = abs(a % 10 + b % 10 + slips[0])
     tens = abs(a // 10 + b // 10 + units // 10 + slips[1])
     return [f"{units},", f"{tens},", str(10 * tens + units % 10)]
 
 
 def worked_dataset(pairs: list[tuple[int, int]], wrong_share: float = 0.0, seed: int = 0) -> "Dataset":
-    """
-    [`addition_dataset`] with worked answers. A wrong one has a slip of 1 in its units or in its tens.
-
-    Args:
-        pairs, wrong_share, seed:
-            As in [`addition_dataset`].
-
-    Returns:
-        [`~datasets.Dataset`]: columns `prompt`, `completion` and `solution` (the right working), all strings.
-
-    Raises:
-        ValueError: `wrong_share` outside [0, 1].
-    """
+    """[`addition_dataset`] with worked answers. A wrong one has a slip of 1 in its units or in its tens."""
     slips = ((1, 0), (-1, 0), (0, 1), (0, -1))
     return _dataset(
         pairs,

@@ -14,13 +14,6 @@ def code_of(*modules: ModuleType) -> dict[str, str]:
 
     `datasets` tells functions of modules apart by their names, not by what they do: without this, rows that an older
     version of trl-bridge converted would be found again by a newer one.
-
-    Args:
-        *modules (`ModuleType`):
-            Modules whose functions the mapped function calls.
-
-    Returns:
-        `dict[str, str]`: `fn_kwargs` for `map` and `filter`, one entry named `code`.
     """
     digest = hashlib.sha256()
     for module in modules:

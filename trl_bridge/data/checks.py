@@ -22,15 +22,7 @@ GOLDS = ("math", "roles", "none")
 
 @dataclass(frozen=True)
 class Finding:
-    """
-    Something wrong with a row.
-
-    Attributes:
-        row (`int`):
-            Index in the dataset.
-        what (`str`):
-            What it is.
-    """
+    """Something wrong with a row."""
 
     row: int
     what: str
@@ -38,19 +30,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Sample:
-    """
-    A row as tokens.
-
-    Attributes:
-        row (`int`):
-            Index in the dataset.
-        prompt (`list[str]`):
-            The prompt's tokens, each decoded on its own.
-        completion (`list[str]`):
-            The tokens that are trained, end of sequence included; empty where the dataset has no demonstrations.
-        solution (`str`, *optional*):
-            The gold.
-    """
+    """A row as tokens."""
 
     row: int
     prompt: list[str]
@@ -60,27 +40,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """
-    What [`check_dataset`] found.
-
-    Attributes:
-        rows (`int`):
-            Number of rows.
-        empty (`list[Finding]`):
-            Cells that are `None` or blank.
-        duplicates (`list[Finding]`):
-            Rows with the prompt (and completion) of an earlier row.
-        golds (`list[Finding]`):
-            Golds that no reward can judge.
-        unrenderable (`list[Finding]`):
-            Demonstrations that training would refuse.
-        overlong (`list[Finding]`):
-            Demonstrations of too many tokens.
-        overlaps (`list[Overlap]`):
-            Questions shared with a benchmark.
-        lengths (`list[int]`):
-            Tokens of each demonstration that renders, prompt included; empty without a tokenizer.
-    """
+    """What [`check_dataset`] found."""
 
     rows: int
     empty: list[Finding] = field(default_factory=list)
@@ -175,25 +135,7 @@ def rendered_samples(
     rows: Sequence[int],
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[Sample]:
-    """
-    Rows as the trainer renders them.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Rows as [`check_dataset`] takes them.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the model.
-        rows (`Sequence[int]`):
-            Which rows.
-        chat_template_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments of the chat template.
-
-    Returns:
-        `list[Sample]`: the rows.
-
-    Raises:
-        ValueError: a row that cannot be rendered.
-    """
+    """Rows as the trainer renders them."""
     render = _renderer(tokenizer, chat_template_kwargs or {})
     samples = []
     for row in rows:

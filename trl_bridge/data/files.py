@@ -15,22 +15,7 @@ READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "cs
 def read_files(
     files: str | list[str] | Mapping[str, str], streaming: bool = False
 ) -> DatasetDict | IterableDatasetDict:
-    """
-    Read data files, all of one kind.
-
-    Args:
-        files (`str`, `list[str]` or `dict[str, str]`):
-            Path, pattern of paths, several paths, or paths or patterns by split.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Passed to [`~datasets.load_dataset`].
-
-    Returns:
-        [`~datasets.DatasetDict`] or [`~datasets.IterableDatasetDict`]: the splits; `train` where none is named.
-
-    Raises:
-        FileNotFoundError: a path without a file.
-        ValueError: files of another kind than those in [`READERS`], or of several kinds.
-    """
+    """Read data files, all of one kind."""
     names = list(files.values()) if isinstance(files, Mapping) else [files] if isinstance(files, str) else files
     for name in names:
         if not any(character in name for character in "*?[") and "://" not in name and not Path(name).is_file():

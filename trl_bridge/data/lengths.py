@@ -17,20 +17,7 @@ __all__ = ["prompt_tokens", "within_prompt_length"]
 def prompt_tokens(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any] | None = None
 ) -> list[int]:
-    """
-    A row's prompt, as generation sees it.
-
-    Args:
-        row (`dict[str, Any]`):
-            Row with `prompt` (string or messages), or a demonstration in one of TRL's SFT formats.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the model.
-        chat_template_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments of the chat template.
-
-    Returns:
-        `list[int]`: its tokens, the generation prompt included.
-    """
+    """A row's prompt, as generation sees it."""
     prompt: Any = row["prompt"] if "prompt" in row else split_demonstration(row)[0]
     encoded: Any
     if isinstance(prompt, str):
@@ -49,27 +36,7 @@ def within_prompt_length(
     what: str,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Dataset | IterableDataset:
-    """
-    The rows whose prompt is short enough; how many are dropped is logged.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows as [`prompt_tokens`] takes them.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the model.
-        max_prompt_length (`int`):
-            Longest prompt, in tokens.
-        what (`str`):
-            Argument that named the dataset, for the messages.
-        chat_template_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments of the chat template.
-
-    Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: the rows that are kept.
-
-    Raises:
-        ValueError: `max_prompt_length` below 1, rows without a prompt, or no row is left.
-    """
+    """The rows whose prompt is short enough; how many are dropped is logged."""
     if max_prompt_length < 1:
         raise ValueError(f"`max_prompt_length` must be at least 1, got {max_prompt_length}")
     if not {"prompt", "messages", "conversations"} & set(dataset.column_names or []):

@@ -4,13 +4,7 @@ __all__ = ["warn"]
 
 
 def warn(message: str) -> None:
-    """
-    Log a warning on the main process of each machine.
-
-    Args:
-        message (`str`):
-            The warning.
-    """
+    """Log a warning on the main process of each machine."""
     # Late: accelerate imports torch, which listing the sources must not wait for.
     from accelerate import PartialState
     from accelerate.logging import get_logger

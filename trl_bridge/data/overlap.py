@@ -12,19 +12,7 @@ _QUESTIONS = ("prompt", "messages", "problem", "question", "quiz", "Problem", "Q
 
 
 class Overlap(NamedTuple):
-    """
-    A training row that shares a run of words with a benchmark.
-
-    Attributes:
-        row (`int`):
-            Index of the training row.
-        benchmark (`str`):
-            The benchmark.
-        benchmark_row (`int`):
-            First row of it that shares one.
-        words (`str`):
-            The first shared run.
-    """
+    """A training row that shares a run of words with a benchmark."""
 
     row: int
     benchmark: str
@@ -33,19 +21,7 @@ class Overlap(NamedTuple):
 
 
 def question_text(row: Mapping[str, Any]) -> str:
-    """
-    Question of a row of any dataset.
-
-    Args:
-        row (`Mapping[str, Any]`):
-            Row with a `prompt` (string or messages), `messages`, or a question under one of its usual names.
-
-    Returns:
-        `str`: the string, or the user messages of the conversation.
-
-    Raises:
-        ValueError: the row has no question.
-    """
+    """Question of a row of any dataset."""
     for column in _QUESTIONS:
         value = row.get(column)
         if isinstance(value, str):
@@ -61,21 +37,6 @@ def find_overlaps(questions: Iterable[str], benchmarks: Mapping[str, Iterable[st
 
     Words are runs of letters, digits and underscores, in lower case; everything else separates. A benchmark's question of
     fewer words overlaps with the very same question only, punctuation and operators included.
-
-    Args:
-        questions (`Iterable[str]`):
-            Training questions, without the prompt template (which they would all share with each other).
-        benchmarks (`Mapping[str, Iterable[str]]`):
-            Questions of each benchmark.
-        ngram (`int`, *optional*, defaults to `13`):
-            Length of the run. 13 is what decontamination of training data commonly takes (Brown et al. 2020, appendix
-            C).
-
-    Returns:
-        `list[Overlap]`: at most one for each training row and benchmark, in order.
-
-    Raises:
-        ValueError: `ngram` below 1.
     """
     if ngram < 1:
         raise ValueError(f"`ngram` must be at least 1, got {ngram}")

@@ -8,17 +8,7 @@ __all__ = ["Example", "deepmath", "knights_knaves", "limr", "math_level", "openr
 
 
 class Example(NamedTuple):
-    """
-    What every source has.
-
-    Attributes:
-        question (`str`):
-            The bare question, without any instruction.
-        solution (`str`):
-            Gold answer, as the reward reads it.
-        traces (`tuple[str, ...]`):
-            Right worked solutions; a reasoning trace begins with its opening think tag.
-    """
+    """What every source has."""
 
     question: str
     solution: str

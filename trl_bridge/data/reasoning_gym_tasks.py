@@ -85,16 +85,7 @@ WORKED_SOLUTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 
 
 def worked_solution(row: dict[str, Any]) -> str:
-    """
-    Demonstration for a row of reasoning-gym.
-
-    Args:
-        row (`dict[str, Any]`):
-            Row with `answer` and `metadata`, of a task in [`WORKED_SOLUTIONS`].
-
-    Returns:
-        `str`: the working line by line, then "The answer is ...".
-    """
+    """Demonstration for a row of reasoning-gym."""
     working = WORKED_SOLUTIONS[row["metadata"]["source_dataset"]](row)
     return "\n".join([*working, f"The answer is {row['answer'].removesuffix('.')}."])
 

@@ -61,29 +61,6 @@ def routes_dataset(
 
     Each row has a network of its own. At least two routes lead from start to goal; the best ones cost exactly the same
     (mostly there is one), and every other route costs at least 5% more.
-
-    Args:
-        size (`int`, *optional*, defaults to `500`):
-            Number of training rows.
-        test_size (`int`, *optional*, defaults to `100`):
-            Number of test rows. No test question is a training question.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of everything.
-        min_lines (`int`, *optional*, defaults to `2`), max_lines (`int`, *optional*, defaults to `4`):
-            Number of lines, from 2 to 8.
-        min_stops (`int`, *optional*, defaults to `3`), max_stops (`int`, *optional*, defaults to `5`):
-            Stops of each line, from 3 to 10.
-        criteria (`str`, *optional*):
-            Criteria that count, joined by "+": `"time"`, `"time+comfort"`, ... of `time`, `price`, `comfort` and
-            `reliability`. `None` draws one to four of them for each row.
-
-    Returns:
-        [`~datasets.DatasetDict`]: `train` and `test` with the columns `prompt` and `completion` (messages),
-        `solution` (`str`: a best route), `routes` (`list[str]`: all best routes), `tables` and `criteria` (JSON),
-        `difficulty` (`int`, see [`route_difficulty`]) and `expert_steps` (`list[str]`: the completion's text, cut up).
-
-    Raises:
-        ValueError: a number out of its range, an unknown criterion, or more rows than there are different ones.
     """
     _check(size, test_size, min_lines, max_lines, min_stops, max_stops)
     names = _criteria(criteria)
@@ -97,43 +74,17 @@ def routes_dataset(
 
 
 def route_difficulty(stops: int, edges: int) -> int:
-    """
-    Difficulty of a task: points of the network and of the question.
-
-    Args:
-        stops (`int`):
-            Stops in the network: 1 point up to 6, 2 up to 11, 3 beyond.
-        edges (`int`):
-            Edges of the shortest best route: 1 point up to 2, 2 up to 4, 3 beyond.
-
-    Returns:
-        `int`: from 2 to 6.
-    """
+    """Difficulty of a task: points of the network and of the question."""
     return 2 + (stops > 6) + (stops > 11) + (edges > 2) + (edges > 4)
 
 
 def route_text(route: Sequence[Stop]) -> str:
-    """
-    A route as the reward reads it, such as "A-B(transfer)-C".
-
-    Args:
-        route (`Sequence[tuple[str, bool]]`):
-            Stops, and whether the line changes there.
-    """
+    """A route as the reward reads it, such as "A-B(transfer)-C"."""
     return "-".join(name + "(transfer)" * changes for name, changes in route)
 
 
 def all_routes(network: Network) -> list[tuple[Fraction, list[Stop]]]:
-    """
-    Every route from start to goal that visits no stop twice, with its exact cost, the cheapest first.
-
-    Args:
-        network ([`~trl_bridge.rewards.route_rewards.Network`]):
-            Network with one line on each edge.
-
-    Returns:
-        `list[tuple[Fraction, list[tuple[str, bool]]]]`: routes of equal cost in the order of their stops.
-    """
+    """Every route from start to goal that visits no stop twice, with its exact cost, the cheapest first."""
     neighbours: dict[str, list[tuple[str, str]]] = {}
     for (stop, other), lines in sorted(network.edges.items()):
         neighbours.setdefault(stop, []).append((other, lines[0][0]))

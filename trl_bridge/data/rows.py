@@ -30,34 +30,7 @@ _SOURCE = "source:"
 
 
 def load_named_dataset(name: str, config: str | None = None, streaming: bool = False) -> AnyDatasetDict:
-    """
-    Load a dataset by the name that a script argument gives.
-
-    Args:
-        name (`str`):
-            One of
-                - `"builtin:addition"`: sums of two numbers, see [`~trl_bridge.data.addition.addition_dataset`];
-                - `"builtin:routes"`: routes of least cost, see [`~trl_bridge.data.routes.routes_dataset`];
-                - `"reasoning-gym:TASK"`: a reasoning-gym task, see
-                  [`~trl_bridge.data.reasoning_gym_tasks.reasoning_gym_dataset`];
-                - `"source:NAME"`: a public dataset in one schema, and `"source:NAME@PATH"`: a local copy of it, see
-                  [`~trl_bridge.data.sources.load_source`];
-                - a path (or a pattern of paths) ending in `.jsonl`, `.json`, `.parquet` or `.csv`;
-                - anything that [`~datasets.load_dataset`] takes, such as a name on the hub or a directory.
-        config (`str`, *optional*):
-            For the generated tasks and the sources, their parameters as in `"size=500, max_terms=3"`. For all others
-            the configuration name that [`~datasets.load_dataset`] takes.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Passed to [`~datasets.load_dataset`].
-
-    Returns:
-        [`~datasets.DatasetDict`] or [`~datasets.IterableDatasetDict`]: the splits.
-
-    Raises:
-        FileNotFoundError: a local file that does not exist.
-        ValueError: no such source, or parameters that the generated task or the source does not have.
-        ImportError: reasoning-gym is not installed.
-    """
+    """Load a dataset by the name that a script argument gives."""
     if name == _ADDITION:
         return _call(_addition, name, config)
     if name == _ROUTES:
@@ -72,24 +45,7 @@ def load_named_dataset(name: str, config: str | None = None, streaming: bool = F
 
 
 def map_columns(dataset: AnyDataset, columns: dict[str, str | None], what: str) -> AnyDataset:
-    """
-    Rename columns to the names that the trainers read.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows of any schema.
-        columns (`dict[str, str | None]`):
-            From the trainers' name to the dataset's own; `None` leaves that name alone. A column that bears the
-            trainers' name already makes way.
-        what (`str`):
-            Argument that named the dataset, for the error.
-
-    Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: the same rows.
-
-    Raises:
-        ValueError: a column that the dataset lacks.
-    """
+    """Rename columns to the names that the trainers read."""
     for target, source in columns.items():
         if source is None or source == target:
             continue
@@ -105,15 +61,6 @@ def map_columns(dataset: AnyDataset, columns: dict[str, str | None], what: str) 
 def with_system_prompt(dataset: AnyDataset, system_prompt: str) -> AnyDataset:
     """
     Put a system message in front of every conversation; prompts and completions that are strings become messages.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows with `prompt` (and perhaps `completion`), or with `messages`.
-        system_prompt (`str`):
-            Content of the system message. A conversation that has one already keeps its own.
-
-    Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: the same rows, conversational.
     """
     present = list(dataset.column_names or [])
     system = {"role": "system", "content": system_prompt}

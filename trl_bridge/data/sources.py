@@ -23,36 +23,7 @@ __all__ = ["SOURCES", "Source", "find_source", "load_source"]
 
 
 class Source(NamedTuple):
-    """
-    A public dataset and how it becomes ours.
-
-    Attributes:
-        name (`str`):
-            Name after `source:`.
-        summary (`str`):
-            One line.
-        hub_id (`str`):
-            Dataset on the hub.
-        revision (`str`, *optional*):
-            Commit on the hub; `None` where it is not known: then the commit that was read is said when the source is
-            loaded, and `revision=` pins it.
-        files (`dict[str, str]`):
-            Pattern of the files of each split, with the parameters in braces; empty where the hub's own layout decides.
-        columns (`tuple[str, ...]`):
-            Raw columns that are read.
-        convert (`Callable`):
-            From a raw row to an [`~trl_bridge.data.raw_rows.Example`].
-        has_traces (`bool`):
-            Whether there are demonstrations.
-        reward (`str`):
-            Reward that reads its `solution`.
-        template (`str`):
-            Prompt template that asks for what the reward reads.
-        licence (`str`, *optional*):
-            Licence, where sure.
-        parameters (`dict[str, Any]`):
-            Parameters and their defaults, beside `traces`.
-    """
+    """A public dataset and how it becomes ours."""
 
     name: str
     summary: str
@@ -155,19 +126,7 @@ SOURCES: dict[str, Source] = {source.name: source for source in _ALL}
 
 
 def find_source(name: str) -> Source:
-    """
-    A source by name.
-
-    Args:
-        name (`str`):
-            Name, without `source:`.
-
-    Returns:
-        [`Source`]: the source.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """A source by name."""
     if name not in SOURCES:
         nearest = difflib.get_close_matches(name, SOURCES, n=1)
         hint = f"did you mean `source:{nearest[0]}`?" if nearest else f"there are: {', '.join(SOURCES)}"
@@ -178,31 +137,7 @@ def find_source(name: str) -> Source:
 def load_source(
     name: str, streaming: bool = False, traces: int = 1, revision: str | None = None, **parameters: Any
 ) -> DatasetDict | IterableDatasetDict:
-    """
-    Load a source from the hub or from a local copy of its raw data.
-
-    Args:
-        name (`str`):
-            Name of the source, without `source:`. `NAME@PATH` reads a local copy: a folder laid out as on the hub, a
-            folder of data files, a file, or a pattern of files (the last three are the split `train`).
-        streaming (`bool`, *optional*, defaults to `False`):
-            Passed to [`~datasets.load_dataset`].
-        traces (`int`, *optional*, defaults to `1`):
-            With more than 1, the column `expert` holds up to so many right traces of each prompt.
-        revision (`str`, *optional*):
-            Commit on the hub to read, in place of the source's own.
-        **parameters:
-            The source's own parameters, such as `people=3`.
-
-    Returns:
-        [`~datasets.DatasetDict`] or [`~datasets.IterableDatasetDict`]: the splits, with the columns `prompt` (messages:
-        the bare question), `solution` (`str`) and, where there are traces, `completion` (messages: the first right
-        trace) and with `traces > 1` `expert` (`list[str]`). Rows without a right trace are left out, with a warning.
-
-    Raises:
-        ValueError: no such source or parameter, a raw column is missing, or no row is left.
-        OSError: the hub or the local copy cannot be read.
-    """
+    """Load a source from the hub or from a local copy of its raw data."""
     name, _, path = name.partition("@")
     source = find_source(name)
     for key in parameters:

@@ -17,15 +17,7 @@ _THINK = "<think>"
 
 
 class Template(NamedTuple):
-    """
-    A prompt template.
-
-    Attributes:
-        text (`str`):
-            Text with `{prompt}` where the question goes. Other braces stand for themselves.
-        plain (`bool`, *optional*, defaults to `False`):
-            Whether the text is the whole prompt, without any chat template around it.
-    """
+    """A prompt template."""
 
     text: str
     plain: bool = False
@@ -55,20 +47,7 @@ Templates by name.
 
 
 def find_template(template: str) -> Template:
-    """
-    A template by name, or one's own.
-
-    Args:
-        template (`str`):
-            A key of [`TEMPLATES`], or text with `{prompt}`. With `plain:` in front, the text is the whole prompt, and no
-            chat template is put around it.
-
-    Returns:
-        [`Template`]: the template.
-
-    Raises:
-        ValueError: neither a name nor a text with `{prompt}`.
-    """
+    """A template by name, or one's own."""
     if template in TEMPLATES:
         return TEMPLATES[template]
     if _SLOT in template:
@@ -84,19 +63,6 @@ def with_prompt_template(dataset: Dataset | IterableDataset, template: str) -> D
 
     A string prompt is the question; of a conversation, the content of the last user message is. A plain template makes
     strings of conversations that consist of a single user message, and of their completions and experts.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows with `prompt` (and perhaps `completion` and `expert`), or with `messages`.
-        template (`str`):
-            What [`find_template`] takes.
-
-    Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: the same rows. Where a prompt now ends in an opening
-        think tag, the same tag is taken off the front of string completions and experts.
-
-    Raises:
-        ValueError: no such template, or rows that it does not fit.
     """
     found = find_template(template)
     present = list(dataset.column_names or [])
@@ -121,15 +87,6 @@ def with_prompt_template(dataset: Dataset | IterableDataset, template: str) -> D
 def without_open_think(trace: str, prompt: str) -> str:
     """
     A trace as it continues a prompt: if the prompt ends in an opening think tag, the same tag is taken off the trace.
-
-    Args:
-        trace (`str`):
-            Demonstration.
-        prompt (`str`):
-            Prompt as the model sees it, chat template included.
-
-    Returns:
-        `str`: the trace. Source: LUFFY's released code does the same.
     """
     if prompt.rstrip().endswith(_THINK) and trace.lstrip().startswith(_THINK):
         return trace.lstrip().removeprefix(_THINK).lstrip()

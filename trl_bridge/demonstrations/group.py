@@ -29,34 +29,6 @@ class Experts:
 
     Which trace a group gets depends on nothing but the seed, the number of the generation batch and the number of the
     group in it, so that every rank and a resumed run find the same.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            RL rows with `prompt` and `expert`: a string, a list of messages, or a list of either. Empty or `None`
-            where a prompt has none. A string beside a conversational prompt is the assistant's message.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer that generation uses.
-        chat_template (`str`, *optional*):
-            Chat template that generation uses, if it is not the tokenizer's own.
-        chat_template_kwargs (`dict[str, Any]`, *optional*):
-            Its keyword arguments.
-        eos_token_id (`Sequence[int]`):
-            Tokens that end a completion; the first is added where a trace has none.
-        max_length (`int`):
-            Longest trace, in tokens of the completion.
-        overlong (`str`):
-            What to do with a longer one: `"skip"` (its prompt has no expert), `"truncate"` or `"error"`.
-        seed (`int`):
-            Seed of all choices.
-        steps (`bool`, *optional*, defaults to `False`):
-            Whether to read the column `expert_steps`, if there is one: the text of a trace cut up into strings (a list
-            of them, or a list of lists where a row has several traces).
-
-    Raises:
-        `TypeError`: if `dataset` is not a [`~datasets.Dataset`].
-        `ValueError`: if there is no `expert` column, or no usable trace in it; if a trace cannot be rendered (see
-            [`demonstrations.render.render_demonstrations`]), or is too long and may not be shortened; if steps do not
-            make up their trace.
     """
 
     def __init__(
@@ -98,23 +70,7 @@ class Experts:
         self._index = PromptIndex(self._rendered["prompt_key"][:], seed)
 
     def draw(self, prompt: Any, generation: int, group: int, probability: float = 1.0) -> list[int] | None:
-        """
-        The trace of a group of rollouts.
-
-        Args:
-            prompt (`str` or `list[dict]`):
-                Prompt of the group.
-            generation (`int`):
-                Number of the generation batch.
-            group (`int`):
-                Number of the group in it, over all ranks.
-            probability (`float`, *optional*, defaults to `1.0`):
-                Probability that the group gets a trace.
-
-        Returns:
-            `list[int]`, *optional*: the completion's tokens, EOS last (a truncated trace has none). `None` where the
-            prompt has no trace, or this group gets none.
-        """
+        """The trace of a group of rollouts."""
         key = prompt_key(prompt)
         if self._index.missing([key]):
             return None
@@ -124,50 +80,18 @@ class Experts:
         return _completion(row)[: self.max_length]
 
     def step_ends(self, prompt: Any, generation: int, group: int) -> list[int]:
-        """
-        Where the steps of a group's trace end.
-
-        Args:
-            prompt, generation, group:
-                As in [`~Experts.draw`], which gave the group a trace.
-
-        Returns:
-            `list[int]`: for each step, how many tokens the trace has up to its end, the EOS not counted; beyond the
-            trace where it is truncated. Empty where it has no steps.
-        """
+        """Where the steps of a group's trace end."""
         if not self.has_steps:
             return []
         return self._rendered[self._index.draw(prompt_key(prompt), generation, group)]["step_ends"]
 
     def uniform(self, generation: int, group: int, purpose: int) -> float:
-        """
-        A number in [0, 1) of a group's own, the same on every rank and after a resume.
-
-        Args:
-            generation (`int`):
-                Number of the generation batch.
-            group (`int`):
-                Number of the group in it, over all ranks.
-            purpose (`int`):
-                Tells different numbers of one group apart; from 2 (1 is used here).
-        """
+        """A number in [0, 1) of a group's own, the same on every rank and after a resume."""
         return float(torch.rand((), generator=generator(self.seed, generation, group, purpose)))
 
 
 def expert_rows(dataset: Dataset) -> tuple[Dataset, list[int]]:
-    """
-    One row of `prompt` and `completion` for each trace of an RL dataset.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            RL rows with `prompt` and `expert`.
-
-    Returns:
-        `tuple[Dataset, list[int]]`: the rows, and which row of `dataset` each comes from.
-
-    Raises:
-        `ValueError`: if a column is missing, or no row has a trace.
-    """
+    """One row of `prompt` and `completion` for each trace of an RL dataset."""
     if "prompt" not in dataset.column_names:
         raise ValueError(f"`train_dataset` has no `prompt` column (its columns: {sorted(dataset.column_names)}).")
     if "expert" not in dataset.column_names:

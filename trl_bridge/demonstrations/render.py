@@ -44,40 +44,6 @@ def render_demonstrations(
     conversations what the chat template renders after the generation prompt. Every demonstration ends in exactly one
     end-of-sequence token. Of `messages`, the last assistant message is the completion and all before it the prompt
     (what comes after it is not used); of `text`, every token but the first is trained.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Rows in one of TRL's SFT formats: prompt-completion or `messages` (standard or conversational), or `text`.
-            A row's own `tools` and `chat_template_kwargs` are honoured, as in [`~trl.SFTTrainer`].
-        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
-            Tokenizer that generation uses.
-        chat_template (`str`, *optional*):
-            Chat template that generation uses, if it is not the tokenizer's own.
-        chat_template_kwargs (`dict[str, Any]`, *optional*):
-            Its keyword arguments.
-        eos_token_id (`int` or `Sequence[int]`):
-            Token that ends a completion. Where generation stops at several, all of them; the first is the one that is
-            added where a completion has none.
-        max_length (`int`, *optional*):
-            Longest demonstration, prompt included, in tokens.
-        overlong (`str`, *optional*, defaults to `"drop"`):
-            What to do with a longer one: `"drop"`, `"truncate"` (cut the completion's end) or `"error"`.
-        num_proc (`int`, *optional*):
-            Number of processes.
-        source (`str`, *optional*, defaults to `"sft_dataset"`):
-            How errors name the user's dataset.
-        source_rows (`Sequence[int]`, *optional*):
-            Row of the user's dataset that each row of `dataset` comes from. `None` where they are the same.
-
-    Returns:
-        [`~datasets.Dataset`]: columns `input_ids` (`list[int]`), `labels` (`list[int]`, -100 where not trained), `row`
-        (`int`, index in `dataset`) and `prompt_key` (`str`, see [`prompt_key`]; empty for `text`).
-
-    Raises:
-        `TypeError`: if `dataset` is not a [`~datasets.Dataset`].
-        `ValueError`: if `dataset` is empty or has none of the formats' columns; if a conversation has no chat template;
-            if a row has nothing to train on, has pictures, or is not preserved by the chat template; if a
-            demonstration is too long and may not be shortened; if all of them are too long.
     """
     check_dataset(dataset)
     if overlong not in OVERLONG:

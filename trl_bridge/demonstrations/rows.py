@@ -21,13 +21,6 @@ def prompt_key(prompt: Prompt) -> str:
 
     Fields that a dataset's schema has filled with `None` do not count, nor does the order of a message's fields, nor
     whether a text stands as a string or as a single text block.
-
-    Args:
-        prompt (`str` or `list[dict[str, Any]]`):
-            The prompt, standard or conversational.
-
-    Returns:
-        `str`: the key. A standard prompt and a conversational one never share it.
     """
     if not isinstance(prompt, str):
         prompt = [_canonical_message(message) for message in prompt]
@@ -67,22 +60,7 @@ def check_dataset(dataset: Dataset) -> None:
 
 
 def split_demonstration(example: dict[str, Any], row: str = "the demonstration") -> tuple[Prompt, Prompt]:
-    """
-    Prompt and completion of one row.
-
-    Args:
-        example (`dict[str, Any]`):
-            Row in one of TRL's SFT formats.
-        row (`str`, *optional*, defaults to `"the demonstration"`):
-            How errors name the row.
-
-    Returns:
-        `tuple`: prompt and completion, two strings or two lists of messages. Of `messages` the completion is the last
-        assistant message and the prompt all before it; of `text` the prompt is empty.
-
-    Raises:
-        `ValueError`: if the row has no prompt or no completion, or the two differ in kind.
-    """
+    """Prompt and completion of one row."""
     example = maybe_convert_to_chatml(dict(example))
     prompt: Prompt
     completion: Prompt

@@ -10,42 +10,13 @@ from transformers import PreTrainedTokenizerBase
 
 
 def piece_ends(step_ends: Sequence[int], pieces: int) -> list[int]:
-    """
-    Group the steps of a trace into pieces of about equally many steps.
-
-    Args:
-        step_ends (`Sequence[int]`):
-            For each step, how many tokens the trace has up to its end.
-        pieces (`int`):
-            Largest number of pieces, at least 1.
-
-    Returns:
-        `list[int]`: of length `n + 1` with `n = min(pieces, number of steps)`: how many tokens the first 0, 1, ..., `n`
-        pieces have.
-    """
+    """Group the steps of a trace into pieces of about equally many steps."""
     n = min(pieces, len(step_ends))
     return [0, *(step_ends[round(piece / n * len(step_ends)) - 1] for piece in range(1, n + 1))]
 
 
 def read_steps(dataset: Dataset, traces: Dataset, rows: Sequence[int]) -> list[list[str]]:
-    """
-    The `expert_steps` column, checked against the traces.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            RL rows with `expert_steps`: a list of strings, or a list of such lists where a row has several traces.
-        traces ([`~datasets.Dataset`]):
-            `completion` of each trace.
-        rows (`Sequence[int]`):
-            Row of `dataset` that each trace comes from.
-
-    Returns:
-        `list[list[str]]`: steps of each trace, in order; none where its row has none.
-
-    Raises:
-        `ValueError`: if a row has steps for another number of traces than it has, or a trace's steps do not join to
-            its text.
-    """
+    """The `expert_steps` column, checked against the traces."""
     column = dataset["expert_steps"]
     counts, places = Counter(rows), Counter[int]()
     found = []
@@ -88,21 +59,6 @@ def step_ends(token_ids: list[int], steps: Sequence[str], tokenizer: PreTrainedT
     white space, so that a chat template may put something before the text or change white space. A token that lies
     across the end of a step goes with it if it holds any of its text, and with the next step if it holds no more of it
     than white space. No step ends inside a character.
-
-    Args:
-        token_ids (`list[int]`):
-            The trace, without the token that ends it.
-        steps (`Sequence[str]`):
-            Its steps in order, not empty; together its text.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the trace.
-
-    Returns:
-        `list[int]`: for each step, how many tokens the trace has up to its end; not decreasing. What comes before the
-        text belongs to the first step, and what comes after it to the last.
-
-    Raises:
-        `ValueError`: if the text is not in the tokens.
     """
     boundaries = _boundaries(token_ids, tokenizer)
     before = "".join(boundary.text for boundary in boundaries).find(_solid("".join(steps)))
@@ -126,19 +82,7 @@ def step_ends(token_ids: list[int], steps: Sequence[str], tokenizer: PreTrainedT
 
 
 class _Boundary(NamedTuple):
-    """
-    A place between two tokens that lies between two characters.
-
-    Attributes:
-        tokens (`int`):
-            Tokens before it.
-        text (`str`):
-            What the tokens since the last boundary add, without white space.
-        solid (`int`):
-            Characters before it that are not white space.
-        blank (`int`):
-            White space right before it.
-    """
+    """A place between two tokens that lies between two characters."""
 
     tokens: int
     text: str

@@ -22,12 +22,6 @@ class DemonstrationStream:
 
     An epoch's order is made by a generator of its own, seeded from the seed and the epoch: nothing global is touched,
     and every rank draws the same.
-
-    Args:
-        size (`int`):
-            Number of demonstrations.
-        seed (`int`):
-            Seed, not negative.
     """
 
     def __init__(self, size: int, seed: int):
@@ -45,16 +39,7 @@ class DemonstrationStream:
         self._order = torch.randperm(self.size, generator=generator(self.seed, epoch)).tolist()
 
     def draw(self, count: int) -> list[int]:
-        """
-        The next demonstrations.
-
-        Args:
-            count (`int`):
-                How many. Where it crosses the end of an epoch a demonstration may come twice.
-
-        Returns:
-            `list[int]`: their indices, in order.
-        """
+        """The next demonstrations."""
         if count < 0:
             raise ValueError(f"`count` must not be negative, got {count}.")
         drawn: list[int] = []
@@ -76,16 +61,7 @@ class DemonstrationStream:
         return {"size": self.size, "seed": self.seed, "epoch": self._epoch, "position": self._position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """
-        Continue where a saved stream stood.
-
-        Args:
-            state (`dict[str, int]`):
-                What [`DemonstrationStream.state_dict`] returned.
-
-        Raises:
-            `ValueError`: if it is the state of another number of demonstrations or another seed.
-        """
+        """Continue where a saved stream stood."""
         for name, mine in (("size", self.size), ("seed", self.seed)):
             if state[name] != mine:
                 raise ValueError(
@@ -101,20 +77,6 @@ def window_share(indices: list[int], micro_batches: int, world_size: int, rank: 
 
     Micro-batch `m` of rank `r` gets the contiguous slice number `m * world_size + r`, so that the window's
     demonstrations are the same however it is split.
-
-    Args:
-        indices (`list[int]`):
-            Demonstrations of the whole window over all ranks. Their number is a multiple of
-            `micro_batches * world_size`.
-        micro_batches (`int`):
-            Micro-batches of the window on each rank.
-        world_size (`int`):
-            Number of ranks.
-        rank (`int`):
-            This rank.
-
-    Returns:
-        `list[list[int]]`: the rank's demonstrations, for each micro-batch.
     """
     size, rest = divmod(len(indices), micro_batches * world_size)
     if rest:
@@ -127,15 +89,7 @@ def window_share(indices: list[int], micro_batches: int, world_size: int, rank: 
 
 
 class PromptIndex:
-    """
-    Finds demonstrations by their prompt.
-
-    Args:
-        keys (`Sequence[str]`):
-            Key of each demonstration's prompt (see [`demonstrations.render.prompt_key`]).
-        seed (`int`):
-            Seed of the choice among several demonstrations of one prompt, not negative.
-    """
+    """Finds demonstrations by their prompt."""
 
     def __init__(self, keys: Sequence[str], seed: int):
         if seed < 0:
@@ -146,24 +100,7 @@ class PromptIndex:
             self._indices[key].append(index)
 
     def draw(self, key: str, generation: int, group: int) -> int:
-        """
-        One demonstration of a prompt, uniformly among those it has.
-
-        Args:
-            key (`str`):
-                Key of the prompt.
-            generation (`int`):
-                Number of the generation batch.
-            group (`int`):
-                Number of the prompt's group in it, over all ranks. The choice depends on nothing but the seed, these
-                two and the prompt.
-
-        Returns:
-            `int`: index of the demonstration.
-
-        Raises:
-            `KeyError`: if the prompt has none.
-        """
+        """One demonstration of a prompt, uniformly among those it has."""
         if key not in self._indices:
             raise KeyError(f"`sft_dataset` has no demonstration of the prompt {key}.")
         candidates = self._indices[key]
@@ -178,16 +115,7 @@ class PromptIndex:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """
-    Hash of a rendered dataset's content, the same in every process and on every machine.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            With the columns `input_ids` and `labels`.
-
-    Returns:
-        `str`: hexadecimal SHA-256 of the rows' tokens and labels, in order.
-    """
+    """Hash of a rendered dataset's content, the same in every process and on every machine."""
     digest = hashlib.sha256()
     columns: Any = dataset.select_columns(["input_ids", "labels"]).with_format(None)
     for batch in columns.iter(batch_size=1000):

@@ -23,17 +23,7 @@ Record = dict[str, Any]
 
 
 class Done(NamedTuple):
-    """
-    What a stage did.
-
-    Attributes:
-        records (`list[dict]`):
-            All records of the stage, by question and sample.
-        tokens (`int`):
-            Completion tokens that were sampled or scored now.
-        seconds (`float`):
-            Time that it took.
-    """
+    """What a stage did."""
 
     records: list[Record]
     tokens: int
@@ -55,29 +45,7 @@ def sample_rollouts(
     settings: dict[str, Any],
     batch_size: int,
 ) -> Done:
-    """
-    Draw one completion for each job, and keep its token ids.
-
-    Args:
-        jobs (`Sequence[Job]`):
-            What is drawn, each with a seed of its own.
-        engine (`Callable[[], Engine]`):
-            Makes the engine. Not called where nothing is missing.
-        sampling ([`~trl_bridge.generation.generate.Sampling`]):
-            How.
-        folder (`Path`):
-            Folder of this stage.
-        settings (`dict[str, Any]`):
-            All that the completions depend on, as JSON values.
-        batch_size (`int`):
-            Completions between two writes.
-
-    Returns:
-        [`Done`]: records with `prompt_ids`, `completion_ids` and `truncated`.
-
-    Raises:
-        ValueError: the folder holds completions that were made in another way.
-    """
+    """Draw one completion for each job, and keep its token ids."""
 
     def work() -> Callable[[Sequence[int]], Iterator[list[Record]]]:
         draw = engine()
@@ -116,26 +84,6 @@ def score_rollouts(
 
     Rollouts of like length share a batch, and the batches are the same after a kill: so are the scores, to the bit, as
     long as the batch size is.
-
-    Args:
-        rollouts (`Sequence[dict]`):
-            Records of [`sample_rollouts`].
-        scorer (`Callable[[], Scorer]`):
-            Makes the teacher. Not called where nothing is missing.
-        folder (`Path`):
-            Folder of this stage.
-        settings (`dict[str, Any]`):
-            All that the scores depend on, as JSON values.
-        batch_size (`int`):
-            Rollouts between two writes.
-        label (`str`, *optional*, defaults to `"scoring"`):
-            Text of the progress bar.
-
-    Returns:
-        [`Done`]: records with `completion_ids` and `logprobs`.
-
-    Raises:
-        ValueError: the folder holds scores that were made in another way, or a score is no log-probability.
     """
     order = sorted(rollouts, key=lambda row: len(row["prompt_ids"]) + len(row["completion_ids"]))
 
@@ -164,24 +112,7 @@ def score_rollouts(
 def write_rollouts(
     path: Path, rollouts: Sequence[Record], teacher: Sequence[Record], reference: Sequence[Record], identity: Identity
 ) -> Dataset:
-    """
-    Write the rows that [`LightningOPDTrainer`] trains on.
-
-    Args:
-        path (`Path`):
-            File, `.parquet` or `.jsonl`. Written as a whole or not at all.
-        rollouts (`Sequence[dict]`):
-            Records of [`sample_rollouts`].
-        teacher (`Sequence[dict]`):
-            The teacher's records of [`score_rollouts`].
-        reference (`Sequence[dict]`):
-            Those of the model that sampled; may be empty.
-        identity (`dict[str, Any]`):
-            Who sampled and who scored.
-
-    Returns:
-        [`~datasets.Dataset`]: the rows.
-    """
+    """Write the rows that [`LightningOPDTrainer`] trains on."""
     scores = {(row["question"], row["sample"]): row["logprobs"] for row in teacher}
     own = {(row["question"], row["sample"]): row["logprobs"] for row in reference}
     ids, numbers = List(Value("int32")), List(Value("float32"))

@@ -44,26 +44,7 @@ def rollout_identity(
     chat_template_kwargs: dict[str, Any],
     sampling: dict[str, Any],
 ) -> Identity:
-    """
-    What is stored beside each scored rollout, in the column `scored_with`, as JSON.
-
-    Args:
-        student, teacher (`dict[str, Any]`):
-            Who sampled and who scored: `model` (the name), and what tells two models of that name apart.
-        sft_teacher (`str`):
-            Model that wrote the demonstrations which the student was fine-tuned on.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The student's.
-        conversational (`bool`):
-            Whether the prompts went through the chat template.
-        chat_template_kwargs (`dict[str, Any]`):
-            Its variables.
-        sampling (`dict[str, Any]`):
-            How the completions were drawn.
-
-    Returns:
-        `dict[str, Any]`: JSON values.
-    """
+    """What is stored beside each scored rollout, in the column `scored_with`, as JSON."""
     return {
         "student": student,
         "teacher": teacher,
@@ -78,25 +59,7 @@ def rollout_identity(
 def check_identity(
     found: Iterable[str], tokenizer: PreTrainedTokenizerBase, require_same_teacher: bool, what: str
 ) -> list[Identity]:
-    """
-    Refuse scores that were made for another student.
-
-    Args:
-        found (`Iterable[str]`):
-            The different values of the column `scored_with`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The student's.
-        require_same_teacher (`bool`):
-            Whether the model that scored must be the one that wrote the student's SFT data.
-        what (`str`):
-            Name of the dataset, for the messages.
-
-    Returns:
-        `list[dict[str, Any]]`: the identities.
-
-    Raises:
-        ValueError: another tokenizer, chat template or teacher, or a column that holds something else.
-    """
+    """Refuse scores that were made for another student."""
     identities = []
     for text in sorted(found):
         identity = _parsed(text, what)

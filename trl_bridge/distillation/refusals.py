@@ -54,34 +54,13 @@ _SAMPLING: dict[str, tuple[Any, ...]] = {
 
 
 def check_backend(accelerator: Accelerator, owner: str) -> None:
-    """
-    Refuse ways of training that no distillation trainer supports, which would else fail at the first checkpoint.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            Accelerator of the trainer.
-        owner (`str`):
-            The trainer, for the message.
-
-    Raises:
-        NotImplementedError: neither one process nor DDP.
-    """
+    """Refuse ways of training that no distillation trainer supports, which would else fail at the first checkpoint."""
     refuse_spread(accelerator.distributed_type, owner)
     backend_for(accelerator)
 
 
 def check_config(args: Any) -> None:
-    """
-    Refuse options that no distillation trainer supports.
-
-    Args:
-        args ([`OPDConfig`](distillation.config.OPDConfig)):
-            Arguments after TRL's own checks.
-
-    Raises:
-        NotImplementedError: an option is set that is not supported; the message names it.
-        ValueError: tokens would not be drawn from the student's own distribution, or options that cannot be had together.
-    """
+    """Refuse options that no distillation trainer supports."""
     for name, (refuses, reason) in REFUSED.items():
         if refuses(getattr(args, name)):
             raise NotImplementedError(f"`{name}` is not supported by {type(args).__name__}: {reason}.")

@@ -35,34 +35,7 @@ def scored_rows(
     num_proc: int | None = None,
     what: str = "train_dataset",
 ) -> tuple[Dataset, list[dict[str, Any]]]:
-    """
-    Check the rows that `trl-bridge data score-rollouts` writes, and lay them out as tokens, labels and scores.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Columns `prompt_ids`, `completion_ids`, `teacher_logprobs` (one for each completion token), `scored_with`, and
-            optionally `reference_logprobs`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The student's.
-        require_same_teacher (`bool`):
-            As in [`LightningOPDConfig`].
-        max_length (`int`, *optional*):
-            Longest row; the end of longer ones is cut off. A row of which no completion token is left is dropped, and their
-            number is logged.
-        num_proc (`int`, *optional*):
-            Number of processes.
-        what (`str`, *optional*, defaults to `"train_dataset"`):
-            Name of the dataset, for the messages.
-
-    Returns:
-        `tuple[Dataset, list[dict]]`: columns `input_ids`, `labels` and those of [`SCORES`], each as long as the row, 0 at
-        prompt tokens; and who sampled and scored.
-
-    Raises:
-        TypeError: no [`~datasets.Dataset`].
-        ValueError: a missing column, another tokenizer, template or teacher, a row whose scores do not fit its tokens, or
-            no row is left.
-    """
+    """Check the rows that `trl-bridge data score-rollouts` writes, and lay them out as tokens, labels and scores."""
     if not isinstance(dataset, Dataset):
         raise TypeError(f"`{what}` must be a `Dataset`, whose rows can be checked, got {type(dataset).__name__}.")
     missing = [name for name in _NEEDED if name not in dataset.column_names]
@@ -104,13 +77,6 @@ def scored_rows(
 def rows_hash(rows: Dataset) -> str:
     """
     Hash of what rows hold, in their order: a resumed run goes on with the same ones, wherever they were read from.
-
-    Args:
-        rows ([`~datasets.Dataset`]):
-            Rows of [`scored_rows`].
-
-    Returns:
-        `str`: 16 hexadecimal digits.
     """
     digest = hashlib.sha256()
     for batch in rows.with_format("arrow").iter(batch_size=1000):

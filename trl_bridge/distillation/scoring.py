@@ -15,15 +15,7 @@ __all__ = ["LocalTeacher", "Rollout", "Scorer", "ServedTeacher", "check_scores"]
 
 
 class Rollout(NamedTuple):
-    """
-    A prompt and one completion of it, as token ids.
-
-    Attributes:
-        prompt_ids (`list[int]`):
-            Tokens of the prompt, at least one.
-        completion_ids (`list[int]`):
-            Tokens as they were sampled, the end of sequence included.
-    """
+    """A prompt and one completion of it, as token ids."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -41,12 +33,6 @@ class LocalTeacher(HalvingBatches):
     """
     Scores with a model in this process, through TRL's fused head, in float32 whatever the model's precision: logits of
     the whole vocabulary are never kept. Out of memory, the batch is halved until it fits, and stays there.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Model. Put into evaluation mode, and given a fused head.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Rollouts at a time to start with.
     """
 
     name = "transformers"
@@ -80,22 +66,7 @@ class LocalTeacher(HalvingBatches):
 
 
 class ServedTeacher:
-    """
-    Scores with a vLLM server, through TRL's client.
-
-    Args:
-        url (`str`):
-            Address of the server, such as `http://localhost:8000`.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Rollouts in one request.
-        connection_timeout (`float`, *optional*, defaults to `60.0`):
-            Seconds to wait for the server.
-
-    Raises:
-        ConnectionError: no server answers.
-        ImportError: vLLM, which TRL's client asks for, is not installed.
-        ValueError: `batch_size` below 1.
-    """
+    """Scores with a vLLM server, through TRL's client."""
 
     name = "vllm"
 
@@ -126,20 +97,7 @@ class ServedTeacher:
 
 
 def check_scores(rollout: Rollout, scores: Sequence[float], where: str) -> None:
-    """
-    Refuse scores that training could not use.
-
-    Args:
-        rollout ([`Rollout`]):
-            What was scored.
-        scores (`Sequence[float]`):
-            A log-probability for each of its completion tokens.
-        where (`str`):
-            Names the row, for the message.
-
-    Raises:
-        ValueError: another number of scores than tokens, or one that is no log-probability.
-    """
+    """Refuse scores that training could not use."""
     if len(scores) != len(rollout.completion_ids):
         raise ValueError(f"{where} has {len(rollout.completion_ids)} completion tokens and {len(scores)} scores.")
     if not scores:

@@ -15,16 +15,7 @@ logger = logging.get_logger(__name__)
 
 
 def logit_scale(config: Any) -> float:
-    """
-    What a model multiplies its logits by, under the names that transformers' models have for it.
-
-    Args:
-        config ([`~transformers.PreTrainedConfig`]):
-            Text config of the model.
-
-    Returns:
-        `float`: the factor, 1 where there is none.
-    """
+    """What a model multiplies its logits by, under the names that transformers' models have for it."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         value = getattr(config, name, None)
         if value is not None:
@@ -37,18 +28,7 @@ def logit_scale(config: Any) -> float:
 
 
 def head_of(model: Any, temperature: float) -> Head:
-    """
-    The head of a causal language model.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The unwrapped model.
-        temperature (`float`):
-            What its logits are divided by.
-
-    Returns:
-        [`Head`](objectives.lm_head.Head): reading the model's own weights.
-    """
+    """The head of a causal language model."""
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(layer.weight, getattr(layer, "bias", None), logit_scale(config), softcap, temperature)
@@ -59,19 +39,6 @@ def check_tokenizers(
 ) -> None:
     """
     Refuse a teacher whose tokens mean something else: equal sizes of the vocabulary, which TRL asks for, say little.
-
-    Args:
-        student ([`~transformers.PreTrainedTokenizerBase`]):
-            The student's tokenizer.
-        teacher (`str`):
-            Name or path of the teacher.
-        revision (`str`, *optional*):
-            Its revision.
-        trust_remote_code (`bool`):
-            As in transformers.
-
-    Raises:
-        ValueError: the vocabularies differ.
     """
     # Without one, transformers makes an empty tokenizer from the model's config.
     if not get_tokenizer_config(teacher, revision=revision):
@@ -92,24 +59,7 @@ def check_tokenizers(
 
 
 class TeacherServer:
-    """
-    A teacher on a vLLM server, asked through TRL's own client once for each generation batch.
-
-    Args:
-        url (`str`):
-            Base URL of the server.
-        timeout (`float`):
-            Seconds to wait for it.
-        top_k (`int`):
-            `K`, at least 1.
-        vocab_size (`int`):
-            Size of the student's vocabulary.
-
-    Raises:
-        ImportError: vLLM, whose client this is, is not installed.
-        OSError: the server does not answer.
-        ValueError: it does not grant `K` log-probabilities for each token.
-    """
+    """A teacher on a vLLM server, asked through TRL's own client once for each generation batch."""
 
     # Read by TRL's method, beside the client and K.
     temperature = 1.0
@@ -132,20 +82,7 @@ class TeacherServer:
             raise ValueError(f"The teacher's server at {self.url} grants {granted} of {asked}. {advice}.")
 
     def score(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """
-        Ask the server about a batch of rollouts.
-
-        Args:
-            batch (`dict[str, torch.Tensor]`):
-                `prompt_ids`, `prompt_mask` (B, P), `completion_ids`, `completion_mask` (B, T).
-
-        Returns:
-            `dict[str, torch.Tensor]`: `teacher_log_probs` (B, T), `teacher_top_ids` and `teacher_top_log_probs`
-            (B, T, K); 0 at padding.
-
-        Raises:
-            ValueError: a score is missing, or a token is outside of the student's vocabulary.
-        """
+        """Ask the server about a batch of rollouts."""
         answer = served_log_probs(self, batch)
         mask = batch["completion_mask"].bool()
         names = {"actual_logprobs": "log_probs", "topk_token_ids": "top_ids", "topk_logprobs": "top_log_probs"}
@@ -170,19 +107,6 @@ class TeacherServer:
 
 
 def scores_in(batch: dict[str, torch.Tensor], mask: torch.Tensor, top_k: int) -> TeacherScores:
-    """
-    What [`TeacherServer.score`] has put into a batch, as the objectives read it.
-
-    Args:
-        batch (`dict[str, torch.Tensor]`):
-            Micro-batch.
-        mask (`torch.Tensor` of shape `(B, T)`):
-            `True` at the N tokens that are trained on.
-        top_k (`int`):
-            `K` likeliest tokens to keep.
-
-    Returns:
-        [`TeacherScores`](objectives.lm_head.TeacherScores): of the N tokens.
-    """
+    """What [`TeacherServer.score`] has put into a batch, as the objectives read it."""
     top = [batch[name][mask][:, :top_k] for name in ("teacher_top_ids", "teacher_top_log_probs")]
     return TeacherScores(batch["teacher_log_probs"][mask], *top)

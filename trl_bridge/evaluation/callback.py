@@ -147,12 +147,7 @@ class AccuracyCallback(TrainerCallback):
         return measured
 
     def measure(self) -> dict[str, float]:
-        """
-        Answer and judge the rows, on all ranks together.
-
-        Returns:
-            `dict[str, float]`: `eval_accuracy`, `eval_accuracy_low`, `eval_accuracy_high` and `eval_accuracy_rows`.
-        """
+        """Answer and judge the rows, on all ranks together."""
         accelerator = self.trainer.accelerator
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []
         jobs = [(row, sample) for row in range(len(self.rows)) for sample in range(self.n)]

@@ -18,24 +18,6 @@ def summarise(
     Accuracy, pass@k and what to look at beside them.
 
     All questions count: an answer whose gold the grader cannot read is wrong, and counted in `ungradable`.
-
-    Args:
-        records (`Sequence[Mapping]`):
-            Records of all questions and at least `samples` samples of each.
-        questions (`int`):
-            Number of questions.
-        samples (`int`):
-            Samples per question that count, n.
-        threshold (`float`, *optional*, defaults to `1.0`):
-            Score from which an answer is right.
-
-    Returns:
-        `dict[str, Any]`: JSON values. `accuracy` is the mean over questions of the share of right samples (pass@1 for one
-        sample, avg@n for more) and `accuracy_interval` its 95 % interval: Wilson's for one sample, else a bootstrap over
-        questions. `pass_at_k` has k = 1, 2, 4, ... and n.
-
-    Raises:
-        ValueError: completions are missing.
     """
     used = [record for record in records if record["sample"] < samples and record["question"] < questions]
     if len(used) != questions * samples:
@@ -74,16 +56,7 @@ def _ks(samples: int) -> list[int]:
 
 
 def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """
-    Table of results, one row per task.
-
-    Args:
-        results (`Mapping[str, Mapping]`):
-            From the task's name to its results, as [`~trl_bridge.evaluation.run.evaluate_task`] returns them.
-
-    Returns:
-        `str`: Markdown.
-    """
+    """Table of results, one row per task."""
     lines = [
         "| benchmark | questions | n | decoding | accuracy, % | 95 % interval | pass@n, % | no answer | truncated | grader |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -111,16 +84,7 @@ def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def write_report(folder: Path) -> str:
-    """
-    Gather the results of all tasks under a folder in `results.json` and `results.md`.
-
-    Args:
-        folder (`Path`):
-            Folder with one folder per task.
-
-    Returns:
-        `str`: the table.
-    """
+    """Gather the results of all tasks under a folder in `results.json` and `results.md`."""
     paths = sorted(folder.glob("*/results.json"))
     results = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
     (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -67,21 +67,7 @@ def check_task(
     model: dict[str, Any],
     seed: int = 0,
 ) -> dict[str, Any]:
-    """
-    Refuse what [`evaluate_task`] would refuse, without a model.
-
-    Args:
-        task, jobs, sampling, folder, model, seed:
-            As in [`evaluate_task`].
-        engine (`str`):
-            Name of the engine.
-
-    Returns:
-        `dict[str, Any]`: all that a completion or its score depends on.
-
-    Raises:
-        ValueError: as [`evaluate_task`].
-    """
+    """Refuse what [`evaluate_task`] would refuse, without a model."""
     samples = _samples(jobs)
     if samples > 1 and sampling.temperature == 0:
         raise ValueError(f"`n: {samples}` at temperature 0 would draw the same completion {samples} times.")

@@ -116,18 +116,6 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
 
     Questions that are all alike have a bootstrap interval without width, which would say that no further question could
     be any different. Wilson's, as if each had been answered once, is the cautious one there.
-
-    Args:
-        values (`Sequence[float]`):
-            One value in [0, 1] per question.
-        level (`float`, *optional*, defaults to `0.95`):
-            Coverage.
-
-    Returns:
-        `tuple[float, float]`: lower and upper end.
-
-    Raises:
-        ValueError: no value.
     """
     if len(values) and set(values) in ({0.0}, {1.0}):
         return wilson_interval(round(sum(values)), len(values), level)

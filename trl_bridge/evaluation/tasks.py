@@ -106,20 +106,7 @@ class Task:
 
 
 def parse_benchmarks(text: str) -> dict[str, tuple[str, str | None]]:
-    """
-    Read a list such as `math500,aime24=raw/aime.jsonl,data/mine.jsonl`.
-
-    Args:
-        text (`str`):
-            Names of benchmarks, `NAME=FILE` for a benchmark's rows in their raw schema from a local file, names of
-            datasets, files; separated by commas.
-
-    Returns:
-        `dict[str, tuple[str, str | None]]`: from the folder's name to what was named and, for `NAME=FILE`, the file.
-
-    Raises:
-        ValueError: an empty list, or two entries that would share a folder.
-    """
+    """Read a list such as `math500,aime24=raw/aime.jsonl,data/mine.jsonl`."""
     found: dict[str, tuple[str, str | None]] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, equals, path = item.partition("=")
@@ -284,19 +271,7 @@ _NO_ANSWER = ("[none]", None)
 
 
 class Grade(NamedTuple):
-    """
-    What the grader says about one completion.
-
-    Attributes:
-        score (`float`, *optional*):
-            Reward; `None` where the row cannot be judged.
-        answer (`str`, *optional*):
-            Extracted answer, `None` where there is none or the grader does not say.
-        answered (`bool`, *optional*):
-            Whether an answer was found; `None` where the grader does not say.
-        stopped (`bool`):
-            Whether the comparison was stopped by a limit of time or memory.
-    """
+    """What the grader says about one completion."""
 
     score: float | None
     answer: str | None
@@ -305,20 +280,7 @@ class Grade(NamedTuple):
 
 
 def grade(task: Task, questions: Sequence[int], texts: Sequence[str]) -> list[Grade]:
-    """
-    Grade completions.
-
-    Args:
-        task ([`Task`]):
-            The task.
-        questions (`Sequence[int]`):
-            Number of the question of each completion.
-        texts (`Sequence[str]`):
-            The completions.
-
-    Returns:
-        `list[Grade]`: one grade per completion.
-    """
+    """Grade completions."""
     grades, stopped = _call(task, questions, texts)
     if stopped and len(texts) > 1:
         # A batch has one limit of time, and one answer may use it up. One by one each has its own, and the verdict does
@@ -359,13 +321,6 @@ def _call(task: Task, questions: Sequence[int], texts: Sequence[str]) -> tuple[l
 def check_grader(task: Task) -> None:
     """
     Grade an empty completion, so that a column or a permission that the grader lacks is seen before any generation.
-
-    Args:
-        task ([`Task`]):
-            The task.
-
-    Raises:
-        ValueError: the grader cannot grade the task's rows.
     """
     try:
         _call(task, [0], [""])

@@ -59,19 +59,7 @@ class Sampling:
 
 
 class Job(NamedTuple):
-    """
-    One completion to draw.
-
-    Attributes:
-        question (`int`):
-            Number of the row.
-        sample (`int`):
-            Number of the sample of that question.
-        ids (`list[int]`):
-            Tokens of the prompt.
-        seed (`int`):
-            Seed of this completion alone.
-    """
+    """One completion to draw."""
 
     question: int
     sample: int
@@ -80,19 +68,7 @@ class Job(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """
-    A completion.
-
-    Attributes:
-        text (`str`):
-            Text without special tokens.
-        tokens (`int`):
-            Number of tokens, the end of sequence included.
-        truncated (`bool`):
-            Whether it was cut at `max_new_tokens`.
-        ids (`list[int]`):
-            The tokens as they were sampled. Text that is tokenised anew can give others.
-    """
+    """A completion."""
 
     text: str
     tokens: int
@@ -127,20 +103,7 @@ class _GumbelNoise(LogitsProcessor):
 
 
 def job_seed(seed: int, name: str, question: int, sample: int) -> int:
-    """
-    Seed of one completion.
-
-    Args:
-        seed (`int`):
-            Seed of the evaluation.
-        name (`str`):
-            Name of the task.
-        question, sample (`int`):
-            Numbers of the question and of the sample.
-
-    Returns:
-        `int`: 63 bits that depend on all four.
-    """
+    """Seed of one completion."""
     digest = hashlib.sha256(f"{seed}/{name}/{question}/{sample}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -150,23 +113,7 @@ def prompt_ids(
     tokenizer: PreTrainedTokenizerBase,
     template_kwargs: dict[str, Any] | None = None,
 ) -> list[int]:
-    """
-    Tokens of a prompt, as TRL's trainers make them: messages through the chat template, text as it is.
-
-    Args:
-        prompt (`str` or `list[dict]`):
-            Prompt.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer.
-        template_kwargs (`dict[str, Any]`, *optional*):
-            Variables for the chat template, such as `{"enable_thinking": False}`.
-
-    Returns:
-        `list[int]`: the tokens.
-
-    Raises:
-        ValueError: messages, and a tokenizer without a chat template.
-    """
+    """Tokens of a prompt, as TRL's trainers make them: messages through the chat template, text as it is."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     if tokenizer.chat_template is None:
@@ -192,21 +139,6 @@ def generate_batch(
 
     Of the model's own generation config only the end-of-sequence tokens count: temperature, nucleus and penalties that
     it may carry are not applied.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Model, in evaluation mode.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        prompts (`Sequence[list[int]]`):
-            Tokens of the prompts.
-        seeds (`Sequence[int]`):
-            One seed per prompt.
-        sampling ([`Sampling`]):
-            Sampling parameters.
-
-    Returns:
-        `list[Generated]`: one completion per prompt.
     """
     ends = _end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
@@ -262,16 +194,7 @@ def _generated(ids: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBa
 
 
 class HalvingBatches:
-    """
-    Work that is done batch by batch. Out of memory, the batch is halved until it fits, and stays there.
-
-    Args:
-        batch_size (`int`):
-            Items at a time to start with.
-
-    Raises:
-        ValueError: `batch_size` below 1.
-    """
+    """Work that is done batch by batch. Out of memory, the batch is halved until it fits, and stays there."""
 
     def __init__(self, batch_size: int):
         if batch_size < 1:

@@ -12,15 +12,7 @@ __all__ = ["Store", "append_lines", "model_fingerprint", "model_identity", "read
 
 
 def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """
-    Append records, one JSON line each. What a kill left of a line is cut off first.
-
-    Args:
-        path (`Path`):
-            The file. Made if missing.
-        records (`Iterable[Mapping]`):
-            JSON values.
-    """
+    """Append records, one JSON line each. What a kill left of a line is cut off first."""
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     _cut_torn_line(path)
     with open(path, "ab") as file:
@@ -28,19 +20,7 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """
-    Records of a file. A last line that was cut off by a kill is left out.
-
-    Args:
-        path (`Path`):
-            The file. One that is missing has no records.
-
-    Returns:
-        `list[dict]`: the records.
-
-    Raises:
-        ValueError: a line that is no JSON and not the last one.
-    """
+    """Records of a file. A last line that was cut off by a kill is left out."""
     if not path.is_file():
         return []
     *lines, rest = path.read_bytes().split(b"\n")
@@ -74,12 +54,6 @@ class Store:
     The folder of one task: its settings and its completions.
 
     Each rank appends to a file of its own; [`~Store.finish`] makes one sorted file of them.
-
-    Args:
-        folder (`Path`):
-            The folder. Made when settings are written.
-        rank (`int`, *optional*, defaults to `0`):
-            Rank of this process.
     """
 
     def __init__(self, folder: Path, rank: int = 0):
@@ -92,16 +66,7 @@ class Store:
         return self.folder / f"{_NAME}.jsonl"
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """
-        Refuse to go on with completions that were made in another way.
-
-        Args:
-            settings (`Mapping[str, Any]`):
-                All that a completion and its score depend on, as JSON values.
-
-        Raises:
-            ValueError: the folder's settings differ; the message names them.
-        """
+        """Refuse to go on with completions that were made in another way."""
         path = self.folder / "config.json"
         if not path.is_file():
             if self._files():
@@ -127,12 +92,6 @@ class Store:
     def read(self) -> list[Record]:
         """
         All completions, of all ranks, by question and sample. A last line that was cut off by a kill is left out.
-
-        Returns:
-            `list[dict]`: the records.
-
-        Raises:
-            ValueError: a line that is no JSON and not the last one.
         """
         found: dict[tuple[int, int], Record] = {}
         for path in self._files():
@@ -141,23 +100,12 @@ class Store:
         return [found[key] for key in sorted(found)]
 
     def append(self, records: Iterable[Record]) -> None:
-        """
-        Write completions. What a kill left of a line is cut off first.
-
-        Args:
-            records (`Iterable[dict]`):
-                Records with `question` and `sample`.
-        """
+        """Write completions. What a kill left of a line is cut off first."""
         path = self.path if self.rank == 0 else self.folder / f"{_NAME}-{self.rank}.jsonl"
         append_lines(path, records)
 
     def finish(self) -> list[Record]:
-        """
-        One file, sorted, in place of the ranks' own. For the main process alone, when all have finished.
-
-        Returns:
-            `list[dict]`: the records.
-        """
+        """One file, sorted, in place of the ranks' own. For the main process alone, when all have finished."""
         records = self.read()
         _replace(self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
         for path in self._files():
@@ -190,16 +138,6 @@ def model_fingerprint(directory: Path) -> str:
     Hash of the names, the sizes and the last MiB of the weight files of a model directory.
 
     Training moves every weight, so the end of each file tells two models apart without reading gigabytes.
-
-    Args:
-        directory (`Path`):
-            Directory of a model or an adapter.
-
-    Returns:
-        `str`: 16 hexadecimal digits.
-
-    Raises:
-        FileNotFoundError: the directory holds no weights.
     """
     files = sorted({path for pattern in _WEIGHTS for path in directory.glob(pattern)})
     if not files:
@@ -215,19 +153,7 @@ def model_fingerprint(directory: Path) -> str:
 
 
 def model_identity(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """
-    What tells a model apart from another one of the same name, its weights not loaded.
-
-    Args:
-        name (`str`):
-            Directory, or name on the hub.
-        options (`dict[str, Any]`):
-            `revision`, `trust_remote_code`, as transformers takes them.
-
-    Returns:
-        `dict[str, Any]`: `weights`, the fingerprint of a directory, and `revision`, the commit on the hub; each where
-        there is one.
-    """
+    """What tells a model apart from another one of the same name, its weights not loaded."""
     from transformers import AutoConfig
 
     found: dict[str, Any] = {}

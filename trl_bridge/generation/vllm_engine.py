@@ -10,22 +10,7 @@ __all__ = ["VllmEngine"]
 
 
 class VllmEngine:
-    """
-    Generation with vLLM's offline engine; each completion has its own seed.
-
-    Args:
-        model (`str`):
-            Directory or name on the hub.
-        max_model_len (`int`):
-            Longest prompt and completion together, in tokens.
-        batch_size (`int`, *optional*, defaults to `1024`):
-            Completions between two writes to disk; vLLM batches as it sees fit.
-        **options:
-            Passed to `vllm.LLM`, such as `tensor_parallel_size`.
-
-    Raises:
-        ImportError: vLLM is not installed.
-    """
+    """Generation with vLLM's offline engine; each completion has its own seed."""
 
     name = "vllm"
 

@@ -32,19 +32,7 @@ _OPTIMIZER_BYTES = {
 
 
 def optimizer_bytes(name: str) -> int:
-    """
-    State of an optimizer for each trained element.
-
-    Args:
-        name (`str`):
-            As `optim` of transformers' arguments names it, such as `adamw_torch_fused`.
-
-    Returns:
-        `int`: bytes.
-
-    Raises:
-        ValueError: its state is not known here.
-    """
+    """State of an optimizer for each trained element."""
     if name not in _OPTIMIZER_BYTES:
         raise ValueError(f"`optim={name}`: its memory is not known, only that of {', '.join(_OPTIMIZER_BYTES)}")
     return _OPTIMIZER_BYTES[name]
@@ -52,23 +40,7 @@ def optimizer_bytes(name: str) -> int:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """
-    What the formulas need of a decoder.
-
-    Attributes:
-        parameters (`int`):
-            All weights, a tied head once.
-        root_parameters (`int`):
-            Those outside the decoder layers: embeddings, head, last norm.
-        layer_parameters (`int`):
-            Those of the largest layer.
-        layers, hidden_size, intermediate_size, vocab_size (`int`):
-            As in the model's config.
-        attention_size (`int`):
-            Heads times their size.
-        adapter_width (`int`):
-            Inputs plus outputs summed over all linear layers but the head: elements of a LoRA of rank 1.
-    """
+    """What the formulas need of a decoder."""
 
     parameters: int
     root_parameters: int
@@ -83,50 +55,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Run:
-    """
-    Options that memory depends on. Sizes are of one process.
-
-    Attributes:
-        backend (`str`):
-            One of `BACKENDS`.
-        num_processes (`int`):
-            GPUs.
-        bf16 (`bool`):
-            Passes in bfloat16.
-        state_bytes, shadow_state_bytes (`int`):
-            Optimizer state for each element, bytes (`optimizer_bytes`).
-        rows, prompt_length, completion_length (`int`):
-            Micro-batch of rollouts and longest lengths, tokens.
-        demonstration_rows, demonstration_length (`int`):
-            Micro-batch of demonstrations, 0 without, and the longest, tokens.
-        accumulation (`int`):
-            Micro-batches of an update.
-        unsynced (`bool`):
-            Whether only an update's last micro-batch reduces, as TRL's own trainers do: under FSDP2 the others' gradients
-            are then held whole. BRIDGE reduces in every pass.
-        checkpointing (`bool`):
-            Gradient checkpointing.
-        reference (`bool`):
-            Whether a KL reference is held (`beta > 0`).
-        coordinator_rank (`int`):
-            Rank of BRIDGE's coordinator, 0 without.
-        shadow (`bool`):
-            Whether BRIDGE's shadow is held (`cooperative_gain`).
-        shadow_offload, shadow_bf16 (`bool`):
-            `shadow_offload`, and `shadow_dtype="bfloat16"`.
-        adapter_rank (`int`):
-            Rank of the LoRA that alone is trained (a baseline's `use_peft`, the lean mode's theta and w), 0 without.
-        base_bytes (`float`):
-            Bytes for each weight of the frozen base under an adapter.
-        generation_rows (`int`):
-            Rollouts generated at a time where transformers generates; 0 with vLLM.
-        vllm_bytes (`int`):
-            What vLLM takes of this GPU (colocate), bytes.
-        vllm_sleeps (`bool`):
-            `vllm_enable_sleep_mode`: vLLM gives it back while training.
-        triton (`bool`):
-            Whether the head's tiles are worked on in place (GPU).
-    """
+    """Options that memory depends on. Sizes are of one process."""
 
     backend: str = "one-process"
     num_processes: int = 1
@@ -182,15 +111,7 @@ class Run:
 
 @dataclass
 class Estimate:
-    """
-    Bytes by part at the moment of the peak.
-
-    Attributes:
-        parts (`dict[str, int]`):
-            From each part to its bytes.
-        measured (`bool`):
-            Whether a peak of this kind has been measured, else it is computed only.
-    """
+    """Bytes by part at the moment of the peak."""
 
     parts: dict[str, int] = field(default_factory=dict)
     measured: bool = False
@@ -202,21 +123,7 @@ class Estimate:
 
 
 def estimate(shape: ModelShape, run: Run) -> Estimate:
-    """
-    Peak of one process. What is alive in each of an update's phases is added up, and the largest is the answer.
-
-    Args:
-        shape ([`ModelShape`]):
-            The model.
-        run ([`Run`]):
-            The options.
-
-    Returns:
-        [`Estimate`]: the parts of the largest phase.
-
-    Raises:
-        ValueError: no such backend, or a backend of several processes with fewer.
-    """
+    """Peak of one process. What is alive in each of an update's phases is added up, and the largest is the answer."""
     if run.backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {run.backend!r}")
     if (run.num_processes < 1) or (run.backend == "one-process") != (run.num_processes == 1):

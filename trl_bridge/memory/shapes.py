@@ -27,19 +27,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def config_of_size(size: str) -> Any:
-    """
-    A config by the size of its model.
-
-    Args:
-        size (`str`):
-            One of `SIZES`.
-
-    Returns:
-        [`~transformers.PreTrainedConfig`]: the config.
-
-    Raises:
-        ValueError: no such size.
-    """
+    """A config by the size of its model."""
     from transformers import AutoConfig
 
     if size not in SIZES:
@@ -49,38 +37,14 @@ def config_of_size(size: str) -> Any:
 
 
 def load_config(name: str) -> Any:
-    """
-    A model's config. Nothing else of it is read or downloaded.
-
-    Args:
-        name (`str`):
-            Folder with a `config.json`, such a file itself, or name of a model on the hub.
-
-    Returns:
-        [`~transformers.PreTrainedConfig`]: the config.
-
-    Raises:
-        OSError, ValueError: it is not there, or cannot be read.
-    """
+    """A model's config. Nothing else of it is read or downloaded."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(str(Path(name).expanduser()) if Path(name).expanduser().exists() else name)
 
 
 def shape_of(config: Any) -> ModelShape:
-    """
-    Count a model's weights on the meta device.
-
-    Args:
-        config ([`~transformers.PreTrainedConfig`]):
-            Config of a causal language model.
-
-    Returns:
-        [`ModelShape`]: its shape.
-
-    Raises:
-        ValueError: it is no decoder that the formulas describe.
-    """
+    """Count a model's weights on the meta device."""
     import torch
     from transformers import AutoModelForCausalLM
 

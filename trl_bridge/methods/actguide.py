@@ -195,19 +195,7 @@ class ActGuideTrainer(ExpertTrainer):
         return prompt_ids, completion_ids, tool_mask, completions, log_probs, *rest
 
     def sample_apart(self, prompt_ids: list[list[int]], count: int) -> tuple[Any, Any]:
-        """
-        Sample beside the generation batch.
-
-        Args:
-            prompt_ids (`list[list[int]]`):
-                Prompts, each `count` times in a row; as many on every rank.
-            count (`int`):
-                Rollouts of a prompt.
-
-        Returns:
-            `tuple[list[list[int]], list[list[float]] | None]`: completions, and log-probabilities where the sampler
-            reports them.
-        """
+        """Sample beside the generation batch."""
         plan, self._plan = self._plan, None
         try:
             return self._generate_single_turn(prompt_ids, None, {}, count)

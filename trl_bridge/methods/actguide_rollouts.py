@@ -18,12 +18,6 @@ class GuidanceSearch:
 
     The answer is always a length that was probed and worked. If success is monotone in the length, it is the least one
     where the probes suffice (`longest < 2 ** rounds`). The last probe is of all steps where none has worked so far.
-
-    Args:
-        longest (`int`):
-            Most steps that may be shown, at least 1.
-        rounds (`int`):
-            Most probes.
     """
 
     def __init__(self, longest: int, rounds: int):
@@ -41,12 +35,7 @@ class GuidanceSearch:
         return (self._low + self._high) // 2
 
     def tell(self, works: bool) -> None:
-        """
-        Give the result of the probe.
-
-        Raises:
-            ValueError: the search is over.
-        """
+        """Give the result of the probe."""
         tried = self.probe
         if tried is None:
             raise ValueError("The search is over: there is no probe to tell the result of.")
@@ -63,23 +52,7 @@ class GuidanceSearch:
 
 
 def guided_prompt(prompt: Any, steps: str, template: str) -> Any:
-    """
-    A prompt with guidance in it.
-
-    Args:
-        prompt (`str` or `list[dict]`):
-            Prompt; of a conversation the last user message is changed.
-        steps (`str`):
-            Text of the steps.
-        template (`str`):
-            Text with `{prompt}` and `{steps}`.
-
-    Returns:
-        `str` or `list[dict]`: another prompt of the same kind.
-
-    Raises:
-        ValueError: a conversation without a user message that is text.
-    """
+    """A prompt with guidance in it."""
 
     def fill(text: str) -> str:
         return re.sub(r"\{(prompt|steps)\}", lambda found: text if found[1] == "prompt" else steps, template)
@@ -101,23 +74,7 @@ Sample = tuple[list[int], list[Any] | None]
 
 @dataclasses.dataclass
 class Guidance:
-    """
-    Guidance of a generation batch. All but `samples` is the same on every rank.
-
-    Attributes:
-        own (`torch.Tensor` of shape `(groups, G)`):
-            Rewards of the unguided rollouts.
-        hard (`torch.Tensor` of shape `(groups,)`):
-            Whether a group's best reward is at most the threshold.
-        steps (`dict[int, int]`):
-            For each hard group with a worked solution, the most steps that may be shown.
-        lengths (`dict[int, int]`):
-            For each guided group, how many steps are shown.
-        probes (`int`):
-            Number of probes.
-        samples (`dict[int, Sample]`):
-            For each of this rank's rows in a guided group, its rollout.
-    """
+    """Guidance of a generation batch. All but `samples` is the same on every rank."""
 
     own: torch.Tensor
     hard: torch.Tensor
@@ -134,12 +91,6 @@ class GuidedRollouts:
     A group's guided rollouts are sampled by the rank that has its first row, and ranks with fewer of them sample a
     filler, so that all of them make the same calls with the same number of rows, and the rows of one prompt are
     neighbours (vLLM's server is asked for each prompt once).
-
-    Args:
-        trainer ([`ActGuideTrainer`]):
-            Trainer that samples and scores.
-        plan ([`~trl_bridge.training.group.ExpertPlan`]):
-            Rows of the batch on this rank.
     """
 
     def __init__(self, trainer: Any, plan: ExpertPlan):
@@ -148,12 +99,7 @@ class GuidedRollouts:
         self._first_rows = {group: row for row, group in enumerate(plan.groups) if plan.members[row] == 0}
 
     def find(self) -> Guidance:
-        """
-        Guidance for the batch, once its own rollouts are rewarded.
-
-        Returns:
-            [`Guidance`]: with the rollouts under it.
-        """
+        """Guidance for the batch, once its own rollouts are rewarded."""
         args, size = self.trainer.args, self.trainer.num_generations
         own = self.trainer.rollouts.total_rewards().view(-1, size)
         unknown = torch.isnan(own)
@@ -182,15 +128,7 @@ class GuidedRollouts:
         return found
 
     def prompt_ids(self, row: int, steps: int) -> list[int]:
-        """
-        Tokens of a row's prompt with guidance.
-
-        Args:
-            row (`int`):
-                Row of this rank, whose group has a worked solution.
-            steps (`int`):
-                How many steps are shown.
-        """
+        """Tokens of a row's prompt with guidance."""
         trace = self.plan.experts[row] or []
         shown = trace[: self._step_ends(row)[steps - 1]]
         text = self.trainer._tokenizer.decode(shown, skip_special_tokens=True).strip()
@@ -203,18 +141,7 @@ class GuidedRollouts:
         return decode_completions(self.trainer, [prompt], [self._tokens(prompt)], [completion_ids])[0]
 
     def rewards(self, known: torch.Tensor, samples: dict[int, Sample]) -> torch.Tensor:
-        """
-        Rewards of all rows, the guided rollouts' in the place of those that they replace.
-
-        Args:
-            known (`torch.Tensor` of shape `(rows over all ranks, reward functions)`):
-                Rewards of the unguided rollouts.
-            samples (`dict[int, Sample]`):
-                Guided rollouts of this rank's rows.
-
-        Returns:
-            `torch.Tensor` of the same shape.
-        """
+        """Rewards of all rows, the guided rollouts' in the place of those that they replace."""
         trainer, plan = self.trainer, self.plan
         rows = list(samples)
         examples = [self._example(row, samples[row][0]) for row in rows]

@@ -66,16 +66,7 @@ class AlternatingConfig(DemonstrationConfig):
                 )
 
     def phase_at(self, step: int) -> str:
-        """
-        Phase of an update.
-
-        Args:
-            step (`int`):
-                Number of the update, from 0 (`state.global_step`).
-
-        Returns:
-            `str`: `"rl"` or `"sft"`.
-        """
+        """Phase of an update."""
         position = step % (self.rl_steps + self.sft_steps)
         if self.first == "rl":
             return "rl" if position < self.rl_steps else "sft"

@@ -23,23 +23,7 @@ FAMILIES = {
 
 
 class Method(NamedTuple):
-    """
-    A training method.
-
-    Attributes:
-        name (`str`):
-            Verb on the command line.
-        trainer (`str`):
-            Dotted path of the trainer.
-        config (`str`):
-            Dotted path of its config.
-        family (`str`):
-            Key of [`FAMILIES`].
-        summary (`str`):
-            One line for `trl-bridge --help`.
-        place (`str`):
-            Key of [`trl_bridge.survey.PLACES`]: where a survey of the field would have it.
-    """
+    """A training method."""
 
     name: str
     trainer: str

@@ -114,16 +114,7 @@ class CHORDConfig(DemonstrationConfig):
         return values  # filled in
 
     def mu_at(self, step: int) -> float:
-        """
-        Weight of SFT at an update.
-
-        Args:
-            step (`int`):
-                Number of the update, from 0 (`state.global_step`).
-
-        Returns:
-            `float`: the weight, in [0, 1].
-        """
+        """Weight of SFT at an update."""
         return chord_mu(step, *self._schedule)
 
 

@@ -209,21 +209,7 @@ class HPTTrainer(ShapedTrainer):
     def _put_among_rollouts(
         self, output: dict[str, Any], plan: ExpertPlan, rewards: torch.Tensor, rows: list[int], written: list[int]
     ) -> None:
-        """
-        Second gate: the trace as a rollout of its group. Collective: every rank calls.
-
-        Args:
-            output (`dict[str, Any]`):
-                The generation batch.
-            plan ([`ExpertPlan`]):
-                Where the traces are.
-            rewards (`torch.Tensor` of shape `(groups, G)`):
-                Rewards of all ranks' rollouts.
-            rows (`list[int]`):
-                This rank's rows of such groups.
-            written (`list[int]`):
-                Those of them that the trace takes.
-        """
+        """Second gate: the trace as a rollout of its group. Collective: every rank calls."""
         filler = self._as_rollout(output, plan, 0, output["completion_ids"][0].tolist())
         traces = [self._as_rollout(output, plan, row, plan.experts[row] or []) for row in written]
         # A reward function may draw random numbers; RL's own go on as if it had not been asked.

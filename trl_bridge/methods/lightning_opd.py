@@ -250,9 +250,6 @@ class LightningOPDTrainer(Resumable, SFTTrainer):
         """
         The parent's loss, which is minus the sum of the log-probabilities over a count, with the method's terms in their
         place. All that the parent does beside it (metrics, ranks, the auxiliary loss of a mixture of experts) stays.
-
-        Raises:
-            NotImplementedError: `return_outputs`, which `predict` asks for.
         """
         if return_outputs:
             raise NotImplementedError("Lightning OPD evaluates its loss and metrics alone; use `evaluate`.")

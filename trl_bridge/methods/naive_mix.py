@@ -48,16 +48,7 @@ class NaiveMixConfig(DemonstrationConfig):
             )
 
     def weight_at(self, step: int) -> float:
-        """
-        Weight of SFT at an update.
-
-        Args:
-            step (`int`):
-                Number of the update, from 0 (`state.global_step`).
-
-        Returns:
-            `float`: the weight, at least 0.
-        """
+        """Weight of SFT at an update."""
         if self.sft_weight_start is None:
             return self.sft_weight
         return linear_ramp(step, self.sft_weight_start, self.sft_weight, self.sft_weight_warmup_steps)

@@ -131,19 +131,7 @@ class OPDTrainer(BufferResumable, DistillationTrainer):
     def token_losses(
         self, student: StudentScores, teacher: TeacherScores
     ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-        """
-        Loss of each token, and what is logged of it.
-
-        Args:
-            student ([`StudentScores`](objectives.lm_head.StudentScores)):
-                The student's scores of the N trained tokens, with graph.
-            teacher ([`TeacherScores`](objectives.lm_head.TeacherScores)):
-                The teacher's.
-
-        Returns:
-            `tuple[torch.Tensor, dict]`: losses of shape `(N,)`, and for each metric its values, and `True` where they
-            count, of that shape.
-        """
+        """Loss of each token, and what is logged of it."""
         term = policy_term(student.log_probs, teacher.log_probs, self.args.advantage_clip)
         everywhere = torch.ones_like(term.clipped)
         return self.args.opd_weight * term.loss, {

@@ -29,17 +29,6 @@ class SFTPass:
 
     The loss is the mean NLL at temperature 1 over the completions' tokens, of all ranks together. Gradients are zero
     before and after; random numbers of RL go on as if there had been no pass.
-
-    Args:
-        trainer ([`StudentTrainer`](training.student.StudentTrainer)):
-            Trainer whose student is prepared for training.
-        batch_size (`int`):
-            Demonstrations in each micro-batch on each device.
-        max_grad_norm (`float`):
-            Norm to which the gradient is clipped. 0 is no clipping.
-        learning_rate (`float`, *optional*):
-            Base rate of an optimizer of the pass's own, of the kind `args.optim`. It follows the schedule of the
-            student's. `None` takes a step with the student's optimizer.
     """
 
     def __init__(
@@ -83,17 +72,7 @@ class SFTPass:
             self._engine.load_state_dict(state)
 
     def run(self, demonstrations: Sequence[Demonstration]) -> dict[str, float]:
-        """
-        Take the step. Collective: every rank calls, with the same demonstrations.
-
-        Args:
-            demonstrations (`Sequence[Demonstration]`):
-                At least one.
-
-        Returns:
-            `dict[str, float]`: `loss` (nats per token, before the step) and `grad_norm` (before clipping), the same on
-            every rank.
-        """
+        """Take the step. Collective: every rank calls, with the same demonstrations."""
         trainer = self.trainer
         world_size, rank = trainer.backend.world_size, trainer.backend.rank
         share = demonstrations[rank::world_size]

@@ -137,15 +137,7 @@ class TwoStageConfig(GRPOConfig):
     sft_loss_type: str = field(default="nll", metadata={"help": "SFT: loss of TRL's SFT trainer."})
 
     def first_stage(self) -> SFTConfig:
-        """
-        Configuration of the SFT stage.
-
-        Returns:
-            [`~trl.SFTConfig`]: with `output_dir/sft` as its folder.
-
-        Raises:
-            ValueError: as TRL raises it for a value that SFT cannot use.
-        """
+        """Configuration of the SFT stage."""
         shared: dict[str, Any] = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(TrainingArguments) if f.init
         }
@@ -160,12 +152,7 @@ class TwoStageConfig(GRPOConfig):
         return SFTConfig(**{**shared, **_SECOND_STAGE_ONLY, **kept})
 
     def second_stage(self) -> "TwoStageConfig":
-        """
-        Configuration of the GRPO stage.
-
-        Returns:
-            [`TwoStageConfig`]: this one with `output_dir/grpo` as its folder.
-        """
+        """Configuration of the GRPO stage."""
         args = copy.copy(self)
         args.output_dir = str(self.folders[1])
         if self.push_to_hub and self.hub_model_id is None:
@@ -262,19 +249,7 @@ class TwoStageTrainer:
         self._second: ResumableTrainer | None = None
 
     def train(self, resume_from_checkpoint: bool | None = None) -> Any:
-        """
-        Run both stages.
-
-        Args:
-            resume_from_checkpoint (`bool`, *optional*):
-                `True` goes on with the stage that was cut off; a finished SFT stage is not repeated.
-
-        Returns:
-            `TrainOutput`: of the second stage.
-
-        Raises:
-            ValueError: `output_dir` holds an earlier run that is not to be resumed, or none that can be.
-        """
+        """Run both stages."""
         self._check_resume(resume_from_checkpoint)
         first, second = self.args.folders
         checkpoint = None

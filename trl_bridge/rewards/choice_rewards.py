@@ -18,13 +18,7 @@ _SECOND = re.compile(r"(?:\b(?:or|and)\b|[,/&])\s*(?:\\text\s*\{)?\(?\s*[A-Z]\b\
 
 
 def choice_letter(answer: str | None) -> str | None:
-    """
-    Upper-case letter of an answer such as `B`, `(B)`, `B.`, `\\text{(B)}`, `(B) 12 J` or `option b`.
-
-    Returns:
-        `str` or `None`:
-            The letter; `None` where there is none, or more than one ("B or C").
-    """
+    """Upper-case letter of an answer such as `B`, `(B)`, `B.`, `\\text{(B)}`, `(B) 12 J` or `option b`."""
     text = clean(re.sub(r"\*\*", "", answer)) if answer else None
     if not text or _SECOND.search(text):
         return None

@@ -34,23 +34,7 @@ def last_program(text: str | None) -> str | None:
 
 
 def parse_tests(tests: Any) -> list[dict[str, Any]]:
-    """
-    Tests of one row in one form.
-
-    Args:
-        tests (`str`, `list` or `dict`):
-            Or its JSON: a list of `{"input": ..., "output": ...}` (stdin and stdout; with `"testtype": "functional"`
-            and `"fn_name"` the input's lines are JSON arguments, as in LiveCodeBench); a list of assert statements; a
-            mapping with lists `inputs` and `outputs` and maybe `fn_name` (as in APPS).
-
-    Returns:
-        `list[dict]`:
-            Tests with a `kind` of `"stdin"`, `"assert"` or `"function"`.
-
-    Raises:
-        `ValueError`:
-            If the form is none of these, or there is no test.
-    """
+    """Tests of one row in one form."""
     if isinstance(tests, str):
         tests = json.loads(tests) if tests.lstrip().startswith(("[", "{")) else [tests]
     if isinstance(tests, dict):

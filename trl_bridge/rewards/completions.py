@@ -14,18 +14,7 @@ _CLOSE_THINK = re.compile(r"</(?:think|thinking)>", re.IGNORECASE)
 
 
 def message_text(completion: Completion) -> str:
-    """
-    Text of a completion: the string itself, or the content of its last assistant message.
-
-    Args:
-        completion (`str` or `list[dict]`):
-            Completion in TRL's standard or conversational format. A message's content may be a string or a list of
-            parts, of which the text parts count. `reasoning_content` is never read: it is not the answer.
-
-    Returns:
-        `str`:
-            The text, empty where the completion has none.
-    """
+    """Text of a completion: the string itself, or the content of its last assistant message."""
     if isinstance(completion, str):
         return completion
     for message in reversed(completion):
@@ -40,14 +29,7 @@ def message_text(completion: Completion) -> str:
 
 
 def visible_text(completion: Completion) -> str | None:
-    """
-    Text after the reasoning block. An answer inside the block alone is no answer.
-
-    Returns:
-        `str` or `None`:
-            Everything after the last closing tag; the whole text where there is no tag (chat templates that open the
-            block in the prompt leave the closing tag only); `None` where a block is opened and never closed.
-    """
+    """Text after the reasoning block. An answer inside the block alone is no answer."""
     text = message_text(completion)
     if "</" not in text and "<" not in text:
         return text

@@ -16,13 +16,7 @@ _MARKUP = re.compile(r"\\text\s*\{([^{}]*)\}|\*\*|__|[{}$\\]")
 
 
 def assignment(text: str | None) -> dict[str, str] | None:
-    """
-    Roles by name, both in lower case, of a text such as "Zoey is a knight, and Riley is a knave".
-
-    Returns:
-        `dict[str, str]` or `None`:
-            The roles; `None` where a name gets two of them, or one is denied ("is not a knight").
-    """
+    """Roles by name, both in lower case, of a text such as "Zoey is a knight, and Riley is a knave"."""
     roles: dict[str, str] = {}
     for name, negation, role in _CLAIM.findall(_MARKUP.sub(lambda m: m.group(1) or " ", text or "")):
         if negation or roles.setdefault(name.lower(), role.lower()) != role.lower():

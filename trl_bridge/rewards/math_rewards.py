@@ -47,25 +47,7 @@ def is_plain(gold: str) -> bool:
 def same_batch(
     pairs: Sequence[tuple[str, str]], limit: float, seconds: float, memory_gb: float, golds: Sequence[str] = ()
 ) -> tuple[list[Outcome], dict[str, Outcome], int]:
-    """
-    Compare many pairs, in process where that decides, the rest in workers.
-
-    Args:
-        pairs (`list[tuple[str, str]]`):
-            Golds and answers, in that order.
-        limit (`float`):
-            Seconds an answer may take.
-        seconds (`float`):
-            Seconds the batch may take.
-        memory_gb (`float`):
-            Memory an answer may take.
-        golds (`list[str]`, *optional*, defaults to `()`):
-            Golds of which to say, too, whether they parse.
-
-    Returns:
-        `tuple`:
-            One outcome per pair; for each gold whether it parses; and the number of pairs that workers saw.
-    """
+    """Compare many pairs, in process where that decides, the rest in workers."""
     verdicts: list[Verdict] = [quick(first, second) for first, second in pairs]
     jobs: dict[tuple[str, ...], Outcome | None] = {}
     for (first, second), verdict in zip(pairs, verdicts, strict=True):

@@ -63,15 +63,6 @@ def extract_answer(text: str, gold: str) -> str | None:
     """
     The answer that a completion states: the last `<answer>` tag, else what follows the last "answer is", "answer:" or
     "####" on its line, else the last line. Where the gold is a number, the last number in there.
-
-    Args:
-        text (`str`):
-            Completion.
-        gold (`str`):
-            Expected answer; only its kind (a number or not) is looked at.
-
-    Returns:
-        `str`, *optional*: the answer, `None` where there is none.
     """
     lines = [line for line in text.splitlines() if line.strip()]
     candidates = _TAGGED.findall(text) or _PHRASE.findall(text) or lines

@@ -33,21 +33,7 @@ _LOOSE_RATIO = 0.5
 
 @dataclass
 class Network:
-    """
-    Stops, edges and their attributes as exact fractions.
-
-    Attributes:
-        start (`str`), goal (`str`):
-            Ends of the route.
-        edges (`dict[tuple[str, str], list[tuple[str, Fraction]]]`):
-            Lines and weighted cost of each edge, in both directions.
-        entering (`dict[str, Fraction]`):
-            Weighted cost of each stop.
-        changing (`dict[str, Fraction]`):
-            Weighted cost of changing the line at each stop.
-        flavour (`str`):
-            `"metro"` (the start's own cost counts and the goal's does not) or `"travel"` (both count).
-    """
+    """Stops, edges and their attributes as exact fractions."""
 
     start: str
     goal: str
@@ -58,21 +44,7 @@ class Network:
 
     @classmethod
     def read(cls, tables: Any, criteria: Any) -> "Network":
-        """
-        Network of one row.
-
-        Args:
-            tables (`str` or `dict`):
-                Or its JSON: `start`, `goal`, `flavour` (defaults to "metro"), `edges` (rows with `Edge` "A-B" or a pair,
-                `Line`, `Time`, `Price`, `Comfort Level`, `Reliability`) and `vertices` (rows with `Vertex`, the same
-                attributes and `Transfer Time`). Missing attributes are zero, and zero means missing.
-            criteria (`str`, `dict`, `list` or `None`):
-                Weight by criterion (or its JSON), a list of criteria of equal weight, or `None` for the fewest edges.
-
-        Raises:
-            `ValueError`:
-                If a criterion, a stop or the flavour is unknown.
-        """
+        """Network of one row."""
         tables = json.loads(tables) if isinstance(tables, str) else tables
         weights = _weights(criteria)
         flavour = tables.get("flavour", "metro")

@@ -17,18 +17,7 @@ if TYPE_CHECKING:
 
 
 class Demonstrations:
-    """
-    Rendered demonstrations and their order.
-
-    Args:
-        trainer ([`DemonstrationTrainer`]):
-            Trainer after its parent's constructor; gives tokenizer, chat template and options.
-        dataset ([`~datasets.Dataset`]):
-            The user's `sft_dataset`.
-
-    Raises:
-        ValueError: the rows cannot be rendered, or `sft_pairing="prompt"` finds no demonstration for a prompt.
-    """
+    """Rendered demonstrations and their order."""
 
     def __init__(self, trainer: "DemonstrationTrainer", dataset: Dataset):
         self.trainer = trainer
@@ -105,13 +94,7 @@ class Demonstrations:
         """
         For each row of a generation batch, the demonstration that it brings along with `sft_pairing="prompt"`.
 
-        Args:
-            inputs (`list[dict[str, Any]]`):
-                Rows of the generation batch on this rank; groups are contiguous over the ranks' rows.
-
-        Returns:
-            `dict[str, torch.Tensor]`: `demonstration_index` of shape (rows,), -1 for all rows but the first of each
-            group. Empty where demonstrations are not paired.
+        Shapes: returns (rows,).
         """
         if self._index is None:
             return {}
@@ -130,13 +113,7 @@ class Demonstrations:
         """
         Collate demonstrations.
 
-        Args:
-            share (`list[int]`):
-                Indices into the rendered dataset; may be empty.
-
-        Returns:
-            `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels` (-100 where not trained), each of
-            shape (B, T) and on the trainer's device.
+        Shapes: returns (B, T).
         """
         # Every rank runs the same passes: a micro-batch without a demonstration runs one that trains on nothing.
         examples = [self.rendered[index] for index in share or [0]]

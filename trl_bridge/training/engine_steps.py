@@ -14,10 +14,6 @@ class EngineSteps:
 
     The engine holds the float32 master in pieces and takes gradients away as they come, so a second optimizer has
     nothing to read. Its own one takes these steps too, with its state exchanged for ours meanwhile.
-
-    Args:
-        engine (`deepspeed.DeepSpeedEngine`):
-            Engine of the student.
     """
 
     def __init__(self, engine: Any):
@@ -26,15 +22,7 @@ class EngineSteps:
 
     @contextlib.contextmanager
     def instead(self, max_grad_norm: float, learning_rate: float | None) -> Iterator[None]:
-        """
-        While inside, the engine steps as told here.
-
-        Args:
-            max_grad_norm (`float`):
-                Norm to which the gradient is clipped. 0 is no clipping.
-            learning_rate (`float`, *optional*):
-                Rate of a step with the state kept here; `None` is a step of the student's optimizer.
-        """
+        """While inside, the engine steps as told here."""
         sharded = self.engine.optimizer
         optimizer = sharded.optimizer
         groups = optimizer.param_groups

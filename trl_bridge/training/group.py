@@ -23,24 +23,7 @@ from .student import StudentTrainer
 
 @dataclasses.dataclass
 class ExpertPlan:
-    """
-    Rows of a generation batch on this rank, and the expert's part in them.
-
-    Attributes:
-        generation (`int`):
-            Number of the generation batch.
-        groups (`list[int]`):
-            For each row, the number of its group over all ranks.
-        members (`list[int]`):
-            For each row, its place in the group, from 0.
-        experts (`list[list[int] | None]`):
-            For each row, its group's trace (completion tokens), or `None`.
-        heads (`list[int]`):
-            For each row, how many tokens of the trace it begins with; the policy writes the rest. A whole trace has
-            no rest.
-        inputs (`list[dict[str, Any]]`):
-            The dataset's rows.
-    """
+    """Rows of a generation batch on this rank, and the expert's part in them."""
 
     generation: int
     groups: list[int]
@@ -160,19 +143,7 @@ class ExpertTrainer(StudentTrainer):
     # What methods fill
 
     def expert_heads(self, plan: ExpertPlan, inputs: list[dict[str, Any]]) -> list[int]:
-        """
-        How many tokens of its group's trace each row begins with. Here none.
-
-        Args:
-            plan ([`ExpertPlan`]):
-                The batch, `heads` not yet set. The answer may depend on nothing that differs between ranks but the
-                rows themselves.
-            inputs (`list[dict[str, Any]]`):
-                The dataset's rows.
-
-        Returns:
-            `list[int]`: for each row, from 0 to the length of its trace (0 without one).
-        """
+        """How many tokens of its group's trace each row begins with. Here none."""
         return [0] * len(inputs)
 
     def assign(self, output: dict[str, Any], plan: ExpertPlan) -> None:
@@ -219,17 +190,7 @@ class ExpertTrainer(StudentTrainer):
     def sft_weights(
         self, log_probs: torch.Tensor, entropies: torch.Tensor, inputs: dict[str, Any]
     ) -> torch.Tensor | None:
-        """
-        Detached weights of the SFT tokens, (B, T) or (B, 1); `None` for 1 everywhere.
-
-        Args:
-            log_probs (`torch.Tensor` of shape `(B, T)`):
-                Log-probabilities at temperature 1, detached.
-            entropies (`torch.Tensor` of shape `(B, T)`):
-                Entropies at the sampling temperature, in nats, detached.
-            inputs (`dict[str, Any]`):
-                The micro-batch.
-        """
+        """Detached weights of the SFT tokens, (B, T) or (B, 1); `None` for 1 everywhere."""
         return None
 
     # The generation batch
@@ -299,14 +260,6 @@ class ExpertTrainer(StudentTrainer):
         """
         Put whole traces into rows that have been sampled and scored, in place: they are expert tokens then, and no
         own ones.
-
-        Args:
-            output (`dict[str, Any]`):
-                The generation batch.
-            plan ([`ExpertPlan`]):
-                Where the traces are.
-            rows (`list[int]`):
-                This rank's rows to overwrite; each has a trace.
         """
         traces = {row: plan.experts[row] or [] for row in rows}
         width = output["completion_ids"].size(1)
@@ -388,17 +341,7 @@ class ExpertTrainer(StudentTrainer):
         return items.clamp(min=1.0) / self.accelerator.num_processes * steps
 
     def reduce(self, per_token: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-        """
-        Sum of token losses, scaled as the parent scales its own and as it enters the window's sum.
-
-        Args:
-            per_token (`torch.Tensor` of shape `(B, T)`):
-                Loss of each token.
-            mask (`torch.Tensor` of shape `(B, T)`):
-                1 at tokens that count.
-            inputs (`dict[str, Any]`):
-                The micro-batch.
-        """
+        """Sum of token losses, scaled as the parent scales its own and as it enters the window's sum."""
         return reduce_tokens(
             per_token,
             mask,
@@ -474,13 +417,7 @@ class ExpertTrainer(StudentTrainer):
         return loss
 
     def window_metrics(self, totals: dict[str, float]) -> dict[str, float]:
-        """
-        Metrics of a window.
-
-        Args:
-            totals (`dict[str, float]`):
-                What `_add_up` collected, summed over the window and all ranks.
-        """
+        """Metrics of a window."""
         ranks = self.accelerator.num_processes
         values = {name: total / ranks for name, total in totals.items() if "/" in name}
         values["expert/token_share"] = totals["expert_tokens"] / max(totals["tokens"], 1.0)

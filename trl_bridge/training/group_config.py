@@ -157,24 +157,13 @@ class ExpertConfig(GRPOConfig):
 
 
 def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """
-    Refuse a value that is not among an option's choices.
-
-    Raises:
-        ValueError: it is not; the message lists them.
-    """
+    """Refuse a value that is not among an option's choices."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 def require_room(args: ExpertConfig) -> None:
-    """
-    Refuse traces that leave a continuation no room, for methods whose rollouts continue a part of the trace.
-
-    Raises:
-        ValueError: they may be longer than a completion.
-        NotImplementedError: an option would judge a continuation as if it were the whole completion.
-    """
+    """Refuse traces that leave a continuation no room, for methods whose rollouts continue a part of the trace."""
     if args.vllm_structured_outputs_regex is not None:
         raise NotImplementedError(
             f"`vllm_structured_outputs_regex` is not supported by {type(args).__name__}: a continuation would have to "

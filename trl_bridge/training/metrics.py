@@ -7,16 +7,7 @@ from trl import GRPOTrainer
 
 
 def is_logged_update(trainer: GRPOTrainer) -> bool:
-    """
-    Whether the update under way will be logged at its end, so that metrics which cost extra are worth computing.
-
-    Args:
-        trainer ([`~trl.GRPOTrainer`]):
-            Trainer inside an update.
-
-    Returns:
-        `bool`: `True` also where it cannot be known beforehand (`logging_strategy="epoch"`).
-    """
+    """Whether the update under way will be logged at its end, so that metrics which cost extra are worth computing."""
     update = trainer.state.global_step + 1
     if trainer.args.logging_strategy == IntervalStrategy.EPOCH:
         return True
@@ -26,14 +17,6 @@ def is_logged_update(trainer: GRPOTrainer) -> bool:
 
 
 def record(trainer: GRPOTrainer, values: Mapping[str, float]) -> None:
-    """
-    Append one value of each metric to TRL's training metrics; TRL averages them over a logging interval.
-
-    Args:
-        trainer ([`~trl.GRPOTrainer`]):
-            Trainer to log with.
-        values (`Mapping[str, float]`):
-            Metrics, already reduced over ranks.
-    """
+    """Append one value of each metric to TRL's training metrics; TRL averages them over a logging interval."""
     for name, value in values.items():
         trainer._metrics["train"][name].append(value)

@@ -16,17 +16,7 @@ Scores = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 class RolloutRecord:
-    """
-    Keeps what passes through the parent's methods, so that nothing is computed twice.
-
-    Args:
-        trainer ([`~trl.GRPOTrainer`]):
-            Trainer whose overrides feed the record.
-
-    Attributes:
-        replayed (`Scores`, *optional*):
-            While set, the parent's loss takes these scores in place of a forward.
-    """
+    """Keeps what passes through the parent's methods, so that nothing is computed twice."""
 
     def __init__(self, trainer: GRPOTrainer):
         self.trainer: Any = trainer
@@ -76,8 +66,7 @@ class RolloutRecord:
         """
         Weighted sum of the kept rewards, as the parent forms it.
 
-        Returns:
-            `torch.Tensor` of shape (rows over all ranks,): NaN where every reward function returned None.
+        Shapes: returns (rows over all ranks,).
         """
         rewards = self._rewards_per_func
         if rewards is None:
@@ -87,13 +76,7 @@ class RolloutRecord:
 
 
 class RolloutObserver(RolloutRecord):
-    """
-    Tells the judge of `sft_weighting` what the rollouts are worth, and how likely the policy finds them.
-
-    Args:
-        trainer ([`DemonstrationTrainer`]):
-            Trainer whose overrides feed the observer.
-    """
+    """Tells the judge of `sft_weighting` what the rollouts are worth, and how likely the policy finds them."""
 
     def __init__(self, trainer: "DemonstrationTrainer"):
         super().__init__(trainer)
@@ -102,13 +85,7 @@ class RolloutObserver(RolloutRecord):
         """
         Rewards of a generation batch for the judge.
 
-        Args:
-            output (`dict[str, Any]`):
-                What the parent's `_generate_and_score_completions` returned.
-
-        Returns:
-            `dict[str, torch.Tensor]`: `rollout_reward` of shape (rows,), to travel with the rows until the policy's
-            first pass over them scores them. Empty where the parent already scored them, or nobody asks.
+        Shapes: returns (rows,).
         """
         if not self.trainer.weighting.needs_rollouts:
             return {}
@@ -121,13 +98,7 @@ class RolloutObserver(RolloutRecord):
         return {"rollout_reward": rewards}
 
     def observe(self, inputs: dict[str, Any]) -> None:
-        """
-        Tell the judge of a micro-batch that the policy has just scored for the first time.
-
-        Args:
-            inputs (`dict[str, Any]`):
-                The micro-batch.
-        """
+        """Tell the judge of a micro-batch that the policy has just scored for the first time."""
         trainer = self.trainer
         iteration = (trainer._step // trainer.args.steps_per_generation) % trainer.num_iterations
         if "rollout_reward" in inputs and iteration == 0:

@@ -4,19 +4,7 @@ from typing import Any
 
 
 def rate_factor(optimizer: Any) -> float:
-    """
-    Where the student's learning rate stands in its schedule, for the rates that follow it.
-
-    Args:
-        optimizer ([`~torch.optim.Optimizer`]):
-            The student's.
-
-    Returns:
-        `float`: the rate of the first group that has a base rate above 0, relative to that base rate.
-
-    Raises:
-        ValueError: no parameter group has one.
-    """
+    """Where the student's learning rate stands in its schedule, for the rates that follow it."""
     for group in optimizer.param_groups:
         if group.get("initial_lr", 0) > 0:
             return group["lr"] / group["initial_lr"]

@@ -91,17 +91,7 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_config(args: Any) -> None:
-    """
-    Refuse options that no trainer with a demonstration stream supports.
-
-    Args:
-        args ([`DemonstrationConfig`](training.config.DemonstrationConfig)):
-            Arguments after TRL's own checks.
-
-    Raises:
-        NotImplementedError: an option is set that is not supported.
-        ValueError: options that cannot be had together.
-    """
+    """Refuse options that no trainer with a demonstration stream supports."""
     for name, (refuses, reason) in REFUSED.items():
         if refuses(getattr(args, name)):
             raise NotImplementedError(f"`{name}` is not supported by {type(args).__name__}: {reason}.")
@@ -109,16 +99,7 @@ def check_config(args: Any) -> None:
 
 
 def check_best_model(args: Any) -> None:
-    """
-    Refuse to go back to a best checkpoint that has no state beside the weights.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]):
-            Arguments after the parent's own checks.
-
-    Raises:
-        ValueError: `load_best_model_at_end` with `save_only_model`.
-    """
+    """Refuse to go back to a best checkpoint that has no state beside the weights."""
     if args.load_best_model_at_end and args.save_only_model:
         raise ValueError(
             "`load_best_model_at_end` with `save_only_model` would restore the policy alone and leave the state beside "
@@ -127,19 +108,7 @@ def check_best_model(args: Any) -> None:
 
 
 def check_side_optimizer(name: str, value: Any) -> None:
-    """
-    Refuse optimizers that the parts beside the student cannot use.
-
-    Args:
-        name (`str`):
-            Argument at fault, for the message.
-        value (`str` or [`~transformers.training_args.OptimizerNames`]):
-            Optimizer.
-
-    Raises:
-        ValueError: no such optimizer.
-        NotImplementedError: it reads the weights' values, steps inside the backward or projects gradients.
-    """
+    """Refuse optimizers that the parts beside the student cannot use."""
     if value not in list(OptimizerNames):
         raise ValueError(f"`{name}`={value!r} is not an optimizer that transformers knows.")
     if OptimizerNames(value) not in SIDE_OPTIMIZERS:

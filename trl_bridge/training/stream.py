@@ -29,22 +29,7 @@ from .weighting import DemonstrationWeighting
 
 @dataclasses.dataclass
 class Window:
-    """
-    One accumulation window: the micro-batches that make up an optimizer update.
-
-    Attributes:
-        shares (`list[list[int]]`):
-            For each micro-batch, the demonstrations of this rank (indices into the rendered dataset).
-        num_tokens (`int`):
-            Trained demonstration tokens of the whole window over all ranks.
-        micro_batch (`int`):
-            Number of micro-batches done.
-        sums (`dict[str, torch.Tensor]`):
-            Running sums on this rank: the RL loss, and those of the SFT pass (see
-            [`objectives.sft.demonstration_loss`]).
-        weighted (`bool`):
-            Whether the demonstrations' tokens were weighed.
-    """
+    """One accumulation window: the micro-batches that make up an optimizer update."""
 
     shares: list[list[int]]
     num_tokens: int

@@ -43,11 +43,6 @@ class StudentTrainer(ResumableTrainer):
 
     It gives the student a head at temperature 1 (see [`_upstream.add_demonstration_head`]), a KL reference of its own
     for a model made in memory, and keeps scores and rewards that pass through the parent's methods.
-
-    Args:
-        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
-        optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory:
-            As in [`~trl.GRPOTrainer`].
     """
 
     config_class: type[GRPOConfig] = GRPOConfig
@@ -123,12 +118,7 @@ class StudentTrainer(ResumableTrainer):
 
     @classmethod
     def config_or_default(cls, args: Any, model: "str | PreTrainedModel") -> Any:
-        """
-        The arguments that a constructor was given, or the trainer's default ones.
-
-        Raises:
-            TypeError: they are not of the trainer's own config class.
-        """
+        """The arguments that a constructor was given, or the trainer's default ones."""
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             return cls.config_class(f"{name.split('/')[-1] or 'model'}-{cls._name}")

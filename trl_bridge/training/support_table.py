@@ -19,17 +19,7 @@ TESTED, REFUSES, NEUTRAL = "tested", "refused", "neutral"
 
 @dataclasses.dataclass(frozen=True)
 class Support:
-    """
-    What is known of one option.
-
-    Attributes:
-        status (`str`):
-            `"tested"`, `"refused"` or `"neutral"` (it never reaches code of ours).
-        note (`str`):
-            The test (`path::function`), the reason of the refusal, or why it is neutral.
-        limits (`str`, *optional*, defaults to `""`):
-            Values of a tested option that are refused.
-    """
+    """What is known of one option."""
 
     status: str
     note: str
@@ -178,15 +168,7 @@ def _rows() -> Iterator[tuple[str, Support]]:
 
 
 def support_table() -> dict[str, Support]:
-    """
-    The table, in the order of TRL's fields.
-
-    Returns:
-        `dict[str, Support]`: by field name.
-
-    Raises:
-        ValueError: a field is listed twice, is missing, or is no field of `GRPOConfig` any more.
-    """
+    """The table, in the order of TRL's fields."""
     table: dict[str, Support] = {}
     for name, support in _rows():
         if name in table:

@@ -22,20 +22,7 @@ _PASSED_BY_TRL = frozenset(
 
 
 def missing_columns(reward_funcs: list[Any], train_columns: list[str], sft_dataset: Dataset) -> list[str]:
-    """
-    Columns that the reward functions need and the demonstrations lack.
-
-    Args:
-        reward_funcs (`list[Any]`):
-            Reward functions and reward models of the trainer.
-        train_columns (`list[str]`):
-            Columns of the RL dataset; a reward function that takes `**kwargs` alone may read any of them.
-        sft_dataset ([`~datasets.Dataset`]):
-            Demonstrations.
-
-    Returns:
-        `list[str]`: names of the missing columns, sorted.
-    """
+    """Columns that the reward functions need and the demonstrations lack."""
     needed: set[str] = set()
     for func in reward_funcs:
         if isinstance(func, nn.Module):
@@ -55,18 +42,6 @@ def ask_rewards(trainer: Any, examples: list[dict[str, Any]], filler: dict[str, 
     Total rewards of completions that are no rollouts. Collective: every rank calls.
 
     The rollouts' rewards, metrics and logs are left as they are.
-
-    Args:
-        trainer ([`~trl.GRPOTrainer`]):
-            Trainer with a `rollouts` record.
-        examples (`list[dict[str, Any]]`):
-            This rank's completions, as many as it has: `inputs` (the dataset's row), `prompt`, `completion` and
-            `completion_ids`, as reward functions see those of rollouts.
-        filler (`dict[str, Any]`):
-            Another one, asked about where a rank has fewer than others.
-
-    Returns:
-        `list[float]`: one for each example; NaN where no reward function could score it.
     """
     # The parent gathers the rewards, which needs the same number of rows on each rank.
     size = max(gather_object([len(examples)]))
@@ -86,12 +61,6 @@ def collect_verdicts(trainer: "DemonstrationTrainer", indices: list[int]) -> Non
     Call the reward functions on a window's demonstrations. Collective: every rank calls.
 
     Their metrics and logs are kept apart from the rollouts'.
-
-    Args:
-        trainer ([`DemonstrationTrainer`]):
-            Trainer inside `_begin_window`.
-        indices (`list[int]`):
-            Demonstrations of this rank in the window.
     """
     weighting = trainer.weighting
     rows = trainer.demonstrations.rows(indices)

@@ -35,23 +35,6 @@ class DemonstrationWeighting:
     for each micro-batch and `observe_rollouts` at any time; `end_window` with every rank's `pending`. Nothing of the
     current window but its verdicts enters its own weights (the first window's mean excepted), so that neither its
     split into micro-batches, nor the number of ranks, nor a resume between windows changes them.
-
-    Args:
-        kind (`str`):
-            `"none"`, `"likelihood"`, `"likelihood_sequence"`, `"phi"`, `"judge"`, `"verdict"` or `"judge_verdict"`.
-        judge_window (`int`, *optional*, defaults to `20`):
-            Number of past windows that the judge is fitted on.
-        judge_beta (`float`, *optional*, defaults to `4.0`):
-            Sharpness of the judge's weight.
-        judge_penalty (`float`, *optional*, defaults to `1.0`):
-            Weight of the judge's squared slope, above zero.
-        judge_per_token (`bool`, *optional*, defaults to `False`):
-            Whether the judge reads the mean log-likelihood of a completion's tokens in place of their sum.
-        verdict_calls (`int`, *optional*, defaults to `1`):
-            Calls of the verifier at each visit of a demonstration (one more at its first).
-
-    Raises:
-        `ValueError`: if an argument is out of its range.
     """
 
     def __init__(
@@ -111,16 +94,7 @@ class DemonstrationWeighting:
     # Verdicts: before `begin_window`
 
     def visits_due(self, rows: list[int]) -> list[int]:
-        """
-        Calls of the verifier that are due for each demonstration visited.
-
-        Args:
-            rows (`list[int]`):
-                Demonstrations of the window. The additional call of a first visit goes to a row's first occurrence.
-
-        Returns:
-            `list[int]`: calls for each element of `rows`.
-        """
+        """Calls of the verifier that are due for each demonstration visited."""
         seen = set(self._verdicts)
         due = []
         for row in rows:
@@ -129,15 +103,7 @@ class DemonstrationWeighting:
         return due
 
     def record_verdicts(self, rows: Iterable[int], positives: Iterable[int]) -> None:
-        """
-        Keep verdicts of this rank until they are exchanged.
-
-        Args:
-            rows (`Iterable[int]`):
-                The demonstration of each call of the verifier.
-            positives (`Iterable[int]`):
-                1 where it was found right, else 0.
-        """
+        """Keep verdicts of this rank until they are exchanged."""
         for row, positive in zip(rows, positives, strict=True):
             calls, right = self._local_verdicts.get(row, (0, 0))
             self._local_verdicts[row] = (calls + 1, right + int(positive))
@@ -147,13 +113,7 @@ class DemonstrationWeighting:
         return [(row, calls, right) for row, (calls, right) in self._local_verdicts.items()]
 
     def fold_verdicts(self, all_ranks: list[list[tuple[int, int, int]]]) -> None:
-        """
-        Add every rank's verdicts to the counts.
-
-        Args:
-            all_ranks (`list[list[tuple[int, int, int]]]`):
-                `pending_verdicts` of every rank, this one's included, in rank order.
-        """
+        """Add every rank's verdicts to the counts."""
         for row, calls, right in chain.from_iterable(all_ranks):
             old_calls, old_right = self._verdicts.get(row, (0, 0))
             self._verdicts[row] = (old_calls + calls, old_right + right)
@@ -173,32 +133,12 @@ class DemonstrationWeighting:
             self._prior = rules.verdict_prior(calls, right, self._eps)
 
     def raw(self, log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
-        """
-        Weights of the normalised kinds before they are divided by their mean.
-
-        Args:
-            log_probs (`torch.Tensor` of shape `(B, T)`):
-                Log-probability of each token, in nats.
-            mask (`torch.Tensor` of shape `(B, T)`):
-                True at trained tokens.
-
-        Returns:
-            `torch.Tensor` of shape `(B, T)` (`likelihood`, `phi`), zero at tokens that are not trained, or `(B, 1)`
-            (`likelihood_sequence`), float64; `None` for the other kinds.
-        """
+        """Weights of the normalised kinds before they are divided by their mean."""
         rule = _NORMALISED.get(self.kind)
         return None if rule is None else rule(log_probs, mask)
 
     def set_initial_mean(self, total: float, count: float) -> None:
-        """
-        Set the mean that the first window divides by: its own.
-
-        Args:
-            total (`float`):
-                Sum of the raw weights over the whole window and all ranks.
-            count (`float`):
-                Number of weights in it: trained tokens, or demonstrations for `likelihood_sequence`.
-        """
+        """Set the mean that the first window divides by: its own."""
         if not count > 0:
             raise ValueError(f"`count` must be above 0, got {count}: the first window has no demonstration.")
         self._initial_mean = total / count
@@ -206,24 +146,7 @@ class DemonstrationWeighting:
     def token_weights(
         self, log_probs: torch.Tensor, mask: torch.Tensor, rows: list[int], sequence_log_probs: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """
-        Weights of one micro-batch.
-
-        Args:
-            log_probs (`torch.Tensor` of shape `(B, T)`):
-                Log-probability of each token, in nats.
-            mask (`torch.Tensor` of shape `(B, T)`):
-                True at trained tokens.
-            rows (`list[int]`):
-                The demonstration of each of the B rows. Empty for a batch that stands in for none at all.
-            sequence_log_probs (`torch.Tensor` of shape `(B,)`, *optional*):
-                Summed log-likelihood of each demonstration at the sampling temperature, which the rollouts' are at
-                too. `None` takes the sum of `log_probs`.
-
-        Returns:
-            `torch.Tensor` of shape `(B, T)` or `(B, 1)`, without gradient, in the type of `log_probs`; `None` for kind
-            `"none"`.
-        """
+        """Weights of one micro-batch."""
         if self.kind == "none":
             return None
         if not rows:
@@ -244,32 +167,11 @@ class DemonstrationWeighting:
         return weights.to(log_probs.dtype)
 
     def judged(self, log_likelihoods: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """
-        What the judge reads of completions.
-
-        Args:
-            log_likelihoods (`torch.Tensor` of shape `(B,)`):
-                Summed log-likelihoods, in nats.
-            lengths (`torch.Tensor` of shape `(B,)`):
-                Numbers of tokens that they are over.
-
-        Returns:
-            `torch.Tensor` of shape `(B,)`: the sums, or with `judge_per_token` the means.
-        """
+        """What the judge reads of completions."""
         return log_likelihoods / lengths.clamp(min=1) if self.judge_per_token else log_likelihoods
 
     def observe_rollouts(self, pairs: list[tuple[float, float]]) -> None:
-        """
-        Keep rollouts of this rank until the window ends.
-
-        Args:
-            pairs (`list[tuple[float, float]]`):
-                Log-likelihood under the policy that drew it, in nats and as `judged` returns it, and reward, 0 or 1, of
-                each rollout.
-
-        Raises:
-            `ValueError`: if one is not finite.
-        """
+        """Keep rollouts of this rank until the window ends."""
         for s, r in pairs:
             if not (math.isfinite(s) and math.isfinite(r)):
                 raise ValueError(
@@ -287,13 +189,7 @@ class DemonstrationWeighting:
         }
 
     def end_window(self, all_pending: list[dict[str, Any]]) -> None:
-        """
-        Close the window and add it to the past.
-
-        Args:
-            all_pending (`list[dict[str, Any]]`):
-                `pending` of every rank, this one's included, in rank order.
-        """
+        """Close the window and add it to the past."""
         self._total = math.fsum([self._total, *(pending["raw_total"] for pending in all_pending)])
         self._count = math.fsum([self._count, *(pending["raw_count"] for pending in all_pending)])
         if self.needs_rollouts:
@@ -305,10 +201,6 @@ class DemonstrationWeighting:
         """
         Warn where `judge_window` windows in a row have left next to nothing of the demonstrations: RL alone, at the
         price of both.
-
-        Args:
-            mean (`float`):
-                Mean weight of the window's trained tokens, over all ranks.
         """
         if not (self.needs_rollouts or self.needs_verdicts):
             return
@@ -352,9 +244,6 @@ class DemonstrationWeighting:
         """
         State for a checkpoint, between two windows: plain values and tensors, as `torch.load(weights_only=True)` takes
         them.
-
-        Raises:
-            `RuntimeError`: inside a window, where a rank's own part would be lost.
         """
         if self._local_raw or self._local_rollouts or self._local_verdicts:
             raise RuntimeError("The weighting of demonstrations cannot be saved inside an accumulation window.")
@@ -368,16 +257,7 @@ class DemonstrationWeighting:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
-        Continue where a saved weighting stood.
-
-        Args:
-            state (`dict[str, Any]`):
-                What [`DemonstrationWeighting.state_dict`] returned.
-
-        Raises:
-            `ValueError`: if it was saved with other options.
-        """
+        """Continue where a saved weighting stood."""
         for name, mine in self._options.items():
             if state["options"][name] != mine:
                 raise ValueError(

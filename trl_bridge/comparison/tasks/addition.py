@@ -98,18 +98,7 @@ class Task:
         return copy.deepcopy(self.teacher)
 
     def score(self, model: PreTrainedModel, split: str) -> Scores:
-        """
-        Score a model.
-
-        Args:
-            model ([`~transformers.PreTrainedModel`]):
-                The model.
-            split (`str`):
-                Key of `splits`.
-
-        Returns:
-            `dict[str, float]`: named scores in [0, 1].
-        """
+        """Score a model."""
         return self.scorer(model, self, self.splits[split])
 
     def with_experts(self) -> Dataset:
@@ -123,21 +112,7 @@ class Task:
 
 
 def make_task(spec: AdditionSpec, seed: int, cache: Path | None = None) -> Task:
-    """
-    Generate the rows and train the base model, up to 15 seconds on one core.
-
-    Args:
-        spec ([`~trl_bridge.comparison.tasks.specs.AdditionSpec`]):
-            Sizes, and what is wrong.
-        seed (`int`):
-            Seed of the rows, of which demonstrations are wrong, and of the base model.
-        cache (`Path`, *optional*):
-            Folder for models.
-
-    Returns:
-        [`Task`]: the task, its teacher not yet made. Its scores are `accuracy`, the share of rows whose greedy answer is right, and `probability`,
-        the mean probability of sampling the right answer at temperature 1.
-    """
+    """Generate the rows and train the base model, up to 15 seconds on one core."""
     pairs = addition_pairs(spec.max_number, seed)
     known, rest = pairs[: spec.known_size], pairs[spec.known_size :]
     validation, rest = rest[: spec.validation_size], rest[spec.validation_size :]
@@ -205,20 +180,7 @@ def _score(model: PreTrainedModel, task: Task, rows: Dataset, forms: Callable[[s
 
 
 def greedy_answers(model: PreTrainedModel, task: Task, prompts: list[str]) -> list[str]:
-    """
-    The model's most likely answers.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Model to ask.
-        task ([`Task`]):
-            Gives the tokenizer and the longest answer.
-        prompts (`list[str]`):
-            Prompts, such as `"12+34="`.
-
-    Returns:
-        `list[str]`: an answer to each.
-    """
+    """The model's most likely answers."""
     batch = task.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
     training = model.training
     model.eval()

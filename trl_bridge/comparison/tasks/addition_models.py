@@ -40,26 +40,7 @@ def make_base(
     seed: int,
     cache: Path | None = None,
 ) -> PreTrainedModel:
-    """
-    Train the base model, or load it.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer.
-        pairs (`list[tuple[int, int]]`):
-            Pairs that it learns from.
-        held_out ([`~datasets.Dataset`], *optional*):
-            Rows on which its probability of the right answer is measured.
-        spec ([`~trl_bridge.comparison.tasks.specs.AdditionSpec`]):
-            `base_probability`, `base_steps`, `base_rate` and `base_wrong_kind`.
-        seed (`int`):
-            Seed of its weights and lessons.
-        cache (`Path`, *optional*):
-            Folder for models.
-
-    Returns:
-        [`~transformers.PreTrainedModel`]: the model, in evaluation mode.
-    """
+    """Train the base model, or load it."""
     model = tiny_model(tokenizer, seed=seed)
     names = ("max_number", "known_size", "validation_size", "base_steps", "base_probability", "base_rate")
 
@@ -78,23 +59,7 @@ def make_teacher(
     seed: int,
     cache: Path | None = None,
 ) -> PreTrainedModel:
-    """
-    Train the teacher, or load it: a model like the base model that sees right answers alone.
-
-    Args:
-        tokenizer, pairs, held_out, cache:
-            As in [`make_base`].
-        spec ([`~trl_bridge.comparison.tasks.specs.AdditionSpec`]):
-            `teacher_probability`, `base_steps` and `base_rate`.
-        seed (`int`):
-            Seed of its lessons. Its weights are drawn from the next one, so that it does not start as the base model does.
-
-    Returns:
-        [`~transformers.PreTrainedModel`]: the teacher, in evaluation mode.
-
-    Raises:
-        ValueError: after `base_steps` updates it does not reach `teacher_probability`.
-    """
+    """Train the teacher, or load it: a model like the base model that sees right answers alone."""
     model = tiny_model(tokenizer, seed=seed + 1)
     names = ("max_number", "known_size", "validation_size", "base_steps", "teacher_probability", "base_rate")
 
@@ -111,20 +76,7 @@ def make_teacher(
 def answer_probability(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], solutions: list[str]
 ) -> float:
-    """
-    Mean probability of sampling the right answer, end of sequence included, at temperature 1.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Model.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        prompts, solutions (`list[str]`):
-            Prompts and right answers.
-
-    Returns:
-        `float`: the mean.
-    """
+    """Mean probability of sampling the right answer, end of sequence included, at temperature 1."""
     ids, labels = _tensors(tokenizer, list(zip(prompts, solutions, strict=True)))
     ids, labels = ids.to(model.device), labels.to(model.device)
     with torch.no_grad():

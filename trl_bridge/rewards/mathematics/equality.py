@@ -39,21 +39,7 @@ def squash(text: str) -> str:
 
 
 def compare(first: str, second: str, leaf: Leaf) -> Verdict:
-    """
-    Whether two answers are the same; symmetric in its arguments.
-
-    Args:
-        first (`str`):
-            One answer, as it was written.
-        second (`str`):
-            The other.
-        leaf (`callable`):
-            Decides what structure does not: gets two nodes and a factor for the first one's value.
-
-    Returns:
-        `bool` or `None`:
-            The verdict; `None` where a `leaf` that matters gave `None`.
-    """
+    """Whether two answers are the same; symmetric in its arguments."""
     if first == second:
         return bool(first.strip())
     a, b = clean(first), clean(second)

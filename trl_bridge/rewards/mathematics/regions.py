@@ -23,23 +23,7 @@ _RELATIONS = {
 
 
 def same_region(a: Node, b: Node, to_sympy: ToSympy, same_value: SameValue) -> bool:
-    """
-    Whether two nodes describe one set of real numbers.
-
-    Args:
-        a ([`~trl_bridge.rewards.mathematics.structure.Node`]):
-            Interval, pair (an open interval), inequality in one variable, set, union, intersection or difference.
-        b ([`~trl_bridge.rewards.mathematics.structure.Node`]):
-            The other one.
-        to_sympy (`callable`):
-            Parser of a leaf.
-        same_value (`callable`):
-            Comparison of two end points.
-
-    Raises:
-        [`RegionError`]:
-            Where a node is no set of real numbers.
-    """
+    """Whether two nodes describe one set of real numbers."""
     names = _variables(a, to_sympy), _variables(b, to_sympy)
     if all(names) and names[0] != names[1]:
         return False

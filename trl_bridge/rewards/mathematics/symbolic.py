@@ -51,13 +51,7 @@ class ParseError(ValueError):
 
 @lru_cache(maxsize=64)
 def to_sympy(text: str) -> sympy.Basic:
-    """
-    SymPy expression of one leaf, decimals exact.
-
-    Raises:
-        [`ParseError`]:
-            Where the parser does not understand it.
-    """
+    """SymPy expression of one leaf, decimals exact."""
     number = exact(text)
     if number is not None:
         return sympy.Rational(number.numerator, number.denominator)
@@ -325,13 +319,7 @@ def _balanced(text: str) -> bool:
 
 
 def verdict(job: list[str]) -> bool:
-    """
-    Answer one job of a worker.
-
-    Args:
-        job (`list[str]`):
-            `["same", first, second]` or `["gold", text]`.
-    """
+    """Answer one job of a worker."""
     try:
         if job[0] == "gold":
             return is_gold(job[1])

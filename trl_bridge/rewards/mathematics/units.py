@@ -121,14 +121,7 @@ def _unit_name(label: str, power: str | None) -> str:
 
 
 def conversion(first: str, second: str) -> Fraction | None:
-    """
-    Factor that takes a value in unit `first` to unit `second`.
-
-    Returns:
-        `Fraction` or `None`:
-            1 where either unit is missing, both are the same, or neither is a unit of measure and they share a word;
-            `None` where the units disagree (cm and kg, a.m. and p.m., apples and oranges).
-    """
+    """Factor that takes a value in unit `first` to unit `second`."""
     if first == second or not first or not second:
         return Fraction(1)
     (base_a, _, power_a), (base_b, _, power_b) = first.partition("^"), second.partition("^")

@@ -107,13 +107,6 @@ class WorkerPool:
 
     Works in scripts without a `__main__` guard, in notebooks, under `torchrun` and after CUDA initialisation, since
     nothing of the user's process is forked or run again. Safe to call from several threads.
-
-    Args:
-        workers (`int`, *optional*):
-            Number of workers. Defaults to the CPU cores divided by the ranks on this machine (`LOCAL_WORLD_SIZE`), at
-            most 8.
-        memory_gb (`float`, *optional*, defaults to `1.0`):
-            Address space, in GB, that an answer may take on top of what an idle worker holds.
     """
 
     def __init__(self, workers: int | None = None, memory_gb: float = 1.0):
@@ -136,21 +129,7 @@ class WorkerPool:
             return self._helper
 
     def run(self, jobs: Sequence[Job], limit: float = 5.0, seconds: float = 30.0) -> list[Outcome]:
-        """
-        Run a batch of jobs.
-
-        Args:
-            jobs (`list[tuple[str, ...]]`):
-                Jobs of [`~trl_bridge.rewards.mathematics.symbolic.verdict`].
-            limit (`float`, *optional*, defaults to `5.0`):
-                Seconds one job may take.
-            seconds (`float`, *optional*, defaults to `30.0`):
-                Seconds the batch may take, start of the workers included.
-
-        Returns:
-            `list`:
-                One outcome per job, in order.
-        """
+        """Run a batch of jobs."""
         deadline = time.monotonic() + seconds
         outcomes: dict[int, Outcome] = {}
         missing = list(range(len(jobs)))

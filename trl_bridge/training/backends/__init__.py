@@ -24,19 +24,7 @@ __all__ = [
 
 
 def backend_for(accelerator: Accelerator) -> Backend:
-    """
-    The backend of a trainer.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            Accelerator of the trainer.
-
-    Returns:
-        [`Backend`]: one process, DDP, FSDP2, or DeepSpeed ZeRO-1, 2 or 3.
-
-    Raises:
-        NotImplementedError: another way of training, or an option of this one, cannot be had; the message names it.
-    """
+    """The backend of a trainer."""
     kind = accelerator.distributed_type
     # Imported where used: DeepSpeed is an extra.
     if kind == DistributedType.FSDP:

@@ -21,13 +21,7 @@ _FLAT_ELEMENTS = 2**25  # 128 MiB of float32 in each all-reduce: few launches, a
 
 
 class Backend(Reducer):
-    """
-    How gradients and weights are reached: one process, or DDP with a replica on each rank.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            Accelerator of the trainer.
-    """
+    """How gradients and weights are reached: one process, or DDP with a replica on each rank."""
 
     # Whether the engine steps inside the window's last backward.
     steps_in_backward = False
@@ -38,16 +32,7 @@ class Backend(Reducer):
         self.accelerator = accelerator
 
     def check(self, args: Any) -> None:
-        """
-        Refuse options that cannot be had on this backend.
-
-        Args:
-            args ([`DemonstrationConfig`](training.config.DemonstrationConfig)):
-                Arguments of the trainer.
-
-        Raises:
-            NotImplementedError, ValueError: the option at fault is named, with what to change.
-        """
+        """Refuse options that cannot be had on this backend."""
 
     @property
     def world_size(self) -> int:
@@ -87,16 +72,7 @@ class Backend(Reducer):
     # The student's passes
 
     def attach(self, model: nn.Module, before_step: Callable[[], None]) -> None:
-        """
-        Once the student is prepared, and before each call of `train`.
-
-        Args:
-            model (`nn.Module`):
-                The wrapped student.
-            before_step (`Callable`):
-                What has to run between a window's last backward and the student's step; called here only by backends
-                that step in the backward.
-        """
+        """Once the student is prepared, and before each call of `train`."""
 
     def before_micro_batch(self, model: nn.Module) -> None:
         """Before a micro-batch's first forward."""
@@ -146,20 +122,7 @@ class Backend(Reducer):
         return Weights(twin, self) if storage == Storage() else ApartWeights(twin, self, storage)
 
     def place(self, outline: PreTrainedModel, source: Weights, storage: Storage) -> RowWeights:
-        """
-        Spread an outline over the ranks and fill it with the student's weights. Collective.
-
-        Args:
-            outline ([`~transformers.PreTrainedModel`]):
-                What `outline` returned; sharded in place.
-            source ([`Weights`]):
-                The prepared student's weights.
-            storage ([`Storage`]):
-                Precision of its passes, and where its rows are held. They are float32 whatever the passes compute with.
-
-        Returns:
-            [`RowWeights`]: the weights of the sharded copy.
-        """
+        """Spread an outline over the ranks and fill it with the student's weights. Collective."""
         policy = self.sharding_policy()
         if storage.dtype is not None:
             policy = MixedPrecisionPolicy(param_dtype=storage.dtype, reduce_dtype=torch.float32)
@@ -181,13 +144,7 @@ class Backend(Reducer):
     # Saving
 
     def checkpoint_parts(self, checkpoint: Path) -> list[str]:
-        """
-        What the parent's checkpoint must hold for an exact resume beside the plain model, as paths inside it.
-
-        Args:
-            checkpoint (`Path`):
-                The `checkpoint-N` folder, with these parts written.
-        """
+        """What the parent's checkpoint must hold for an exact resume beside the plain model, as paths inside it."""
         return [OPTIMIZER_NAME, SCHEDULER_NAME]
 
     def loads_optimizer(self, optimizer: Any) -> bool:

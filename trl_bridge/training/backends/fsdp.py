@@ -20,16 +20,7 @@ from .weights import RowWeights, Weights, copy_rows_
 
 
 class FSDP2Backend(Backend):
-    """
-    `fully_shard` through accelerate (`fsdp_version: 2`).
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            Accelerator of the trainer.
-
-    Raises:
-        NotImplementedError: an FSDP option cannot be had; the message names it.
-    """
+    """`fully_shard` through accelerate (`fsdp_version: 2`)."""
 
     def __init__(self, accelerator: Accelerator):
         super().__init__(accelerator)

@@ -12,18 +12,7 @@ def is_spread(kind: DistributedType) -> bool:
 
 
 def refuse_spread(kind: DistributedType, owner: str) -> None:
-    """
-    Refuse to spread the student of a trainer that has not been tested so.
-
-    Args:
-        kind ([`~accelerate.utils.DistributedType`]):
-            Way of training.
-        owner (`str`):
-            The trainer, for the message.
-
-    Raises:
-        NotImplementedError: FSDP or DeepSpeed.
-    """
+    """Refuse to spread the student of a trainer that has not been tested so."""
     if is_spread(kind):
         raise NotImplementedError(
             f"{owner} has not been tested with {kind.value}. Launch it on one device, or with DDP (torchrun)."
@@ -31,18 +20,7 @@ def refuse_spread(kind: DistributedType, owner: str) -> None:
 
 
 def refuse_quantised(kind: DistributedType, base: Any) -> None:
-    """
-    Refuse to spread an adapter on a quantised base.
-
-    Args:
-        kind ([`~accelerate.utils.DistributedType`]):
-            Way of training.
-        base ([`~transformers.PreTrainedModel`]):
-            Model under the adapter.
-
-    Raises:
-        NotImplementedError: FSDP or DeepSpeed, and a quantised base.
-    """
+    """Refuse to spread an adapter on a quantised base."""
     if is_spread(kind) and getattr(base, "is_quantized", False):
         raise NotImplementedError(
             f"A LoRA on a quantised base has not been tested with {kind.value}. Load the base in bfloat16 (without "
@@ -51,16 +29,7 @@ def refuse_quantised(kind: DistributedType, base: Any) -> None:
 
 
 def refuse_fsdp(plugin: Any) -> None:
-    """
-    Refuse what cannot be had of FSDP.
-
-    Args:
-        plugin ([`~accelerate.utils.FullyShardedDataParallelPlugin`]):
-            As accelerate has read it.
-
-    Raises:
-        NotImplementedError: the option is named as in an accelerate configuration, with what to change.
-    """
+    """Refuse what cannot be had of FSDP."""
     refusals = {
         "fsdp_version": (plugin.fsdp_version != 2, "FSDP1 is not supported. Set it to 2"),
         "fsdp_state_dict_type": (
@@ -83,18 +52,7 @@ def refuse_fsdp(plugin: Any) -> None:
 
 
 def refuse_deepspeed(stage: int, config: dict[str, Any]) -> None:
-    """
-    Refuse what cannot be had of DeepSpeed.
-
-    Args:
-        stage (`int`):
-            Stage of ZeRO.
-        config (`dict[str, Any]`):
-            DeepSpeed's configuration.
-
-    Raises:
-        NotImplementedError: the option is named as in DeepSpeed's configuration, with what to change.
-    """
+    """Refuse what cannot be had of DeepSpeed."""
     zero = config.get("zero_optimization", {})
     offloads = [
         name for name in ("offload_optimizer", "offload_param") if zero.get(name, {}).get("device", "none") != "none"

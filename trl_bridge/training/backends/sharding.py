@@ -14,18 +14,7 @@ from .weights import Reducer, RowWeights, Weights, copy_rows_
 
 
 def sharded_copy(model: PreTrainedModel, plain_copy: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    """
-    Copy a model's modules and buffers, with weights that have shapes but no memory.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Unwrapped model, before its backend has prepared it. Under ZeRO-3 its weights may be partitioned already.
-        plain_copy (`Callable`):
-            Copies the model; called with `memo`, the table of objects that `copy.deepcopy` need not copy.
-
-    Returns:
-        [`~transformers.PreTrainedModel`]: the copy, its weights on the `meta` device, tied where the model's are.
-    """
+    """Copy a model's modules and buffers, with weights that have shapes but no memory."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)
@@ -39,21 +28,6 @@ def shard(
 ) -> RowWeights:
     """
     Spread an outline over all ranks, layer by layer, and fill it. No rank ever holds more than one weight of it whole.
-
-    Args:
-        outline ([`~transformers.PreTrainedModel`]):
-            What `sharded_copy` returned; changed in place.
-        source ([`Weights`]):
-            Weights to fill it with.
-        backend ([`Reducer`]):
-            Reduces over ranks.
-        policy ([`~torch.distributed.fsdp.MixedPrecisionPolicy`], *optional*):
-            Precision of forward and backward.
-        offload (`bool`, *optional*, defaults to `False`):
-            Whether rows, their gradients and with them the optimizer's state are held on the CPU.
-
-    Returns:
-        [`RowWeights`]: the copy's weights, float32, filled.
     """
     device = backend.device
     buffers = {name: copy.deepcopy(buffer) for name, buffer in outline.named_buffers()}

@@ -11,16 +11,7 @@ from .weights import Reducer, Weights
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """
-    How a model beside the student is held.
-
-    Attributes:
-        dtype (`torch.dtype`, *optional*):
-            What its passes compute with; the weights that delta and the optimizer step on are float32. `None` has no
-            second copy.
-        offload (`bool`):
-            Whether weights, gradients and with them the optimizer's state are on the CPU between passes.
-    """
+    """How a model beside the student is held."""
 
     dtype: torch.dtype | None = None
     offload: bool = False
@@ -32,14 +23,6 @@ class ApartWeights(Weights):
 
     Gradients leave the model weight by weight, as the backward is done with each, and add up beside the masters in
     float32.
-
-    Args:
-        model (`nn.Module`):
-            Plain model; its weights become the working ones, and hold no memory between windows where offloaded.
-        backend ([`Reducer`]):
-            Reduces over ranks.
-        storage ([`Storage`]):
-            Precision and place.
     """
 
     def __init__(self, model: nn.Module, backend: Reducer, storage: Storage):

@@ -14,15 +14,7 @@ Part = tuple[slice, slice]
 
 
 class Weights:
-    """
-    Whole on each rank: one process, or replicas that DDP keeps alike.
-
-    Args:
-        model (`nn.Module` or `dict[str, nn.Parameter]`):
-            Plain model, unwrapped; or weights by name.
-        backend:
-            Reduces over ranks (see [`Backend`](training.backends.base.Backend)).
-    """
+    """Whole on each rank: one process, or replicas that DDP keeps alike."""
 
     # Whether each rank holds some rows only.
     spread = False
@@ -89,17 +81,7 @@ class Weights:
         weight.add_(rows(*self.bounds(name)).to(weight))
 
     def write_(self, name: str, part: Part, values: torch.Tensor) -> None:
-        """
-        Overwrite a part of a weight, between two updates.
-
-        Args:
-            name (`str`):
-                The weight's name.
-            part (`tuple[slice, slice]`):
-                Rows and columns, with first and last.
-            values (`torch.Tensor`):
-                The part's new values, all of them on every rank.
-        """
+        """Overwrite a part of a weight, between two updates."""
         self.parameters[name].detach()[part] = values.to(self.parameters[name].dtype)
 
     def average_unsynced_(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -110,15 +92,7 @@ class Weights:
         """Sum over ranks what was read off the rows that each of them holds, in place."""
 
     def complete_(self, tensors: Iterable[torch.Tensor], synced: bool) -> None:
-        """
-        Make linear functions of the gradients on this rank those of the whole gradient, averaged over ranks.
-
-        Args:
-            tensors (`Iterable[torch.Tensor]`):
-                Contiguous tensors, changed in place.
-            synced (`bool`):
-                Whether the window's last backward is over.
-        """
+        """Make linear functions of the gradients on this rank those of the whole gradient, averaged over ranks."""
         tensors = list(tensors)
         if not synced:
             self.average_unsynced_(tensors)
@@ -215,17 +189,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def copy_rows_(pieces: Mapping[str, torch.Tensor], holder: Weights, source: Weights) -> None:
-    """
-    Overwrite the rows that a rank holds of one model with those of another. Collective.
-
-    Args:
-        pieces (`Mapping[str, torch.Tensor]`):
-            What `holder.held()` returned.
-        holder ([`Weights`]):
-            Weights that are written to.
-        source ([`Weights`]):
-            Weights that are read, of the same names.
-    """
+    """Overwrite the rows that a rank holds of one model with those of another. Collective."""
     with torch.no_grad():
         for name, piece in pieces.items():
             piece.copy_(source.rows(name, *holder.bounds(name)))

@@ -29,16 +29,7 @@ from .weights import Part, Rows, Weights
 
 
 class ZeroBackend(Backend):
-    """
-    DeepSpeed ZeRO through accelerate, with an optimizer of torch.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            Accelerator of the trainer.
-
-    Raises:
-        NotImplementedError: a DeepSpeed option cannot be had; the message names it.
-    """
+    """DeepSpeed ZeRO through accelerate, with an optimizer of torch."""
 
     steps_in_backward = True
     bound_to_ranks = "DeepSpeed keeps each rank's part of the optimizer in a file of its own"

@@ -46,29 +46,7 @@ def write(
     step: int,
     parts: Callable[[Path], list[str]],
 ) -> None:
-    """
-    Write `bridge/`. Collective: every rank calls.
-
-    Args:
-        checkpoint (`Path`):
-            The `checkpoint-N` folder.
-        accelerator ([`~accelerate.Accelerator`]):
-            Accelerator of the trainer.
-        local (`dict[str, Any]`):
-            State of this rank; tensors and plain Python values.
-        shared (`dict[str, Any]`):
-            State that all ranks have alike; written by the main process.
-        rows (`dict[str, RowState]`):
-            State whose rows may be spread over the ranks.
-        requirements (`dict[str, Any]`):
-            Options that a resumed run must share, as JSON values.
-        layout (`dict[str, int]`):
-            How an update is cut into ranks and micro-batches (see [`training.layout`]).
-        step (`int`):
-            Number of updates done.
-        parts (`Callable[[Path], list[str]]`):
-            Names what the parent has written beside the plain model, of a folder where all ranks have written it.
-    """
+    """Write `bridge/`. Collective: every rank calls."""
     folder = checkpoint / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(local, folder / f"rank-{accelerator.process_index}.pt")
@@ -116,16 +94,7 @@ def _marker(checkpoint: Path) -> dict[str, Any]:
 
 
 def missing_part(checkpoint: Path) -> str | None:
-    """
-    What a checkpoint lacks for an exact resume.
-
-    Args:
-        checkpoint (`Path`):
-            The `checkpoint-N` folder.
-
-    Returns:
-        `str`, *optional*: the part's name, `None` where the checkpoint is whole.
-    """
+    """What a checkpoint lacks for an exact resume."""
     try:
         marker = _marker(checkpoint)
     except FileNotFoundError:
@@ -148,22 +117,7 @@ def missing_part(checkpoint: Path) -> str | None:
 
 
 def check(checkpoint: Path, requirements: dict[str, Any], layout: dict[str, int], bound: str | None) -> None:
-    """
-    Refuse a checkpoint that this run cannot go on from exactly.
-
-    Args:
-        checkpoint (`Path`):
-            The `checkpoint-N` folder.
-        requirements (`dict[str, Any]`):
-            Options of this run that must equal the checkpoint's.
-        layout (`dict[str, int]`):
-            How this run cuts its updates into ranks and micro-batches.
-        bound (`str`, *optional*):
-            Why the number of ranks has to be the checkpoint's.
-
-    Raises:
-        ValueError: a part is missing, or an option differs; the message names it.
-    """
+    """Refuse a checkpoint that this run cannot go on from exactly."""
     if not checkpoint.is_dir():
         raise ValueError(f"`resume_from_checkpoint`: there is no folder {str(checkpoint)!r}.")
     part = missing_part(checkpoint)
@@ -197,10 +151,6 @@ def agreed(find: Callable[[], T]) -> T:
 
     Ranks may see a file at different times: each by itself, one would go on from a checkpoint and another start anew,
     and both would wait for ever.
-
-    Args:
-        find (`Callable`):
-            Looks; called on the main process, once all ranks have come here.
     """
     state = PartialState()
     state.wait_for_everyone()
@@ -208,16 +158,7 @@ def agreed(find: Callable[[], T]) -> T:
 
 
 def latest(output_dir: Path) -> Path | None:
-    """
-    The newest whole checkpoint of an output folder; unfinished newer ones are passed over with a warning.
-
-    Args:
-        output_dir (`Path`):
-            Folder that holds `checkpoint-N` folders.
-
-    Returns:
-        `Path`, *optional*: the folder, `None` where there is none.
-    """
+    """The newest whole checkpoint of an output folder; unfinished newer ones are passed over with a warning."""
     numbered = [
         (int(folder.name.rpartition("-")[2]), folder)
         for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")

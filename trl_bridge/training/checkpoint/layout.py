@@ -18,16 +18,7 @@ _CUTS = (
 
 
 def totals(layout: dict[str, int]) -> dict[str, int]:
-    """
-    What a resumed run has in common with the checkpoint's, however the two are cut.
-
-    Args:
-        layout (`dict[str, int]`):
-            Number of ranks (`world_size`), and options by name.
-
-    Returns:
-        `dict[str, int]`: products over all ranks, named by their factors.
-    """
+    """What a resumed run has in common with the checkpoint's, however the two are cut."""
     return {
         " x ".join([*names, "ranks"]): layout[RANKS] * math.prod(layout[name] for name in names)
         for names in _CUTS
@@ -43,21 +34,6 @@ def recut(
 
     The rows of micro-batch 0 of all ranks come first, in rank order, then those of micro-batch 1: so the rows of an
     update stay those of that update.
-
-    Args:
-        buffers (`Sequence[Sequence[dict[str, Any]]]`):
-            For each rank of before its micro-batches: tensors with a row for each rollout, and values without rows.
-        micro_batches (`int`):
-            Micro-batches that each rank has now.
-        world_size (`int`):
-            Number of ranks now.
-        rank (`int`):
-            This rank.
-        pad_token_id (`int`):
-            What shorter rows are padded with where they hold tokens.
-
-    Returns:
-        `list[dict[str, Any]]`: the rank's micro-batches.
     """
     pieces = [batch for batches in zip(*buffers, strict=True) for batch in batches]
     joined = {name: _joined(name, [piece[name] for piece in pieces], pad_token_id) for name in pieces[0]}

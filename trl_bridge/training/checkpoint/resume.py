@@ -96,15 +96,7 @@ class Resumable(Trainer):
         self._metrics["train"] = defaultdict(list, state["metrics"])
 
     def recut_local_state(self, states: list[dict[str, Any]], layout: dict[str, int]) -> dict[str, Any]:
-        """
-        This rank's local state where an update was cut otherwise.
-
-        Args:
-            states (`list[dict[str, Any]]`):
-                The local states of all ranks of before.
-            layout (`dict[str, int]`):
-                How it was cut.
-        """
+        """This rank's local state where an update was cut otherwise."""
         return states[0]
 
     # The parent's methods
@@ -112,9 +104,6 @@ class Resumable(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
         As [`~transformers.Trainer.train`]. `resume_from_checkpoint=True` passes over an unfinished newest checkpoint.
-
-        Raises:
-            ValueError: the checkpoint lacks a part, or was made with other options; the message names it.
         """
         if resume_from_checkpoint is True:
             found = checkpoints.agreed(lambda: checkpoints.latest(Path(str(self.args.output_dir))))

@@ -29,16 +29,6 @@ class RowState:
 
     What has a weight's shape (Adam's moments) is held and saved by rows. The rest (the count of steps, parameter groups)
     is alike on all ranks, but for optimizers that keep more than that (8-bit ones), which are bound to their number.
-
-    Args:
-        weights ([`Weights`]):
-            What is stepped on, as this rank holds it.
-        leaves (`Mapping[str, nn.Parameter]`):
-            The optimizer's parameters: this rank's rows, by name.
-        optimizer (`torch.optim.Optimizer`):
-            The optimizer.
-        with_weights (`bool`, *optional*, defaults to `True`):
-            Whether the rows of the weights belong to the state.
     """
 
     def __init__(

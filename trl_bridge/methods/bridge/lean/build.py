@@ -28,20 +28,7 @@ if TYPE_CHECKING:
 
 
 def check_lean(model: Any, peft_config: PeftConfig | None, optimizers: Any) -> None:
-    """
-    Refuse arguments of the trainer that lean mode cannot use.
-
-    Args:
-        model:
-            As in [`BridgeTrainer`].
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            The user's.
-        optimizers (`tuple`):
-            The user's.
-
-    Raises:
-        TypeError, ValueError, NotImplementedError: the argument is named, with what to change.
-    """
+    """Refuse arguments of the trainer that lean mode cannot use."""
     adapted = isinstance(model, nn.Module) and any(isinstance(m, BaseTunerLayer) for m in model.modules())
     if isinstance(model, PeftModel) or adapted:
         raise TypeError(
@@ -71,18 +58,7 @@ def check_lean(model: Any, peft_config: PeftConfig | None, optimizers: Any) -> N
 
 
 def slices(args: "BridgeConfig", peft_config: PeftConfig | None) -> tuple[LoraConfig, LoraConfig, tuple[float, float]]:
-    """
-    Theta's and w's adapters.
-
-    Args:
-        args ([`BridgeConfig`]):
-            Gives theta's rank and alpha.
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            w's.
-
-    Returns:
-        `tuple[LoraConfig, LoraConfig, tuple[float, float]]`: both, on the same layers, and their scalings alpha / r.
-    """
+    """Theta's and w's adapters."""
     own: Any = default_peft_config() if peft_config is None else copy.deepcopy(peft_config)
     own.inference_mode = False  # as a saved adapter's has it, whose shape is taken over here
     theta = copy.deepcopy(own)
@@ -102,18 +78,7 @@ def students_adapter(args: "BridgeConfig", peft_config: PeftConfig | None) -> Lo
 
 
 def build_student(trainer: "BridgeTrainer", peft_config: PeftConfig | None) -> tuple[LeanCoordinator, AdapterWeights]:
-    """
-    The coordinator, and the student's weights with the initial values of theta and w in them. Collective.
-
-    Args:
-        trainer ([`BridgeTrainer`]):
-            Trainer whose parent has put `students_adapter` into the model.
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            The user's.
-
-    Raises:
-        ValueError: a target is no linear layer.
-    """
+    """The coordinator, and the student's weights with the initial values of theta and w in them. Collective."""
     args: Any = trainer.args
     model: Any = trainer._plain_model
     layers = lora_layers(model)

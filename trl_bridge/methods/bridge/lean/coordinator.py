@@ -18,12 +18,6 @@ class SliceGradient(CoordinatorGradient):
     In lean mode A and B's part of a gradient is a slice, where the merged form projects.
 
     Where the engine takes gradients away (DeepSpeed), the slice is taken out of each as it comes, and summed here.
-
-    Args:
-        weights ([`AdapterWeights`]):
-            The model's LoRA weights.
-        ratio (`float`):
-            s_w / s_theta: B is held times it, so B's gradient has it too.
     """
 
     weights: AdapterWeights
@@ -65,14 +59,6 @@ def _take(total: torch.Tensor, part: Part, gradient: torch.Tensor) -> torch.Tens
 class LeanCoordinator(Coordinator):
     """
     A and B of every layer in full, which `settle` writes over w's slices whatever an optimizer has done to those.
-
-    Args:
-        initial (`dict[str, tuple[torch.Tensor, torch.Tensor]]`):
-            Initial A and B by the layer's name in the plain model.
-        peft_config ([`~peft.LoraConfig`]):
-            w's own shape.
-        scalings (`tuple[float, float]`):
-            s_theta and s_w.
     """
 
     def __init__(
@@ -113,21 +99,7 @@ class LeanCoordinator(Coordinator):
 def initial_values(
     model: PeftModel, configs: Sequence[LoraConfig], seed: int
 ) -> list[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """
-    PEFT's own initial values of adapters that are put into a model one after the other, and taken out again.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The student; its own adapter stays as it is.
-        configs (`Sequence[LoraConfig]`):
-            The adapters.
-        seed (`int`):
-            Seed of the values; the global random state is left as it was.
-
-    Returns:
-        `list[dict[str, tuple[torch.Tensor, torch.Tensor]]]`: for each adapter A and B, float32, by the layer's name in
-        the plain model.
-    """
+    """PEFT's own initial values of adapters that are put into a model one after the other, and taken out again."""
     values = []
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)

@@ -17,16 +17,6 @@ class LeanShadow(Shadow):
     """
     Theta_hat's slices and w's, their optimizer, and their steps. `model` is the student, which computes with them while
     `active`: the base is there once.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The student, unwrapped.
-        student ([`AdapterWeights`]):
-            Its LoRA weights, which the shadow's start from.
-        optimizer_for (`Callable`):
-            Makes the optimizer of the shadow's parameters, given by the names that the student's have.
-        max_grad_norm (`float`):
-            Norm that its gradient is clipped to; 0 clips nothing.
     """
 
     held: AdapterWeights
@@ -91,15 +81,7 @@ class LeanShadow(Shadow):
 
 
 class _Linear(nn.Module):
-    """
-    A float32 weight without bias, in the place of a layer's A or B.
-
-    Args:
-        weight (`torch.Tensor`):
-            Its start, which is copied.
-        dtype (`torch.dtype`):
-            What the forward computes with.
-    """
+    """A float32 weight without bias, in the place of a layer's A or B."""
 
     def __init__(self, weight: torch.Tensor, dtype: torch.dtype):
         super().__init__()

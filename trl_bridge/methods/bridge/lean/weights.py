@@ -36,15 +36,6 @@ def adapter_pairs(model: PeftModel, adapter: str) -> dict[str, tuple[nn.Paramete
 class AdapterWeights(Weights):
     """
     LoRA weights of every layer, held as a model's own weights are. They hold theta and w; gradients are those of theta.
-
-    Args:
-        parameters (`dict[str, tuple[nn.Parameter, nn.Parameter]]`):
-            A of shape (r_theta + r_w, in_features) and B of shape (out_features, r_theta + r_w) by the layer's name in
-            the plain model.
-        rank (`int`):
-            r_theta.
-        held ([`Weights`]):
-            The model's weights, these among them, on whatever way of training.
     """
 
     def __init__(self, parameters: Mapping[str, tuple[nn.Parameter, nn.Parameter]], rank: int, held: Weights):
@@ -133,15 +124,7 @@ class AdapterWeights(Weights):
 
 
 class ShadowAdapterWeights(AdapterWeights):
-    """
-    The shadow's, whole on each rank: no engine averages their gradients, and no parent steps on them.
-
-    Args:
-        parameters, rank:
-            As in [`AdapterWeights`].
-        backend ([`Reducer`]):
-            Reduces over ranks.
-    """
+    """The shadow's, whole on each rank: no engine averages their gradients, and no parent steps on them."""
 
     def __init__(self, parameters: Mapping[str, tuple[nn.Parameter, nn.Parameter]], rank: int, backend: Reducer):
         super().__init__(parameters, rank, Weights(parameter_names(parameters), backend))

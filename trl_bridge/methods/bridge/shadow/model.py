@@ -13,19 +13,7 @@ from ....training.checkpoint.sharded_state import RowState
 
 
 class Shadow:
-    """
-    The RL-only copy, its optimizer, and its steps. It holds M_hat = theta_hat + s B A.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Copy of the student with a fused head of its own (see `_upstream.plain_copy`).
-        weights ([`Weights`]):
-            The copy's weights, as this rank holds them.
-        optimizer_for (`Callable`):
-            Makes the optimizer of the copy's parameters, given by name; each group carries `initial_lr`.
-        max_grad_norm (`float`):
-            Norm that its gradient is clipped to; 0 clips nothing.
-    """
+    """The RL-only copy, its optimizer, and its steps. It holds M_hat = theta_hat + s B A."""
 
     def __init__(
         self,
@@ -57,16 +45,7 @@ class Shadow:
         return {name: self.held.gradient(name) for name in self._leaves}
 
     def step(self, rate_factor: float, counts_zeros: bool = False) -> None:
-        """
-        Clip, step, and clear the gradient.
-
-        Args:
-            rate_factor (`float`):
-                Where the student's learning rate stands in its schedule, relative to its initial rate.
-            counts_zeros (`bool`, *optional*, defaults to `False`):
-                Whether a weight that no loss has reached has the gradient zero, which an optimizer with moments takes
-                into them, in the place of none.
-        """
+        """Clip, step, and clear the gradient."""
         self.held.put_away()
         self.held.refresh(self._leaves)
         if counts_zeros:

@@ -24,10 +24,6 @@ class RolloutShare:
 
     With k of n groups taken, the gradient of the taken rows times n / k has the gradient of all rows as its mean over
     the draws: each group is taken in k of the n draws that there are.
-
-    Args:
-        trainer ([`BridgeTrainer`]):
-            Trainer whose rollouts they are.
     """
 
     def __init__(self, trainer: "BridgeTrainer"):
@@ -43,12 +39,7 @@ class RolloutShare:
         """
         Draw the groups of a generation batch, alike on every rank.
 
-        Args:
-            rows (`int`):
-                Rows of the generation batch on this rank; groups are contiguous over the ranks' rows.
-
-        Returns:
-            `dict[str, torch.Tensor]`: a weight of shape (rows,), to travel with the rows. Empty where all are taken.
+        Shapes: returns (rows,).
         """
         if self.whole:
             return {}
@@ -72,39 +63,14 @@ class RolloutShare:
 
 
 def taken_groups(groups: int, fraction: float, start: int) -> set[int]:
-    """
-    Groups that one draw takes: evenly spaced, so that ranks have about the same number of rows to run.
-
-    Args:
-        groups (`int`):
-            Number of groups n.
-        fraction (`float`):
-            Part that is taken, in (0, 1]; rounded to whole groups, at least one.
-        start (`int`):
-            The draw, from 0 to n - 1.
-
-    Returns:
-        `set[int]`: k group numbers; over the n draws each group is taken k times.
-    """
+    """Groups that one draw takes: evenly spaced, so that ranks have about the same number of rows to run."""
     count = max(1, round(fraction * groups))
     return {(start + i * groups // count) % groups for i in range(count)}
 
 
 @dataclasses.dataclass
 class Scored:
-    """
-    A micro-batch that the policy has scored, with all that the shadow's pass must find as the student's did.
-
-    Attributes:
-        inputs (`dict[str, Any]`):
-            The micro-batch.
-        scores (`Scores`):
-            The student's, detached.
-        rng (`list[torch.Tensor]`):
-            States of the CPU's and the GPU's generator before the student's pass.
-        entropy_control (`tuple[float, float]`):
-            Entropy coefficient and last measured entropy then.
-    """
+    """A micro-batch that the policy has scored, with all that the shadow's pass must find as the student's did."""
 
     inputs: dict[str, Any]
     scores: Scores
@@ -113,13 +79,7 @@ class Scored:
 
 
 class ShadowPass:
-    """
-    Forward and backward of the shadow, beside the student's and without a trace in the trainer's books.
-
-    Args:
-        trainer ([`BridgeTrainer`]):
-            Trainer whose shadow it is.
-    """
+    """Forward and backward of the shadow, beside the student's and without a trace in the trainer's books."""
 
     def __init__(self, trainer: "BridgeTrainer"):
         self.trainer = trainer
@@ -137,23 +97,11 @@ class ShadowPass:
         self._entropy_control = (trainer.entropy_coef, trainer._last_world_entropy)
 
     def scored(self, inputs: dict[str, Any]) -> Scored:
-        """
-        After a micro-batch's policy pass: what `run` needs of it, now or later.
-
-        Args:
-            inputs (`dict[str, Any]`):
-                The micro-batch.
-        """
+        """After a micro-batch's policy pass: what `run` needs of it, now or later."""
         return Scored(inputs, self.trainer.rollouts.scores, self._rng, self._entropy_control)
 
     def run(self, batch: Scored) -> None:
-        """
-        The micro-batch's loss and its backward.
-
-        Args:
-            batch ([`Scored`]):
-                What `scored` returned.
-        """
+        """The micro-batch's loss and its backward."""
         trainer: Any = self.trainer
         student = batch.scores
         # The rollouts were drawn with the student's probabilities, so those are what the shadow's ratio divides by.

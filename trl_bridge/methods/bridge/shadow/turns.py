@@ -23,10 +23,6 @@ class ShadowSchedule:
     In the updates between, the coordinator's gradient takes the projection of the last G_hat. Where there is none yet,
     or the shadow has been reset since, it takes the projection of the student's own RL gradient, which leaves a bracket
     of zero: what the exact rule has at `theta_hat = theta`.
-
-    Args:
-        trainer ([`BridgeTrainer`]):
-            Trainer whose shadow it is.
     """
 
     def __init__(self, trainer: "BridgeTrainer"):
@@ -50,17 +46,7 @@ class ShadowSchedule:
         return self.trainer.shadow is not None and not self.due and self._last is None
 
     def projection(self, weight: float) -> Projection | None:
-        """
-        At the end of a window: what the bracket subtracts. Collective.
-
-        Args:
-            weight (`float`):
-                lambda of the update.
-
-        Returns:
-            `list[tuple[torch.Tensor, torch.Tensor]]`, *optional*: projection of G_hat or of what stands in for it,
-            without lambda; `None` where there is no shadow.
-        """
+        """At the end of a window: what the bracket subtracts. Collective."""
         if self.trainer.shadow_gradient is None:
             return None
         if self.due:
@@ -98,14 +84,6 @@ class ShadowOverlap:
     Update k then takes the shadow's gradient on the rollouts of update k - 1, at (theta_hat, w) of update k: its part of
     w's gradient, and the shadow's own step, are one batch of rollouts old. The first update has a bracket of zero, and
     the last one's rollouts never reach the shadow.
-
-    Args:
-        trainer ([`BridgeTrainer`]):
-            Trainer whose shadow it is.
-
-    Attributes:
-        done (`bool`):
-            Whether the shadow has run since the last update.
     """
 
     def __init__(self, trainer: "BridgeTrainer"):
@@ -120,16 +98,7 @@ class ShadowOverlap:
         self._open.append(batch)
 
     def during(self, generate: Callable[[], T]) -> T:
-        """
-        Generate, and run what was put off meanwhile. Collective.
-
-        Args:
-            generate (`Callable`):
-                The parent's generation on the server. It is called twice (see [`_upstream.TwiceAsked`]).
-
-        Returns:
-            What `generate` returns.
-        """
+        """Generate, and run what was put off meanwhile. Collective."""
         trainer = self.trainer
         if not self._waiting or not trainer.model.training:
             return generate()
