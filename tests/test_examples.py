@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from tests.harness import RecordingTrainer, adapters, movement_error, small_trainer
 from trl_bridge.models import tiny_model, tiny_tokenizer
 
 
@@ -75,6 +76,33 @@ def test_a_method_of_ones_own(tmp_path, monkeypatch, capsys):
     run_example("add_a_method.py", monkeypatch, "--steps", 2)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| 1 |", "| 2 |"))]
     assert len(rows) == 2
+
+
+def test_bridge_in_plain_torch_runs(monkeypatch, capsys):
+    run_example("bridge_in_plain_torch.py", monkeypatch, "--steps", 2)
+    assert "cooperative gain +0.0000" in capsys.readouterr().out.splitlines()[0]  # the shadow starts as theta
+
+
+def test_bridge_in_plain_torch_makes_the_trainers_updates(tmp_path):
+    options = {"learning_rate": 1e-3, "coordinator_learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    trainer = small_trainer(tmp_path, RecordingTrainer, gradient_accumulation_steps=1, **options)
+    trainer.train()
+    start, (a, b) = trainer.start["theta"], adapters(trainer.start["w"])
+    plain = runpy.run_path(str(EXAMPLES / "bridge_in_plain_torch.py"))["Bridge"]
+    weights = ({name: tensor.double() for name, tensor in part.items()} for part in (start, a, b))
+    plain = plain(trainer.initial_model.double().eval(), *weights)
+    gains = []
+    assert len(trainer.windows) == 3
+    for window, state in zip(trainer.windows, trainer.states, strict=True):
+        (rollouts,), (demonstrations,) = window["rl"], window["sft"]
+        gains.append(plain.update(rollouts, {**demonstrations, "trained": demonstrations["labels"][:, 1:] != -100}))
+        got_a, got_b = adapters(state["w"])
+        pairs = [(plain.theta, state["theta"], start), (plain.theta_hat, state["hat"], start)]
+        pairs += [(plain.a, got_a, a), (plain.b, got_b, b)]
+        assert all(movement_error(got, want, before) < 5e-4 for want, got, before in pairs)
+    logged = [entry["bridge/gain"] for entry in trainer.state.log_history if "loss" in entry]
+    assert gains == pytest.approx(logged, rel=2e-3, abs=2e-6)
+    assert gains[-1] != 0
 
 
 @pytest.mark.slow
