@@ -12,6 +12,8 @@ import torch  # noqa: E402
 
 
 torch.set_num_threads(1)
+# Assertions in the helpers say as much as those in the tests.
+pytest.register_assert_rewrite("tests.helpers")
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,9 @@
-"""A stand-in for a vLLM server behind TRL's own `VLLMGeneration`: the weights that it is sent it keeps, its samples are drawn."""
+"""Stand-ins for vLLM: a server behind TRL's own `VLLMGeneration`, which keeps the weights that it is sent, and an engine in its place."""
 
 import random
 import threading
 
+import torch
 from trl.generation import vllm_generation
 
 
@@ -37,6 +38,31 @@ class Client:
                 completions.append([draw.randrange(5, 60) for _ in range(draw.randint(2, max_tokens))])
         log_probs = [[[-3.0]] * len(ids) for ids in completions]
         return {"prompt_ids": prompts, "completion_ids": completions, "logprobs": log_probs}
+
+
+class Engine:
+    """Stands in for vLLM: samples from the trainer's model, and reports slightly different log-probabilities."""
+
+    def __init__(self, model, **kwargs):
+        self.model, self.options, self.syncs = model, kwargs, 0
+
+    def sync_weights(self):
+        self.syncs += 1
+
+    def generate(self, prompts, images, num_generations, profiler):
+        completions, log_probs = [], []
+        for row, prompt in enumerate(prompts):
+            ids = torch.tensor([prompt])
+            with torch.no_grad():
+                out = self.model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=True, top_k=0
+                )[0]
+                log_p = self.model(out.unsqueeze(0)).logits[0, :-1].log_softmax(-1)
+            tokens = out[len(prompt) :]
+            chosen = log_p[len(prompt) - 1 :].gather(1, tokens.unsqueeze(1)).squeeze(1)
+            completions.append(tokens.tolist())
+            log_probs.append([[value - 0.4 + 0.1 * (row % 8)] for value in chosen.tolist()])
+        return prompts, completions, log_probs, None
 
 
 OPTIONS = {"use_vllm": True, "vllm_mode": "server"}

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.helpers.command import refusal
 from trl_bridge import cli
 from trl_bridge.cli import command as command_line
 from trl_bridge.cli import train
@@ -47,17 +48,6 @@ def recipe(tmp_path):
 
 def command(*arguments):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300)
-
-
-def refusal(capsys, *arguments):
-    """The one line that a refused command line prints; what comes with exit code 2."""
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(list(arguments))
-    assert stopped.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    ours = [line for line in lines if line.startswith("trl-bridge")]
-    assert len(ours) == 1 and not any("Traceback" in line for line in lines)
-    return ours[0]
 
 
 # Quick help

@@ -5,10 +5,11 @@ import copy
 import torch
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
 from trl import GRPOTrainer
 
+from tests import serving
 from tests.harness import PAIRS, clone, digits_reward, movement_error, small_config, small_model
+from tests.helpers.resume import StopAt
 from tests.reference import objectives
 from tests.reference.bridge import Optimizer, clip
 from trl_bridge.models import tiny_tokenizer
@@ -195,14 +196,6 @@ def sample_these(monkeypatch, texts, tokenizer=None):
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", generate)
 
 
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
-
-
 def assert_resumes(folder, build, stop):
     """`build(folder, callbacks=...)` makes a trainer that saves each update; stopped and resumed, it ends the same."""
     straight = build(folder / "straight")
@@ -241,27 +234,21 @@ def answers(numbers=range(4), expert=str):
     return Dataset.from_dict({**columns, "expert": list(map(expert, numbers))})
 
 
-class Engine:
-    """Stands in for vLLM: samples from the trainer's model, and reports slightly different log-probabilities."""
-
-    def __init__(self, model, **kwargs):
-        self.model = model
-
-    def sync_weights(self):
-        pass
+class Engine(serving.Engine):
+    """Of groups of four."""
 
     def generate(self, prompts, images, num_generations, profiler):
         assert num_generations == 4
-        completions, log_probs = [], []
-        for row, prompt in enumerate(prompts):
-            ids = torch.tensor([prompt])
-            with torch.no_grad():
-                out = self.model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=True, top_k=0
-                )[0]
-                log_p = self.model(out.unsqueeze(0)).logits[0, :-1].log_softmax(-1)
-            tokens = out[len(prompt) :]
-            chosen = log_p[len(prompt) - 1 :].gather(1, tokens.unsqueeze(1)).squeeze(1)
-            completions.append(tokens.tolist())
-            log_probs.append([[value - 0.4 + 0.1 * (row % 8)] for value in chosen.tolist()])
-        return prompts, completions, log_probs, None
+        return super().generate(prompts, images, num_generations, profiler)
+
+
+def hint_rows(every=1, steps=False):
+    """Prompts with worked solutions of 5 to 9 characters; only each `every`-th has one."""
+    rows = []
+    for index, (a, b) in enumerate(PAIRS):
+        parts = [f"{a}", f"+{b}", "=", f"{a + b}"] + ["!"] * (index % 4)
+        row = {"prompt": f"{a}+{b}=", "expert": "".join(parts) if index % every == 0 else None}
+        if steps:
+            row["expert_steps"] = parts if index % every == 0 else None
+        rows.append(row)
+    return Dataset.from_list(rows)

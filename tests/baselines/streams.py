@@ -5,7 +5,6 @@ from peft import get_peft_model
 from torch.distributed.tensor import DTensor
 from trl import GRPOConfig, GRPOTrainer
 
-from tests.bridge.test_resume import StopAt, assert_same
 from tests.harness import (
     clone,
     digits_reward,
@@ -15,6 +14,7 @@ from tests.harness import (
     small_config,
     small_model,
 )
+from tests.helpers.resume import StopAt, assert_same
 from tests.reference.stream import StreamReference
 from trl_bridge.models import tiny_tokenizer
 

@@ -4,7 +4,6 @@ import math
 import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import pad
 
 from tests.baselines.groups import (
     Engine,
@@ -12,12 +11,11 @@ from tests.baselines.groups import (
     batches,
     group_config,
     group_trainer,
-    recording,
+    hint_rows,
     replay_group,
-    token_sum,
 )
-from tests.baselines.test_uft import hint_rows
 from tests.harness import digits_reward, movement_error, small_config, small_lora, small_model
+from tests.helpers.group_losses import guide_loss, watch_guidance
 from tests.reference import objectives
 from trl_bridge import ActGuideConfig, ActGuideTrainer
 from trl_bridge.methods.actguide_rollouts import GuidanceSearch, guided_prompt
@@ -31,53 +29,6 @@ STEPS = {row["prompt"]: row["expert_steps"] for row in hint_rows(steps=True)}
 def guide_trainer(folder, trainer_class=ActGuideTrainer, **changes):
     changes.setdefault("train_dataset", hint_rows(steps=True))
     return group_trainer(folder, trainer_class, **{"hard_threshold": 1.0, "expert_max_length": 20, **changes})
-
-
-def watching():
-    """Recorded, with the prompts that rollouts were sampled from, and the weights at the time, in the batch."""
-
-    class Watching(recording(ActGuideTrainer)):
-        born = None
-
-        def assign(self, output, plan):
-            prompts = [torch.tensor(ids) for ids in self._guided_prompts]
-            super().assign(output, plan)
-            if prompts:
-                output["guided_prompt_ids"] = pad(prompts, padding_value=0, padding_side="left")
-                ones = [torch.ones_like(ids) for ids in prompts]
-                output["guided_prompt_mask"] = pad(ones, padding_value=0, padding_side="left")
-            self.born = [*(self.born or []), self.snapshot()]
-            output["born"] = torch.full((len(output["guided"] if prompts else output["advantages"]),), len(self.born))
-
-    return Watching
-
-
-def guide_loss(run):
-    """The method's loss from its formula; old log-probabilities are formed anew from prompts and weights."""
-
-    def loss(p):
-        o, batch = p.o, p.batch
-        old, advantages = p.old, p.advantages.unsqueeze(1)
-        if "guided" in batch:
-            weights = {n: t.double() for n, t in run.born[int(batch["born"][0]) - 1].items()}
-            prompt = {"prompt_ids": batch["guided_prompt_ids"], "prompt_mask": batch["guided_prompt_mask"]}
-            with torch.no_grad():
-                guided, _ = objectives.scores(run.initial_model, weights, {**batch, **prompt}, o["temperature"])
-            rows = batch["guided"].unsqueeze(1)
-            old = torch.where(rows, guided, old)
-            if o["gamma"]:
-                ratio = (p.log_p.detach() - old).exp()
-                advantages = torch.where(rows, advantages * ratio / (ratio + o["gamma"]), advantages)
-                old = torch.where(rows, p.log_p.detach(), old)
-        ratio = (p.log_p - old).exp()
-        clipped = ratio.clamp(1 - o["eps_low"], 1 + o["eps_high"])
-        per_token = -torch.minimum(ratio.clamp(max=o["delta"]) * advantages, clipped * advantages)
-        if o["beta"]:
-            gap = batch["ref_per_token_logps"].double() - p.log_p
-            per_token = per_token + o["beta"] * (gap.exp() - gap - 1) * (ratio if o["bias_corrected_kl"] else 1)
-        return token_sum(per_token, batch["completion_mask"].double(), batch, o, p.window)
-
-    return loss
 
 
 def errors_of(trainer, **changes):
@@ -112,7 +63,7 @@ def taught_rows(trainer):
     ],
 )
 def test_update_equals_the_reference(tmp_path, changes):
-    trainer = guide_trainer(tmp_path, watching(), **changes)
+    trainer = guide_trainer(tmp_path, watch_guidance(), **changes)
     trainer.train()
     assert taught_rows(trainer) >= 4
     assert any(not batch.get("guided", torch.zeros(1)).bool().all() for batch in batches(trainer))
@@ -120,7 +71,7 @@ def test_update_equals_the_reference(tmp_path, changes):
 
 
 def test_the_reference_can_tell_the_ratio(tmp_path):
-    trainer = guide_trainer(tmp_path, watching())
+    trainer = guide_trainer(tmp_path, watch_guidance())
     trainer.train()
     for batch in batches(trainer):
         if "guided_prompt_ids" in batch:  # as if the rollouts had been sampled without guidance
@@ -198,7 +149,7 @@ def test_the_search_on_scripted_rollouts(tmp_path, scripted):
     calls, asked = scripted(needed), []
     trainer = guide_trainer(
         tmp_path,
-        watching(),
+        watch_guidance(),
         hard_threshold=0.0,
         reward_funcs=nine_reward(asked),
         max_steps=1,
@@ -253,7 +204,7 @@ def test_the_search_on_scripted_rollouts(tmp_path, scripted):
 def test_what_no_guidance_solves_is_left_as_it_was(tmp_path, scripted):
     calls, asked = scripted(dict.fromkeys(STEPS, 99)), []
     trainer = guide_trainer(
-        tmp_path, watching(), hard_threshold=0.0, reward_funcs=nine_reward(asked), max_steps=1, probe_rounds=2
+        tmp_path, watch_guidance(), hard_threshold=0.0, reward_funcs=nine_reward(asked), max_steps=1, probe_rounds=2
     )
     trainer.train()
     assert [count for _, count in calls] == [4, 2, 2]
@@ -367,7 +318,7 @@ def test_without_a_hard_group_it_is_grpo_to_the_bit(tmp_path, changes):
 def test_a_prompt_like_the_unguided_one_has_ratio_one(tmp_path, monkeypatch):
     # Guidance that changes nothing: the group is on-policy GRPO on its new rollouts.
     monkeypatch.setattr("trl_bridge.methods.actguide_rollouts.guided_prompt", lambda prompt, steps, template: prompt)
-    trainer = guide_trainer(tmp_path, watching(), beta=0.0)
+    trainer = guide_trainer(tmp_path, watch_guidance(), beta=0.0)
     trainer.train()
     assert taught_rows(trainer)
     ratios = [log["actguide/ratio_mean"] for log in trainer.logged if "actguide/ratio_mean" in log]
@@ -402,7 +353,7 @@ def test_clipping_of_tokens_that_only_guidance_makes_likely(tmp_path, advantage,
 def test_lora_student_and_its_reference(tmp_path, num_iterations):
     # With an adapter policy and reference are one model: the second scoring of a batch must not be taken for the first.
     options = {"peft_config": small_lora(), "beta": 0.1, "temperature": 0.7, "num_iterations": num_iterations}
-    trainer = guide_trainer(tmp_path, watching(), **options)
+    trainer = guide_trainer(tmp_path, watch_guidance(), **options)
     trainer.train()
     trained = {name for name in trainer.start if not torch.equal(trainer.start[name], trainer.states[-1][name])}
     assert trained and all("lora" in name for name in trained)
@@ -434,7 +385,7 @@ def engine(monkeypatch):
 
 
 def test_vllm_keeps_guided_rows(tmp_path, engine):
-    trainer = guide_trainer(tmp_path, watching(), use_vllm=True, vllm_mode="colocate")
+    trainer = guide_trainer(tmp_path, watch_guidance(), use_vllm=True, vllm_mode="colocate")
     trainer.train()
     assert taught_rows(trainer)
     model = trainer.initial_model
@@ -491,7 +442,7 @@ def test_the_split_into_micro_batches_changes_nothing(tmp_path, scripted, loss_t
     for size, steps in [(4, 4), (8, 2), (16, 1)]:
         trainer = guide_trainer(
             tmp_path,
-            watching(),
+            watch_guidance(),
             hard_threshold=0.0,
             reward_funcs=nine_reward([]),
             loss_type=loss_type,

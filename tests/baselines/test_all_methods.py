@@ -5,10 +5,9 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 import trl_bridge
-from tests.baselines.groups import Engine, batches, expert_rows, group_trainer, recording, replay_group
-from tests.baselines.test_hpt import hpt_loss
-from tests.baselines.test_uft import hint_rows, uft_loss
+from tests.baselines.groups import Engine, batches, expert_rows, group_trainer, hint_rows, recording, replay_group
 from tests.harness import digits_reward, rl_rows, sft_rows, small_config, small_lora, small_model
+from tests.helpers.group_losses import hpt_loss, uft_loss
 from trl_bridge.models import tiny_tokenizer
 
 

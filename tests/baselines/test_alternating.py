@@ -17,8 +17,8 @@ from tests.baselines.streams import (
     trained,
     weights_of,
 )
-from tests.bridge.test_resume import StopAt, assert_same
 from tests.harness import rl_rows, small_config, small_trainer
+from tests.helpers.resume import StopAt, assert_same
 from trl_bridge import AlternatingConfig, AlternatingTrainer
 
 

@@ -18,8 +18,8 @@ from tests.baselines.groups import (
     replay_group,
     sample_these,
 )
-from tests.baselines.test_luffy import luffy_loss
 from tests.harness import digits_reward, rl_rows, sft_rows, small_config, small_model
+from tests.helpers.group_losses import luffy_loss
 from trl_bridge import LUFFYConfig, LUFFYTrainer
 from trl_bridge.models import tiny_model, tiny_tokenizer
 

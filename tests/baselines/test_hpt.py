@@ -13,23 +13,13 @@ from tests.baselines.groups import (
     recording,
     replay_group,
     sft_sum,
-    token_sum,
 )
 from tests.harness import clone, digits_reward, small_config, small_lora
+from tests.helpers.group_losses import hpt_loss
 from trl_bridge import LUFFYTrainer
 from trl_bridge.methods.hpt import HPTConfig, HPTTrainer
 from trl_bridge.models import tiny_model, tiny_tokenizer
 from trl_bridge.objectives.expert import group_advantages
-
-
-def hpt_loss(coefficient=1.0, gamma=0.1):
-    def loss(p):
-        prob = p.log_p.exp()
-        expert = -prob / (prob + gamma) * p.advantages.unsqueeze(1)
-        off_policy = token_sum(expert, p.expert * (1 - p.sft), p.batch, p.o, p.window)
-        return p.policy_loss() + off_policy + coefficient * sft_sum(-p.plain_log_p, p.sft, p.batch, p.o, p.window)
-
-    return loss
 
 
 def watching(trainer_class=HPTTrainer):

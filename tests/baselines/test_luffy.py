@@ -16,39 +16,10 @@ from tests.baselines.groups import (
     recording,
     replay_group,
     sample_these,
-    token_sum,
 )
 from tests.harness import small_config, small_model
+from tests.helpers.group_losses import luffy_loss
 from trl_bridge import LUFFYConfig, LUFFYTrainer
-from trl_bridge.models import tiny_tokenizer
-
-
-VOCABULARY = len(tiny_tokenizer())
-
-
-def shaped(prob, shaping="p_div_p", gamma=0.1, power=0.5, vocabulary=VOCABULARY):
-    """The published shapings, by name."""
-    values = {
-        "p_div_p": lambda p: p / (p + gamma),
-        "none": lambda p: p,
-        "logp": torch.log,
-        "p_logp": lambda p: p * torch.log(p),
-        "square_root": torch.sqrt,
-        "pow": lambda p: p**power,
-        "rl_plus": lambda p: 2 * p / (p.detach() * 1.5 + 0.5 / vocabulary),
-    }
-    return values[shaping](prob)
-
-
-def luffy_loss(explore=0.0, **formula):
-    def loss(p):
-        prob = p.log_p.exp()
-        advantages = p.advantages.unsqueeze(1) * (1 - prob.detach()) ** explore
-        corrected = p.advantages.unsqueeze(1) * p.batch.get("importance_sampling_ratio", torch.ones(1)).double()
-        expert = token_sum(-shaped(prob, **formula) * advantages, p.expert, p.batch, p.o, p.window)
-        return p.policy_loss(advantages=corrected) + expert
-
-    return loss
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from tests.baselines.groups import (
     recording,
     replay_group,
     sample_these,
-    token_sum,
 )
 from tests.harness import PAIRS, digits_reward, small_config
+from tests.helpers.group_losses import prefix_loss
 from trl_bridge import PrefixRFTConfig, PrefixRFTTrainer
 from trl_bridge.models import tiny_tokenizer
 
@@ -41,41 +41,6 @@ def prefix_trainer(folder, trainer_class=PrefixRFTTrainer, **changes):
 
 def batches(trainer):
     return [batch for window in trainer.windows for batch in window]
-
-
-def learning_tokens(p, share):
-    """The prefix tokens of a micro-batch that learn, (B, T): by sorting numbers in plain Python."""
-    entropy = p.entropy.detach()
-    ranked = sorted((-float(entropy[place]), place) for place in map(tuple, p.expert.nonzero().tolist()))
-    kept = torch.zeros_like(p.expert)
-    for _, place in ranked[: len(ranked) - math.floor(len(ranked) * (1 - share) + 1e-9)]:
-        kept[place] = 1.0
-    return kept
-
-
-def prefix_loss(p):
-    """GRPO's clipped loss over all tokens, ratio at most delta where the advantage is negative."""
-    advantages = p.advantages if p.advantages.dim() == 2 else p.advantages.unsqueeze(1)
-    silent = p.expert * (1 - learning_tokens(p, p.o["share"]))
-    advantages = advantages * (1 - silent)
-    ratio = (p.log_p - p.old).exp()
-    clipped = ratio.clamp(1 - p.o["eps_low"], 1 + p.o["eps_high"])
-    per_token = torch.where(
-        advantages >= 0,
-        -advantages * torch.minimum(ratio, clipped),
-        -advantages * torch.maximum(ratio, clipped).clamp(max=p.o["delta"]),
-    )
-    corrected = per_token * p.batch.get("importance_sampling_ratio", torch.ones(1)).double()
-    per_token = torch.where(p.expert.bool(), per_token, corrected)
-    if p.o["beta"]:
-        delta = p.batch["ref_per_token_logps"].double() - p.log_p
-        kl = (delta.exp() - delta - 1) * (ratio if p.o["bias_corrected_kl"] else 1)
-        per_token = per_token + p.o["beta"] * kl
-    mask = p.batch["completion_mask"].double()
-    loss = token_sum(per_token, mask, p.batch, p.o, p.window)
-    if p.o["entropy_coef"]:
-        loss = loss - p.o["entropy_coef"] * (p.entropy * mask).sum() / mask.sum() / p.window[0]
-    return loss
 
 
 def errors(trainer):

@@ -1,87 +1,21 @@
 import pytest
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.baselines.groups import (
-    Pass,
-    StopAt,
     assert_resumes,
     expert_rows,
     group_config,
     group_trainer,
-    options,
-    recording,
 )
-from tests.bridge.test_resume import assert_same, rows_of
-from tests.harness import digits_reward, movement_error, small_config, small_lora, small_model
-from tests.reference import objectives
-from tests.reference.bridge import Optimizer, clip
+from tests.harness import digits_reward, small_config, small_lora, small_model
+from tests.helpers.group_losses import replay_relift, watch_buffer
+from tests.helpers.resume import StopAt, assert_same, rows_of
 from trl_bridge.methods.relift import ReLIFTConfig, ReLIFTTrainer
 from trl_bridge.models import tiny_tokenizer
 
 
 SGD = {"optim": "sgd", "learning_rate": 0.1}
-
-
-def watching():
-    """The recording trainer, which keeps what each SFT step trained on, and the buffer after each update."""
-
-    class Watching(recording(ReLIFTTrainer)):
-        def after_step(self):
-            before, steps = list(self.buffer), self.sft_steps
-            super().after_step()
-            left = before[len(self.buffer) :] if self.sft_steps > steps else []
-            self.taken = [*getattr(self, "taken", []), left]
-            self.kept = [*getattr(self, "kept", []), list(self.buffer)]
-
-    Watching.__name__ = "ReLIFTTrainer"
-    return Watching
-
-
-def mean_nll(model, weights, demonstrations):
-    """Mean over all completion tokens, at temperature 1."""
-    ids = [torch.tensor(prompt + completion) for _, prompt, completion in demonstrations]
-    labels = [torch.tensor([-100] * len(prompt) + completion) for _, prompt, completion in demonstrations]
-    batch = {
-        "input_ids": pad_sequence(ids, batch_first=True),
-        "attention_mask": pad_sequence([torch.ones_like(x) for x in ids], batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
-    }
-    log_p, mask, _ = objectives.demonstration_scores(model, weights, batch)
-    return -(log_p * mask).sum() / mask.sum()
-
-
-def replay(trainer):
-    """Each update in float64: GRPO's step, then the SFT step with its own moments, clipping and rate."""
-    args = trainer.args
-    world = getattr(trainer, "world_size", 1)  # of a run whose windows hold all ranks' micro-batches
-    o = options(args, world_size=world)
-    sft_rate = args.learning_rate if args.sft_learning_rate is None else args.sft_learning_rate
-    sft_norm = args.max_grad_norm if args.sft_max_grad_norm is None else args.sft_max_grad_norm
-    model = trainer.initial_model.double().eval()
-    theta = {n: t.double().clone() for n, t in trainer.start.items()}
-    optimizer = Optimizer(o["optim"], len(theta), eps=args.adam_epsilon)
-    sft_optimizer = Optimizer(o["optim"], len(theta), eps=args.adam_epsilon) if args.separate_optimizer else optimizer
-    errors, losses = [], []
-    for step, (window, state, taken) in enumerate(zip(trainer.windows, trainer.states, trainer.taken, strict=True)):
-        shape = (len(window) // world, o["steps_per_generation"])
-        leaves = {n: t.detach().requires_grad_() for n, t in theta.items()}
-        loss = sum(Pass(model, leaves, batch, o, shape).policy_loss() for batch in window) / world
-        theta = _step(theta, leaves, loss, optimizer, o["max_grad_norm"], o["lr"] * o["schedule"](step))
-        if taken:
-            leaves = {n: t.detach().requires_grad_() for n, t in theta.items()}
-            loss = mean_nll(model, leaves, taken)
-            theta = _step(theta, leaves, loss, sft_optimizer, sft_norm, sft_rate * o["schedule"](step))
-        losses.append(loss.item() if taken else None)
-        errors.append(movement_error(state, theta, trainer.start))
-    return errors, losses
-
-
-def _step(theta, leaves, loss, optimizer, max_norm, rate):
-    gradients, _ = clip(list(torch.autograd.grad(loss, list(leaves.values()))), max_norm)
-    directions = optimizer.directions(gradients)
-    return {name: theta[name] - rate * step for name, step in zip(theta, directions, strict=True)}
 
 
 @pytest.mark.parametrize(
@@ -105,11 +39,11 @@ def _step(theta, leaves, loss, optimizer, max_norm, rate):
 def test_update_equals_the_reference(tmp_path, changes):
     # Adam turns a gradient that cancels down to rounding into a full step; the larger epsilon keeps it small.
     trainer = group_trainer(
-        tmp_path, watching(), **{"buffer_size": 3, "max_steps": 4, "adam_epsilon": 1e-6, **changes}
+        tmp_path, watch_buffer(), **{"buffer_size": 3, "max_steps": 4, "adam_epsilon": 1e-6, **changes}
     )
     trainer.train()
     assert trainer.sft_steps >= 2
-    errors, losses = replay(trainer)
+    errors, losses = replay_relift(trainer)
     assert max(errors) < 2e-4
     logged = [entry for entry in trainer.logged if "loss" in entry]
     for loss, entry in zip(losses, logged, strict=True):
@@ -145,7 +79,7 @@ def test_the_newest_questions_leave(tmp_path):
         seen.append(prompts[::4])
         return reward(completions)
 
-    trainer = group_trainer(tmp_path, watching(), reward_funcs=watched, buffer_size=3, max_steps=4)
+    trainer = group_trainer(tmp_path, watch_buffer(), reward_funcs=watched, buffer_size=3, max_steps=4)
     trainer.train()
     eos = tiny_tokenizer().eos_token
     traces = dict(zip(expert_rows()["prompt"], expert_rows()["expert"], strict=True))
@@ -166,7 +100,7 @@ def test_the_newest_questions_leave(tmp_path):
 
 def test_old_questions_leave_untrained(tmp_path):
     options = {"reward_funcs": scripted(0, 4, 4, 0), "buffer_size": 100, "max_steps": 4}
-    trainer = group_trainer(tmp_path, watching(), buffer_max_age=1, **options)
+    trainer = group_trainer(tmp_path, watch_buffer(), buffer_max_age=1, **options)
     trainer.train()
     assert [[generation for generation, _, _ in kept] for kept in trainer.kept] == [
         [0, 0],
@@ -178,7 +112,9 @@ def test_old_questions_leave_untrained(tmp_path):
 
 def test_questions_without_trace_do_not_enter(tmp_path):
     rows = expert_rows(every=2)
-    trainer = group_trainer(tmp_path, watching(), train_dataset=rows, reward_funcs=scripted(0, 0, 0, 0), max_steps=4)
+    trainer = group_trainer(
+        tmp_path, watch_buffer(), train_dataset=rows, reward_funcs=scripted(0, 0, 0, 0), max_steps=4
+    )
     trainer.train()
     with_trace = {prompt for prompt, expert in zip(rows["prompt"], rows["expert"], strict=True) if expert}
     entered = [prompt for _, prompt, _ in texts(trainer.buffer)]
@@ -187,7 +123,7 @@ def test_questions_without_trace_do_not_enter(tmp_path):
 
 def test_questions_enter_once_for_each_generation_batch(tmp_path):
     options = {"reward_funcs": scripted(0, 4, 4, 4, 4, 4, 4, 0), "num_iterations": 2, "steps_per_generation": 4}
-    trainer = group_trainer(tmp_path, watching(), buffer_size=100, max_steps=8, **options)
+    trainer = group_trainer(tmp_path, watch_buffer(), buffer_size=100, max_steps=8, **options)
     trainer.train()
     assert [len(kept) for kept in trainer.kept] == [2] * 4 + [4] * 4
 
@@ -211,7 +147,9 @@ def test_a_buffer_that_is_never_full_is_grpo_to_the_bit(tmp_path, changes, never
 def _ends(tmp_path, cases, **changes):
     ends = []
     for case in cases:
-        trainer = group_trainer(tmp_path, watching(), **{"max_steps": 2, "buffer_size": 3, **SGD, **changes, **case})
+        trainer = group_trainer(
+            tmp_path, watch_buffer(), **{"max_steps": 2, "buffer_size": 3, **SGD, **changes, **case}
+        )
         trainer.train()
         assert trainer.sft_steps > 0
         ends.append(trainer)
@@ -245,7 +183,7 @@ def test_autocast_reaches_the_sft_step(tmp_path):
 
 def test_the_step_leaves_gradients_and_random_numbers_alone(tmp_path):
     model = small_model(attention_dropout=0.3)
-    trainer = group_trainer(tmp_path, watching(), model=model, buffer_size=100, reward_funcs=scripted(0, 0, 0, 0))
+    trainer = group_trainer(tmp_path, watch_buffer(), model=model, buffer_size=100, reward_funcs=scripted(0, 0, 0, 0))
     trainer.train()
     demonstrations = [(prompt, trace) for _, prompt, trace in trainer.buffer]
     before, state = trainer.snapshot(), torch.get_rng_state()
@@ -267,7 +205,7 @@ def test_lora_student_and_its_reference(tmp_path):
         "learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
     }
-    trainer = group_trainer(tmp_path, watching(), peft_config=small_lora(), **options)
+    trainer = group_trainer(tmp_path, watch_buffer(), peft_config=small_lora(), **options)
     trainer.train()
     assert trainer.sft_steps > 0
     moved = {name for name in trainer.start if not torch.equal(trainer.start[name], trainer.states[-1][name])}
@@ -282,7 +220,7 @@ def test_lora_student_and_its_reference(tmp_path):
 
 
 def test_the_reference_model_stays(tmp_path):
-    trainer = group_trainer(tmp_path, watching(), buffer_size=1, beta=0.1, **SGD)
+    trainer = group_trainer(tmp_path, watch_buffer(), buffer_size=1, beta=0.1, **SGD)
     trainer.train()
     assert trainer.sft_steps > 0
     for name, parameter in trainer.ref_model.named_parameters():
@@ -334,7 +272,7 @@ def test_the_best_model_comes_back(tmp_path):
 
     trainer = group_trainer(
         tmp_path,
-        watching(),
+        watch_buffer(),
         reward_funcs=reward,
         buffer_size=1,
         eval_dataset=expert_rows().select(range(1)),

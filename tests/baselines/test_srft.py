@@ -16,42 +16,11 @@ from tests.baselines.groups import (
     recording,
     replay_group,
     sample_these,
-    sft_sum,
-    token_sum,
 )
 from tests.harness import small_model
+from tests.helpers.group_losses import srft_loss
 from tests.reference import objectives
 from trl_bridge import SRFTConfig, SRFTTrainer
-
-
-def row_entropy(p):
-    mask = p.batch["completion_mask"].double()
-    return ((p.entropy * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).detach()
-
-
-def srft_loss(sft_weight=0.5, sign=-1, rl_weight=0.1, floor=-10.0, trapo=False, sft_scale=1.0):
-    """The formula as printed: nothing in it is a ratio or an advantage but the expert's."""
-
-    def loss(p):
-        o, h = p.o, row_entropy(p)
-        prob = p.log_p.exp()
-        expert = -prob / (prob + 0.1) * p.advantages.unsqueeze(1)
-        plain = p.plain_log_p.exp().detach()
-        token_weight = plain / plain.clamp(min=0.1) if trapo else 1.0
-        sft = sft_weight * torch.exp(sign * h) * token_weight * -p.plain_log_p
-        own = (p.batch["completion_mask"] * p.batch["tool_mask"]).double()
-        pushed = (p.log_p.detach() >= floor).double()
-        verdicts = p.batch["verdicts"].double().unsqueeze(1)
-        right, wrong = (verdicts > 0).double(), (verdicts < 0).double() * pushed
-        corrected = p.batch.get("importance_sampling_ratio", torch.ones(1)).double()
-        self_loss = corrected * (-rl_weight * torch.exp(h) * right * p.log_p + wrong * p.log_p)
-        # KL and entropy terms are the parent's, at ratio 1.
-        nothing = {**p.batch, "advantages": torch.zeros_like(p.advantages)}
-        rest = objectives.policy_loss(p.log_p, p.entropy, p.log_p.detach(), nothing, o, p.window)
-        total = token_sum(expert, p.expert, p.batch, o, p.window) + token_sum(self_loss, own, p.batch, o, p.window)
-        return total + rest + sft_scale * sft_sum(sft, p.sft, p.batch, o, p.window)
-
-    return loss
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,19 @@ import math
 
 import pytest
 import torch
-from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.baselines.groups import (
     assert_resumes,
     group_config,
     group_trainer,
+    hint_rows,
     recording,
     replay_group,
     sample_these,
-    sft_sum,
 )
-from tests.harness import PAIRS, small_config
+from tests.harness import small_config
+from tests.helpers.group_losses import uft_loss
 from trl_bridge import UFTConfig, UFTTrainer
 from trl_bridge.models import tiny_tokenizer
 
@@ -23,26 +23,10 @@ TOKENIZER = tiny_tokenizer()
 EOS = TOKENIZER.eos_token_id
 
 
-def hint_rows(every=1, steps=False):
-    """Prompts with worked solutions of 5 to 9 characters; only each `every`-th has one."""
-    rows = []
-    for index, (a, b) in enumerate(PAIRS):
-        parts = [f"{a}", f"+{b}", "=", f"{a + b}"] + ["!"] * (index % 4)
-        row = {"prompt": f"{a}+{b}=", "expert": "".join(parts) if index % every == 0 else None}
-        if steps:
-            row["expert_steps"] = parts if index % every == 0 else None
-        rows.append(row)
-    return Dataset.from_list(rows)
-
-
 def uft_trainer(folder, trainer_class=UFTTrainer, **changes):
     changes.setdefault("train_dataset", hint_rows())
     # Without a schedule of its own a short run would be at its start throughout.
     return group_trainer(folder, trainer_class, **{"max_completion_length": 10, "hint_steps": 3, **changes})
-
-
-def uft_loss(p):
-    return p.policy_loss() + p.o["hint_coef"] * sft_sum(-p.plain_log_p, p.sft, p.batch, p.o, p.window)
 
 
 def batches(trainer):

@@ -2,7 +2,15 @@
 
 import torch
 
-from tests.harness import RecordingTrainer, adapters, movement_error, reference_options, small_lora, small_trainer
+from tests.harness import (
+    RecordingTrainer,
+    adapters,
+    movement_error,
+    reference_options,
+    small_lora,
+    small_model,
+    small_trainer,
+)
 from tests.reference.lean import LeanReference
 
 
@@ -54,3 +62,10 @@ def lean_options(trainer, **changes):
     args = trainer.args
     rate = args.learning_rate if args.coordinator_learning_rate is None else args.coordinator_learning_rate
     return reference_options(trainer, w_lr=rate, **changes)
+
+
+def replayed(trainer, **changes):
+    options = lean_options(trainer, **changes)
+    replay = list(replay_lean(small_model(), trainer.start, trainer.windows, trainer.states, options))
+    assert len(replay) == trainer.state.global_step
+    return replay

@@ -4,7 +4,7 @@ import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from tests.bridge.lean import lean_options, lean_trainer, replay_lean
+from tests.bridge.lean import lean_trainer, replayed
 from tests.bridge.oracle import assert_equal, copies
 from tests.harness import small_config, small_lora, small_model, small_trainer
 from trl_bridge.methods.bridge.lean.build import students_adapter
@@ -35,13 +35,6 @@ CASES = {
         "shadow_rollout_fraction": 0.5, "shadow_update_steps": 2, "max_steps": 5,
     },
 }  # fmt: skip
-
-
-def replayed(trainer, **changes):
-    options = lean_options(trainer, **changes)
-    replay = list(replay_lean(small_model(), trainer.start, trainer.windows, trainer.states, options))
-    assert len(replay) == trainer.state.global_step
-    return replay
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -16,8 +16,8 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from tests.bridge.lean import LEAN, SCALINGS, flat, lean_options, lean_trainer, replay_lean
 from tests.bridge.oracle import assert_equal
-from tests.bridge.test_resume import StopAt, _metrics, _state, assert_same, assert_shadow_is_that_of
 from tests.harness import adapters, rl_rows, small_config, small_lora, small_model, small_trainer
+from tests.helpers.resume import StopAt, assert_same, assert_shadow_is_that_of, metrics_of, state_of
 from trl_bridge import BridgeTrainer, cli
 
 
@@ -100,7 +100,7 @@ def _nothing(self, parameters):
 
 
 def whole_state(trainer):
-    return {**_state(trainer), "hat": trainer.shadow_state_dict()}
+    return {**state_of(trainer), "hat": trainer.shadow_state_dict()}
 
 
 RESUMES = {
@@ -119,7 +119,7 @@ def test_resume_is_exact(tmp_path, name):
     resumed = lean_trainer(tmp_path / "halves", BridgeTrainer, **options)
     resumed.train(resume_from_checkpoint=True)
     assert_same(whole_state(resumed), whole_state(straight))
-    assert_same(_metrics(resumed, 3), _metrics(straight, 3))
+    assert_same(metrics_of(resumed, 3), metrics_of(straight, 3))
 
 
 KILLED_RUN = """

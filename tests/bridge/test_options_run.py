@@ -7,6 +7,7 @@ import torch
 from datasets import IterableDataset
 from transformers import TrainerCallback
 
+from tests import serving
 from tests.bridge.oracle import (
     LAMBDA_ONE,
     ZERO_B,
@@ -211,31 +212,6 @@ def test_model_given_by_name(tmp_path):
 # vLLM
 
 
-class _Engine:
-    """Stands in for vLLM: samples from the trainer's model, and reports slightly different log-probabilities."""
-
-    def __init__(self, model, **kwargs):
-        self.model, self.options, self.syncs = model, kwargs, 0
-
-    def sync_weights(self):
-        self.syncs += 1
-
-    def generate(self, prompts, images, num_generations, profiler):
-        completions, log_probs = [], []
-        for row, prompt in enumerate(prompts):
-            ids = torch.tensor([prompt])
-            with torch.no_grad():
-                out = self.model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=True, top_k=0
-                )[0]
-                log_p = self.model(out.unsqueeze(0)).logits[0, :-1].log_softmax(-1)
-            tokens = out[len(prompt) :]
-            chosen = log_p[len(prompt) - 1 :].gather(1, tokens.unsqueeze(1)).squeeze(1)
-            completions.append(tokens.tolist())
-            log_probs.append([[value - 0.4 + 0.1 * (row % 8)] for value in chosen.tolist()])
-        return prompts, completions, log_probs, None
-
-
 VLLM = {
     "token_truncate": {"vllm_importance_sampling_clip_max": 1.2, "vllm_importance_sampling_clip_min": 0.9},
     "sequence_mask": {"vllm_importance_sampling_clip_max": 3.0, "num_iterations": 2, "max_steps": 4},
@@ -245,7 +221,7 @@ VLLM = {
 
 @pytest.mark.parametrize("mode", VLLM)
 def test_vllm_ratios_reach_the_shadow(tmp_path, monkeypatch, mode):
-    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", _Engine)
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", serving.Engine)
     options = {"use_vllm": True, "vllm_importance_sampling_mode": mode, **VLLM[mode]}
     if mode == "vespo":
         options["vllm_importance_sampling_mode"] = "token_truncate"

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from tests import serving
-from tests.bridge.lean import lean_trainer
+from tests.bridge.lean import lean_trainer, replayed
 from tests.bridge.oracle import TOLERANCE, assert_replayed, bridge_trainer, logged, trained
-from tests.bridge.test_lean import replayed
-from tests.bridge.test_resume import StopAt, _state, assert_same
 from tests.harness import replay, rl_rows, small_config
+from tests.helpers.resume import StopAt, assert_same, state_of
 
 
 SGD = {"optim": "sgd", "learning_rate": 0.1}
@@ -109,7 +108,7 @@ def test_resume_is_exact(tmp_path):
     bridge_trainer(tmp_path / "halves", callbacks=[StopAt(3)], **options).train()
     resumed = bridge_trainer(tmp_path / "halves", **options)
     resumed.train(resume_from_checkpoint=True)
-    assert_same(_state(resumed), _state(straight))
+    assert_same(state_of(resumed), state_of(straight))
     assert len(straight._shadow_overlap.state_dict()) == 2
 
 

@@ -11,84 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from tests import serving
 from tests.harness import movement_error, rl_rows, sft_rows, small_config, small_lora, small_trainer
+from tests.helpers.resume import (
+    StopAt,
+    assert_same,
+    assert_shadow_is_that_of,
+    metrics_of,
+    saving_options,
+    saving_trainer,
+    state_of,
+)
 from trl_bridge.training.checkpoint import folder as checkpoints
-
-
-UPDATES = 8
-TIMES = ("runtime", "per_second", "step_time")
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
-
-
-def rows_of(trainer):
-    """This rank's part of what may be spread over the ranks."""
-    return {name: {"rows": state.rows(), "rest": state.rest()} for name, state in trainer.row_states().items()}
-
-
-def saved_rows(checkpoint, name, tmp_path):
-    """Whole, by torch's own tool."""
-    dcp_to_torch_save(checkpoint / "bridge" / name, tmp_path / f"{name}.pt")
-    return torch.load(tmp_path / f"{name}.pt", weights_only=True)
-
-
-def assert_shadow_is_that_of(trainer, checkpoint, tmp_path):
-    saved = saved_rows(checkpoint, "shadow", tmp_path)
-    rows = {key: piece for key, piece in trainer.shadow.saved.rows().items() if key.startswith("weights/")}
-    assert rows
-    assert_same(rows, {key: saved[key] for key in rows})
-
-
-def _state(trainer):
-    """Everything that an exact resume must bring back."""
-    shared = trainer.shared_state()
-    return {
-        "model": dict(trainer.model.state_dict()),
-        "theta": trainer.theta_state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
-        "scheduler": trainer.lr_scheduler.state_dict(),
-        "rows": rows_of(trainer),
-        **shared,
-    }
-
-
-def _metrics(trainer, after):
-    entries = [e for e in trainer.state.log_history if "loss" in e and e["step"] > after]
-    return [{k: v for k, v in e.items() if not any(t in k for t in TIMES)} for e in entries]
-
-
-def assert_same(got, want, path=""):
-    if isinstance(want, torch.Tensor):
-        assert torch.equal(got, want), path
-    elif isinstance(want, dict):
-        assert got.keys() == want.keys(), path
-        for key in want:
-            assert_same(got[key], want[key], f"{path}/{key}")
-    elif isinstance(want, (list, tuple)):
-        assert len(got) == len(want), path
-        for index, (x, y) in enumerate(zip(got, want, strict=True)):
-            assert_same(x, y, f"{path}/{index}")
-    else:
-        assert got == want or (got != got and want != want), (path, got, want)
-
-
-def _options(**changes):
-    return {"max_steps": UPDATES, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine", **changes}
-
-
-def _trainer(folder, callbacks=None, **changes):
-    return small_trainer(folder, callbacks=callbacks, **_options(**changes))
 
 
 CASES = {
@@ -115,28 +52,28 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_resume_is_exact(tmp_path, name):
     changes, stop = CASES[name]
-    straight = _trainer(tmp_path / "straight", **changes)
+    straight = saving_trainer(tmp_path / "straight", **changes)
     straight.train()
-    _trainer(tmp_path / "halves", callbacks=[StopAt(stop)], **changes).train()
-    resumed = _trainer(tmp_path / "halves", **changes)
+    saving_trainer(tmp_path / "halves", callbacks=[StopAt(stop)], **changes).train()
+    resumed = saving_trainer(tmp_path / "halves", **changes)
     resumed.train(resume_from_checkpoint=str(tmp_path / "halves" / f"checkpoint-{stop}"))
-    assert_same(_state(resumed), _state(straight))
+    assert_same(state_of(resumed), state_of(straight))
     if changes.get("logging_steps") != 2:  # transformers forgets the losses since the last log
-        assert_same(_metrics(resumed, stop), _metrics(straight, stop))
+        assert_same(metrics_of(resumed, stop), metrics_of(straight, stop))
     else:
-        for got, want in zip(_metrics(resumed, stop), _metrics(straight, stop), strict=True):
+        for got, want in zip(metrics_of(resumed, stop), metrics_of(straight, stop), strict=True):
             assert_same({k: v for k, v in got.items() if k != "loss"}, {k: v for k, v in want.items() if k != "loss"})
 
 
 KILLED_RUN = """
 import sys
-from tests.bridge.test_resume import _trainer
-_trainer(sys.argv[1], logging_steps=1).train()
+from tests.helpers.resume import saving_trainer
+saving_trainer(sys.argv[1], logging_steps=1).train()
 """
 
 
 def test_resume_after_sigkill(tmp_path):
-    straight = _trainer(tmp_path / "straight")
+    straight = saving_trainer(tmp_path / "straight")
     straight.train()
     folder = tmp_path / "killed"
     root = Path(__file__).parents[2]
@@ -146,15 +83,15 @@ def test_resume_after_sigkill(tmp_path):
         pass
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    resumed = _trainer(folder)
+    resumed = saving_trainer(folder)
     resumed.train(resume_from_checkpoint=True)
-    assert_same(_state(resumed), _state(straight))
+    assert_same(state_of(resumed), state_of(straight))
 
 
 def test_unfinished_checkpoint_is_passed_over(tmp_path, caplog, monkeypatch):
-    _trainer(tmp_path, max_steps=3).train()
+    saving_trainer(tmp_path, max_steps=3).train()
     (tmp_path / "checkpoint-3" / "bridge" / "complete.json").unlink()
-    resumed = _trainer(tmp_path, max_steps=4)
+    resumed = saving_trainer(tmp_path, max_steps=4)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     monkeypatch.setattr(logging.getLogger("trl_bridge"), "propagate", True)
     with caplog.at_level("WARNING"):
@@ -175,7 +112,7 @@ def test_checkpoint_that_lacks_a_part_is_refused(tmp_path, finished_run, part):
     shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
     named = {"bridge": "complete.json", "model.safetensors": "weights"}.get(part, part.split("/")[-1])
     with pytest.raises(ValueError, match=f"resume_from_checkpoint.*{named}"):
-        _trainer(tmp_path, max_steps=3).train(resume_from_checkpoint=str(folder))
+        saving_trainer(tmp_path, max_steps=3).train(resume_from_checkpoint=str(folder))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +140,7 @@ def test_checkpoint_that_lacks_a_part_is_refused(tmp_path, finished_run, part):
 )
 def test_checkpoint_of_other_options_is_refused(tmp_path, finished_run, name, changes):
     before = sorted(p.name for p in finished_run.iterdir())
-    trainer = _trainer(finished_run, **{"max_steps": 3, **changes})
+    trainer = saving_trainer(finished_run, **{"max_steps": 3, **changes})
     with pytest.raises(ValueError, match=f"resume_from_checkpoint.*`{name}`"):
         trainer.train(resume_from_checkpoint=str(finished_run / "checkpoint-2"))
     assert sorted(p.name for p in finished_run.iterdir()) == before
@@ -212,10 +149,10 @@ def test_checkpoint_of_other_options_is_refused(tmp_path, finished_run, name, ch
 def test_smaller_micro_batches_go_on_with_the_same_rollouts(tmp_path):
     # From inside a generation batch, which is cut anew, into the next one.
     late = {"num_iterations": 2, "max_steps": 5, "sft_pairing": "independent"}
-    straight = _trainer(tmp_path, steps_per_generation=4, sft_per_device_train_batch_size=4, **late)
+    straight = saving_trainer(tmp_path, steps_per_generation=4, sft_per_device_train_batch_size=4, **late)
     straight.train()
     cut = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "steps_per_generation": 8}
-    resumed = _trainer(tmp_path / "cut", sft_per_device_train_batch_size=2, **late, **cut)
+    resumed = saving_trainer(tmp_path / "cut", sft_per_device_train_batch_size=2, **late, **cut)
     start = {"theta": resumed.theta_state_dict(), "hat": resumed.shadow_state_dict()}
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.demonstrations.state_dict() == straight.demonstrations.state_dict()
@@ -225,7 +162,7 @@ def test_smaller_micro_batches_go_on_with_the_same_rollouts(tmp_path):
 
 
 def test_checkpoint_of_another_way_of_training_is_refused(tmp_path, finished_run, monkeypatch):
-    trainer = _trainer(tmp_path, max_steps=3)
+    trainer = saving_trainer(tmp_path, max_steps=3)
     monkeypatch.setattr(type(trainer.backend), "checkpoint_kind", "FSDP2")
     with pytest.raises(ValueError, match="`way of training` was 'one process or DDP', now 'FSDP2'"):
         trainer.train(resume_from_checkpoint=str(finished_run / "checkpoint-2"))
@@ -239,10 +176,10 @@ def test_checkpoint_of_another_way_of_training_is_refused(tmp_path, finished_run
     ],
 )
 def test_options_that_are_bound_to_the_number_of_ranks(tmp_path, finished_run, monkeypatch, name, changes):
-    trainer = _trainer(tmp_path)
+    trainer = saving_trainer(tmp_path)
     assert trainer.bound_to_ranks() is None
     serving.serve(monkeypatch.setattr)
-    trainer.args = small_config(tmp_path, **_options(**changes))
+    trainer.args = small_config(tmp_path, **saving_options(**changes))
     assert name in trainer.bound_to_ranks()
     with pytest.raises(ValueError, match=f"written by 1 ranks, and this run has 2: .*{name}.*Go on with 1"):
         checkpoints.check(finished_run / "checkpoint-2", {}, {"world_size": 2}, trainer.bound_to_ranks())
@@ -252,18 +189,18 @@ def test_checkpoint_of_plain_grpo_is_refused(tmp_path):
     args = small_config(tmp_path / "grpo", GRPOConfig, max_steps=1, save_strategy="steps", save_steps=1)
     small_trainer(tmp_path, GRPOTrainer, args=args).train()
     with pytest.raises(ValueError, match="resume_from_checkpoint.*bridge"):
-        _trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "grpo" / "checkpoint-1"))
+        saving_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "grpo" / "checkpoint-1"))
 
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    _trainer(folder, max_steps=2).train()
+    saving_trainer(folder, max_steps=2).train()
     return folder
 
 
 def test_top_of_a_checkpoint_is_the_plain_policy(tmp_path):
-    trainer = _trainer(tmp_path, max_steps=2, save_total_limit=1)
+    trainer = saving_trainer(tmp_path, max_steps=2, save_total_limit=1)
     trainer.train()
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     trainer.save_model(str(tmp_path / "final"))
@@ -276,7 +213,7 @@ def test_top_of_a_checkpoint_is_the_plain_policy(tmp_path):
 
 
 def test_best_model_brings_back_its_own_coordinator_and_shadow(tmp_path):
-    trainer = _trainer(
+    trainer = saving_trainer(
         tmp_path,
         max_steps=4,
         eval_dataset=rl_rows().select(range(4)),
@@ -298,7 +235,7 @@ def test_best_model_brings_back_its_own_coordinator_and_shadow(tmp_path):
 
 
 def test_interrupted_save_leaves_the_previous_one(tmp_path, monkeypatch):
-    trainer = _trainer(tmp_path, max_steps=2, save_total_limit=1)
+    trainer = saving_trainer(tmp_path, max_steps=2, save_total_limit=1)
 
     def cut_off(*args, **kwargs):
         raise KeyboardInterrupt
@@ -315,17 +252,17 @@ def test_interrupted_save_leaves_the_previous_one(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert (tmp_path / "checkpoint-1").is_dir() and (tmp_path / "checkpoint-2").is_dir()
-    resumed = _trainer(tmp_path, max_steps=2)
+    resumed = saving_trainer(tmp_path, max_steps=2)
     resumed.train(resume_from_checkpoint=True)
-    straight = _trainer(tmp_path / "straight", max_steps=2)
+    straight = saving_trainer(tmp_path / "straight", max_steps=2)
     straight.train()
-    assert_same(_state(resumed), _state(straight))
+    assert_same(state_of(resumed), state_of(straight))
 
 
 def test_saved_coordinator_is_a_peft_adapter(tmp_path):
     from peft import PeftConfig, load_peft_weights
 
-    trainer = _trainer(tmp_path, max_steps=1)
+    trainer = saving_trainer(tmp_path, max_steps=1)
     trainer.train()
     trainer.save_coordinator(tmp_path / "w")
     assert PeftConfig.from_pretrained(str(tmp_path / "w")).r == 4
@@ -334,9 +271,9 @@ def test_saved_coordinator_is_a_peft_adapter(tmp_path):
 
 
 def test_a_finished_run_is_not_gone_on_with(tmp_path):
-    done = _trainer(tmp_path, max_steps=2)
+    done = saving_trainer(tmp_path, max_steps=2)
     done.train()
-    again = _trainer(tmp_path, max_steps=2)
+    again = saving_trainer(tmp_path, max_steps=2)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 2
-    assert_same(_state(again), _state(done))
+    assert_same(state_of(again), state_of(done))

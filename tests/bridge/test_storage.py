@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.bridge.oracle import ZERO_B, bridge_trainer, logged
-from tests.bridge.test_resume import _state, assert_same
 from tests.harness import RecordingTrainer, replay, small_config
+from tests.helpers.resume import assert_same, state_of
 
 
 LATE = {"num_iterations": 2, "steps_per_generation": 4, "max_steps": 4}
@@ -42,7 +42,7 @@ def test_offloaded_equals_not_offloaded_to_the_bit(tmp_path, options):
     for offload in (False, True):
         trainer = bridge_trainer(tmp_path / str(offload), shadow_offload=offload, trainer_class=Watching, **options)
         trainer.train()
-        states.append((_state(trainer), [logged(trainer, f"bridge/{n}") for n in ("gain", "shadow_distance")]))
+        states.append((state_of(trainer), [logged(trainer, f"bridge/{n}") for n in ("gain", "shadow_distance")]))
     assert_same(states[1], states[0])
     # The working weights hold memory in a window's passes alone, and never a gradient once its backward is done.
     assert set(trainer.between) == {0} and _bytes(trainer.shadow.model) == 0

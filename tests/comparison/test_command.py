@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.comparison import Threads
 from trl_bridge import cli
 from trl_bridge.comparison import workers
-from trl_bridge.test_workers import Threads
 
 
 pytestmark = pytest.mark.slow

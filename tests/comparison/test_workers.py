@@ -1,8 +1,8 @@
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.helpers.comparison import Threads
 from trl_bridge.comparison import workers
 from trl_bridge.comparison.file import parse_comparison
 
@@ -16,13 +16,6 @@ VALUES = {
     "learning_rates": [0.1, 0.2],
     "steps": 10,
 }
-
-
-class Threads(ThreadPoolExecutor):
-    """Threads of this process in the place of processes that import torch."""
-
-    def __init__(self, number, context, initializer, arguments):
-        super().__init__(number)
 
 
 @pytest.fixture

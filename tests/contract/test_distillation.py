@@ -7,8 +7,8 @@ import torch
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-from tests.contract.test_upstream import OWN_NAMES, _in_order, _source
 from tests.distillation.runs import distillation_trainer
+from tests.helpers.contract import OWN_NAMES, assert_in_order, source_of
 from trl_bridge import OPDTrainer
 from trl_bridge.distillation.teacher import logit_scale
 
@@ -41,7 +41,7 @@ def test_loss_is_scaled_by_the_trainer_itself():
 
 
 def test_loss_is_asked_inside_the_wrapped_forward_with_a_count_for_each_process():
-    _in_order(
+    assert_in_order(
         DistillationTrainer.compute_loss,
         'inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes',
         "loss, entropy_sum, num_valid_tokens = self._forward_redirection(",
@@ -59,14 +59,14 @@ def test_keys_of_a_generation_batch(theirs):
 
 def test_a_window_is_a_whole_generation_batch():
     # `loss_aggregation="sequence"` counts on it.
-    _in_order(
+    assert_in_order(
         DistillationTrainer._prepare_inputs, "self._step % generate_every == 0", "split_tensor_dict(generation_batch, "
     )
-    _in_order(DistillationTrainer._get_train_sampler, "repeat_count=self.args.gradient_accumulation_steps")
+    assert_in_order(DistillationTrainer._get_train_sampler, "repeat_count=self.args.gradient_accumulation_steps")
 
 
 def test_every_name_of_a_logit_scale_is_known():
-    parent, ours = _source(DistillationTrainer._compute_loss), inspect.getsource(logit_scale)
+    parent, ours = source_of(DistillationTrainer._compute_loss), inspect.getsource(logit_scale)
     names = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling", "hyperclovax")
     for name in names:
         assert f'"{name}"' in parent and f'"{name}"' in ours or f".{name}" in parent, name

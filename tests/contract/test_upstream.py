@@ -8,7 +8,6 @@ import ast
 import importlib
 import inspect
 import pkgutil
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_h
 
 import trl_bridge
 from tests.harness import small_config, small_model, small_trainer
+from tests.helpers.contract import OWN_ATTRIBUTES, OWN_NAMES, assert_in_order, source_of
 from trl_bridge import (
     ActGuideTrainer,
     AlternatingTrainer,
@@ -122,135 +122,6 @@ SIGNATURES = {
     "accelerate.Accelerator.reduce": "(self, tensor, reduction='sum', scale=1.0)",
 }
 
-# Methods and class attributes of our trainers that the parents do not have.
-OWN_NAMES = {
-    "_add_up",
-    "_advance_sampler",
-    "_as_rollout",
-    "_begin_window",
-    "_build_coordinator",
-    "_build_parts",
-    "_build_shadow",
-    "_check_datasets",
-    "_check_spread_adapter",
-    "_check_verdict_columns",
-    "_copy_student",
-    "_count_items",
-    "_draw",
-    "_draw_pieces",
-    "_draw_shares",
-    "_move_coordinator",
-    "_entropy",
-    "_expert_term",
-    "_finish_window",
-    "_frozen_copy",
-    "_guided_log_probs",
-    "_guided_rows",
-    "_held",
-    "_log_update",
-    "_measure",
-    "_parent_scores_old_policy",
-    "_plain_model",
-    "_put_among_rollouts",
-    "_record",
-    "_record_guidance",
-    "_record_prefixes",
-    "_record_rewards",
-    "_run_passes",
-    "_score",
-    "_score_by_teacher",
-    "_score_completions",
-    "_set_initial_mean",
-    "_sft_share",
-    "_sft_term",
-    "_step_coordinator",
-    "_sum_over_ranks",
-    "_tempered_sequence_log_probs",
-    "_terms",
-    "_untempered_log_probs",
-    "_weights",
-    "_window_share",
-    "after_step",
-    "assign",
-    "backend",
-    "between_passes",
-    "bound_to_ranks",
-    "buffer",
-    "config_class",
-    "config_or_default",
-    "coordinator_state_dict",
-    "demonstration_pass",
-    "demonstration_weight",
-    "demonstrations_due",
-    "end_of_window",
-    "expert_heads",
-    "expert_loss",
-    "generation_cycle",
-    "has_expert_loss",
-    "has_sft_term",
-    "hint_probability",
-    "inside_update",
-    "layout",
-    "load_best_shared_state",
-    "load_local_state",
-    "load_progress_state",
-    "load_shared_state",
-    "local_state",
-    "policy_due",
-    "policy_inputs",
-    "policy_loss",
-    "policy_pass",
-    "policy_weight",
-    "prefix_floor",
-    "progress_state",
-    "prompts_differ_in_group",
-    "reads_steps",
-    "recut_local_state",
-    "reduce",
-    "resolve_weighting",
-    "resume_requirements",
-    "row_states",
-    "sample_apart",
-    "save_coordinator",
-    "sft_coefficient",
-    "sft_pass",
-    "sft_steps",
-    "sft_weights",
-    "shadow_state_dict",
-    "shards",
-    "spreads_adapters",
-    "shared_state",
-    "student",
-    "teacher_top_k",
-    "theta_state_dict",
-    "token_losses",
-    "token_weights",
-    "window_metrics",
-    "write_experts",
-}
-
-# Attributes of an instance that the parents' instances do not have.
-OWN_ATTRIBUTES = {
-    "_frozen_base",
-    "_gain",
-    "_outline",
-    "_probe",
-    "_shadow_overlap",
-    "_shadow_pass",
-    "_shadow_schedule",
-    "_student",
-    "_train_sampler",
-    "_window",
-    "backend",
-    "coordinator",
-    "coordinator_optimizer",
-    "demonstrations",
-    "rollouts",
-    "shadow",
-    "shadow_gradient",
-    "student_gradient",
-    "weighting",
-}
 
 # What an instance of `GRPOTrainer` has, and our parts read.
 READ = (
@@ -279,19 +150,6 @@ def _shape(function):
     parameters = inspect.signature(function).parameters.values()
     bare = (str(p.replace(annotation=inspect.Parameter.empty)).replace(" = ", "=") for p in parameters)
     return f"({', '.join(bare)})"
-
-
-def _source(function):
-    return textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
-
-
-def _in_order(function, *pieces):
-    """Each piece stands in the function's source, after the one before it."""
-    source, position = _source(function), 0
-    for piece in pieces:
-        found = source.find(piece, position)
-        assert found >= 0, f"{function.__qualname__}: {piece!r} is gone, or no longer after what precedes it"
-        position = found + len(piece)
 
 
 @pytest.fixture(scope="module")
@@ -378,7 +236,7 @@ def test_overrides_take_what_the_parent_takes(cls):
 
 
 def _super_calls(cls):
-    tree = ast.parse(_source(cls))
+    tree = ast.parse(source_of(cls))
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Call):
             if getattr(node.value.func, "id", "") == "super":
@@ -407,7 +265,7 @@ def test_loss_is_scaled_by_the_trainer_itself():
 
 def _assigned(function):
     """Attributes of `self` that a method sets."""
-    tree = ast.parse(_source(function))
+    tree = ast.parse(source_of(function))
     targets = [t for n in ast.walk(tree) if isinstance(n, ast.Assign) for t in n.targets]
     targets += [n.target for n in ast.walk(tree) if isinstance(n, (ast.AugAssign, ast.AnnAssign))]
     return {t.attr for t in targets if isinstance(t, ast.Attribute) and getattr(t.value, "id", "") == "self"}
@@ -418,7 +276,7 @@ def test_loss_sets_only_what_isolation_puts_back():
     assert _assigned(GRPOTrainer._compute_loss) == protected
     assert _assigned(GRPOTrainer._calculate_rewards) == set()
     for name in protected:
-        assert f'"{name}"' in _source(isolated_bookkeeping)
+        assert f'"{name}"' in source_of(isolated_bookkeeping)
 
 
 def test_isolation_puts_everything_back(grpo):
@@ -436,9 +294,9 @@ def test_isolation_puts_everything_back(grpo):
 
 
 def test_terms_that_the_gain_leaves_out_are_read_by_the_loss():
-    source = _source(GRPOTrainer._compute_loss)
+    source = source_of(GRPOTrainer._compute_loss)
     for name in ("beta", "_entropy_bonus_enabled", "aux_loss_enabled"):
-        assert f"self.{name}" in source and f'"{name}"' in _source(policy_objective)
+        assert f"self.{name}" in source and f'"{name}"' in source_of(policy_objective)
 
 
 # Rollouts and scores
@@ -473,13 +331,13 @@ def test_scores_are_three(grpo):
     scores = grpo._get_per_token_logps_and_entropies(grpo.model, ids, mask, length, compute_entropy=True)
     assert isinstance(scores, tuple) and len(scores) == 3
     assert scores[0].shape == scores[1].shape == batch["completion_ids"].shape and scores[2] is None
-    source = _source(GRPOTrainer._compute_loss)
+    source = source_of(GRPOTrainer._compute_loss)
     assert source.count("self._get_per_token_logps_and_entropies(") == 1  # what a replay stands in for
     assert "per_token_logps, entropies, aux_loss =" in source
 
 
 def test_keys_that_the_loss_reads():
-    source = _source(GRPOTrainer._compute_loss)
+    source = source_of(GRPOTrainer._compute_loss)
     for name in ("old_per_token_logps", "importance_sampling_ratio", "ref_per_token_logps", "advantages", "tool_mask"):
         assert f'"{name}"' in source, name
 
@@ -530,7 +388,7 @@ def test_sampler_draws_each_epoch_from_one_generator():
 
 
 def test_parts_are_written_before_upload_and_rotation():
-    _in_order(
+    assert_in_order(
         Trainer._save_checkpoint,
         "self.save_model(",
         "self._save_optimizer_and_scheduler(",
@@ -539,11 +397,11 @@ def test_parts_are_written_before_upload_and_rotation():
         "self._push_from_checkpoint(",
         "rotate_checkpoints(",
     )
-    assert f"{PREFIX_CHECKPOINT_DIR}-" == "checkpoint-" and "_get_output_dir(" in _source(Trainer._save_checkpoint)
+    assert f"{PREFIX_CHECKPOINT_DIR}-" == "checkpoint-" and "_get_output_dir(" in source_of(Trainer._save_checkpoint)
 
 
 def test_parts_step_before_the_student_is_clipped():
-    _in_order(
+    assert_in_order(
         Trainer._run_epoch,
         "self.current_gradient_accumulation_steps =",
         "_set_sync_gradients(do_sync_step)",
@@ -560,21 +418,23 @@ def test_parts_step_before_the_student_is_clipped():
 
 
 def test_micro_batch_is_counted_after_its_passes():
-    _in_order(GRPOTrainer.training_step, "super().training_step(", "self._step += 1")
-    _in_order(Trainer.training_step, "compute_loss_context_manager()", "self.compute_loss(", "accelerator.backward(")
+    assert_in_order(GRPOTrainer.training_step, "super().training_step(", "self._step += 1")
+    assert_in_order(
+        Trainer.training_step, "compute_loss_context_manager()", "self.compute_loss(", "accelerator.backward("
+    )
     # Evaluation calls `compute_loss` as well, and the template tells it by the model's mode.
-    _in_order(GRPOTrainer.prediction_step, "self.compute_loss(model, inputs)")
+    assert_in_order(GRPOTrainer.prediction_step, "self.compute_loss(model, inputs)")
 
 
 def test_best_model_and_resume_go_through_the_methods_that_we_extend():
-    assert "self._load_best_model()" in _source(Trainer._finalize_training)
-    assert "self._load_optimizer_and_scheduler(" in _source(Trainer._prepare_for_training)
-    assert "self._load_rng_state(resume_from_checkpoint)" in _source(Trainer._run_epoch)
-    assert "self._prepare_for_training(" in _source(Trainer._inner_training_loop)
+    assert "self._load_best_model()" in source_of(Trainer._finalize_training)
+    assert "self._load_optimizer_and_scheduler(" in source_of(Trainer._prepare_for_training)
+    assert "self._load_rng_state(resume_from_checkpoint)" in source_of(Trainer._run_epoch)
+    assert "self._prepare_for_training(" in source_of(Trainer._inner_training_loop)
 
 
 def test_generation_batch_is_split_as_pairing_expects():
-    _in_order(
+    assert_in_order(
         GRPOTrainer._prepare_inputs,
         "self._generate_and_score_completions(",
         "shuffle_sequence_dict(",
@@ -587,7 +447,7 @@ def test_generation_batch_is_split_as_pairing_expects():
 
 
 def test_sft_loss_is_minus_the_sum_of_the_log_probabilities_over_a_count():
-    _in_order(
+    assert_in_order(
         SFTTrainer.compute_loss,
         "outputs = model(**inputs, fused_lm_head=True)",
         "per_token_loss = -outputs.log_probs",
@@ -597,16 +457,16 @@ def test_sft_loss_is_minus_the_sum_of_the_log_probabilities_over_a_count():
         "outputs.entropy",
     )
     # Read in that place alone; the second one is DFT's.
-    assert _source(SFTTrainer.compute_loss).count("outputs.log_probs") == 2
+    assert source_of(SFTTrainer.compute_loss).count("outputs.log_probs") == 2
     # Ours, in float32, is put in its place.
-    _in_order(SFTTrainer.__init__, "add_fused_lm_head(", 'outputs=("log_probs", "entropy", "is_top1")')
-    assert "self._prepare_dataset(" in _source(SFTTrainer.__init__) and "self._total_train_tokens" in _source(
+    assert_in_order(SFTTrainer.__init__, "add_fused_lm_head(", 'outputs=("log_probs", "entropy", "is_top1")')
+    assert "self._prepare_dataset(" in source_of(SFTTrainer.__init__) and "self._total_train_tokens" in source_of(
         SFTTrainer.compute_loss
     )
 
 
 def test_items_are_counted_by_labels():
-    _in_order(Trainer._get_num_items_in_batch, 'batch["labels"][..., 1:]', "labels.ne(-100).sum()", ".gather(")
+    assert_in_order(Trainer._get_num_items_in_batch, 'batch["labels"][..., 1:]', "labels.ne(-100).sum()", ".gather(")
 
 
 # The model card

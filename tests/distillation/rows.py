@@ -6,15 +6,12 @@ import json
 import torch
 from datasets import Dataset
 
-from tests.bridge.test_resume import StopAt
 from tests.harness import small_model
 from trl_bridge import LightningOPDConfig, LightningOPDTrainer
 from trl_bridge.distillation.identity import rollout_identity
 from trl_bridge.distillation.scoring import LocalTeacher, Rollout
 from trl_bridge.models import tiny_tokenizer
 
-
-__all__ = ["StopAt", "make", "recording", "replay", "scored", "sharp", "student", "teacher"]
 
 # Lengths of the completions: the mean over sequences and the mean over tokens are far apart.
 LENGTHS = (1, 9, 4, 2, 7, 1, 3, 5)

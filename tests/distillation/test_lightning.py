@@ -10,10 +10,8 @@ from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from tests.bridge.test_resume import assert_same
 from tests.distillation import runs
 from tests.distillation.rows import (
-    StopAt,
     identity,
     log_probs,
     make,
@@ -25,6 +23,7 @@ from tests.distillation.rows import (
     teacher,
 )
 from tests.harness import movement_error
+from tests.helpers.resume import StopAt, assert_same
 from trl_bridge import LightningOPDConfig, OPDTrainer
 from trl_bridge.distillation.scored_rows import ScoredCollator, rows_hash, scored_rows
 from trl_bridge.distillation.scoring import LocalTeacher, Rollout

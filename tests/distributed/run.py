@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 from transformers import TrainerCallback
 
 from tests import serving
-from tests.bridge.test_resume import StopAt, _state, rows_of
 from tests.distributed.cases import BESTS, CASES, LEAN_CASES, RESUMES, model_of
 from tests.harness import RecordingTrainer, reference_options, rl_rows, small_lora, small_trainer
+from tests.helpers.resume import StopAt, rows_of, state_of
 from trl_bridge.training.checkpoint import folder as checkpoint
 
 
@@ -162,7 +162,7 @@ def write_seen(trainer, place) -> None:
 
 
 def whole_state(trainer):
-    """What `_state` has where weights and optimizers are whole, and what stands in for it where they are not."""
+    """What `state_of` has where weights and optimizers are whole, and what stands in for it where they are not."""
     state = {
         "theta": trainer.theta_state_dict(),
         "hat": trainer.shadow_state_dict(),
@@ -173,7 +173,7 @@ def whole_state(trainer):
         "scheduler": trainer.lr_scheduler.state_dict(),
     }
     return (
-        {**state, **_state(trainer)}
+        {**state, **state_of(trainer)}
         if not trainer.backend.steps_in_backward and not trainer.is_fsdp_enabled
         else state
     )

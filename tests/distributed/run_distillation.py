@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from tests.baselines.groups import StopAt
 from tests.distillation.runs import distillation_trainer, recording
+from tests.helpers.resume import StopAt
 from trl_bridge import AOPDTrainer, OPDTrainer
 
 

@@ -9,15 +9,13 @@ from types import NoneType, SimpleNamespace
 import torch
 
 import trl_bridge
-from tests.baselines.groups import StopAt, group_trainer, options, recording
+from tests.baselines.groups import group_trainer, hint_rows, options, recording
 from tests.baselines.streams import optimizer_state_of, weights_of
-from tests.baselines.test_actguide import watching as watching_guidance
-from tests.baselines.test_relift import watching
-from tests.baselines.test_uft import hint_rows
-from tests.bridge.test_resume import rows_of
 from tests.distributed.cases import FSDP, zero
 from tests.distributed.run import pretend_accelerator
 from tests.harness import small_lora
+from tests.helpers.group_losses import watch_buffer, watch_guidance
+from tests.helpers.resume import StopAt, rows_of
 from trl_bridge.methods.catalogue import METHODS
 
 
@@ -85,7 +83,7 @@ RESUMED = {
     "fsdp": ("relift", "relift, lora"),
     "deepspeed": tuple(f"relift, {stage}{kind}" for stage in ZERO for kind in ("", ", lora")),
 }
-WATCHING = {"relift": watching, "actguide": watching_guidance}
+WATCHING = {"relift": watch_buffer, "actguide": watch_guidance}
 
 
 def options_of(case):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from tests.distillation.rows import StopAt, make, recording, scored
+from tests.distillation.rows import make, recording, scored
+from tests.helpers.resume import StopAt
 
 
 # Twelve rows, eight to an update: the second window of an epoch is a short one.

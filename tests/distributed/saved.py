@@ -4,7 +4,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.bridge.test_resume import assert_same
+from tests.helpers.resume import assert_same
 from trl_bridge.cli.merge import merge_adapter
 
 

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.bridge.test_resume import assert_same
 from tests.distillation.runs import replay
 from tests.distributed.launch import launch, load
 from tests.distributed.run_distillation import CASES
+from tests.helpers.resume import assert_same
 
 
 pytestmark = pytest.mark.distributed

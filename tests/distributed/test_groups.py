@@ -6,18 +6,21 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from tests.baselines import test_actguide, test_relift
 from tests.baselines.groups import replay_recorded
-from tests.baselines.test_hpt import hpt_loss
-from tests.baselines.test_luffy import luffy_loss
-from tests.baselines.test_prefix_rft import prefix_loss
-from tests.baselines.test_srft import srft_loss
-from tests.baselines.test_uft import uft_loss
-from tests.bridge.test_resume import assert_same
 from tests.distributed.launch import folder_of_runs, load, params_of
 from tests.distributed.run_groups import CASES, METHOD, RESUMED, options_of
 from tests.distributed.saved import assert_saved
 from tests.harness import small_lora, small_model
+from tests.helpers.group_losses import (
+    guide_loss,
+    hpt_loss,
+    luffy_loss,
+    prefix_loss,
+    replay_relift,
+    srft_loss,
+    uft_loss,
+)
+from tests.helpers.resume import assert_same
 from tests.reference import objectives
 
 
@@ -96,7 +99,7 @@ def test_relift_on_two_ranks_equals_the_reference(folder, kind, name):
     run = _joined(load(folder(kind), name), name)
     # The second step of an optimizer of its own reads the first one's moments.
     assert sum(map(bool, run.taken)) >= (2 if run.args.separate_optimizer else 1)
-    errors, _ = test_relift.replay(run)
+    errors, _ = replay_relift(run)
     assert max(errors) < TOLERANCE, errors
 
 
@@ -120,7 +123,7 @@ def test_actguide_on_two_ranks_equals_the_reference(folder, kind, name):
             want, _ = objectives.scores(initial, {}, batch, o["temperature"])
         shown = batch["completion_mask"] > 0
         assert torch.allclose(batch["ref_per_token_logps"].double()[shown], want[shown], atol=1e-5)
-    errors = replay_recorded(run, run.initial_model, test_actguide.guide_loss(run), o)
+    errors = replay_recorded(run, run.initial_model, guide_loss(run), o)
     assert max(errors) < TOLERANCE, errors
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.bridge.test_resume import assert_same
 from tests.distillation.rows import replay, student
 from tests.distributed.launch import launch, load
 from tests.harness import movement_error
+from tests.helpers.resume import assert_same
 
 
 pytestmark = pytest.mark.distributed

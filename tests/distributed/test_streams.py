@@ -5,11 +5,11 @@ import torch
 from peft import get_peft_model
 
 from tests.baselines.streams import sharp_model
-from tests.bridge.test_resume import assert_same
 from tests.distributed.launch import folder_of_runs, load, params_of
 from tests.distributed.run_streams import CASES, RESUMES
 from tests.distributed.saved import assert_saved
 from tests.harness import movement_error
+from tests.helpers.resume import assert_same
 from tests.reference.stream import StreamReference
 
 

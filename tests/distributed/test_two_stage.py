@@ -5,11 +5,11 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 
-from tests.bridge.test_resume import assert_same
 from tests.distributed.launch import folder_of_runs, load, params_of
 from tests.distributed.run_two_stage import CASES, CUTS, RUN
 from tests.distributed.saved import assert_saved
 from tests.harness import movement_error, small_lora, small_model
+from tests.helpers.resume import assert_same
 from tests.reference import objectives
 from tests.reference.bridge import Optimizer, clip
 

@@ -7,7 +7,7 @@ import zlib
 import pytest
 from datasets import Dataset
 
-from tests.evaluation.conftest import FIXTURES
+from tests.helpers.evaluation import FIXTURES
 from trl_bridge.data.templates import find_template
 from trl_bridge.evaluation import BENCHMARKS, Prompting, load_task, tasks
 from trl_bridge.evaluation.benchmarks import _private_tests

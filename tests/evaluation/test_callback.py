@@ -7,17 +7,12 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.harness import digits_reward, rl_rows, small_config, small_model, small_trainer
+from tests.helpers.evaluation import held_out
 from trl_bridge import BridgeConfig, BridgeTrainer
 from trl_bridge.evaluation import AccuracyCallback, wilson_interval
 
 
 TRAINERS = {"grpo": (GRPOTrainer, GRPOConfig), "bridge": (BridgeTrainer, BridgeConfig)}
-
-
-def held_out(count=6):
-    return Dataset.from_dict(
-        {"prompt": [f"{i}+{i}=" for i in range(count)], "solution": [str(2 * i) for i in range(count)]}
-    )
 
 
 def trainer_of(kind, tmp_path, **changes):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tests.evaluation.conftest import FIXTURES
+from tests.helpers.evaluation import FIXTURES
 from trl_bridge import cli
 from trl_bridge.cli import evaluate
 from trl_bridge.models import tiny_model, tiny_tokenizer

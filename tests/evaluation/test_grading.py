@@ -1,6 +1,6 @@
 import pytest
 
-from tests.evaluation.conftest import FIXTURES, stored
+from tests.helpers.evaluation import FIXTURES, stored
 from trl_bridge.evaluation import BENCHMARKS, Prompting, Task, load_task
 from trl_bridge.evaluation.tasks import check_grader, grade
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tests.evaluation.conftest import FIXTURES, ScriptedEngine
+from tests.helpers.evaluation import FIXTURES, ScriptedEngine
 from trl_bridge.evaluation import Prompting, Sampling, TransformersEngine, evaluate_task, load_task, make_jobs
 from trl_bridge.evaluation.report import markdown, summarise, write_report
 from trl_bridge.generation.records import Store, model_fingerprint

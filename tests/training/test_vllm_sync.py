@@ -12,7 +12,6 @@ from trl.generation.vllm_generation import VLLMGeneration
 from tests import serving
 from tests.baselines.groups import group_trainer
 from tests.baselines.streams import make
-from tests.bridge.test_options_run import _Engine
 from tests.harness import adapters, small_model, small_trainer
 from trl_bridge import BridgeTrainer, LUFFYTrainer, NaiveMixTrainer
 
@@ -20,7 +19,7 @@ from trl_bridge import BridgeTrainer, LUFFYTrainer, NaiveMixTrainer
 class Generation(VLLMGeneration):
     """TRL's own, which builds the engine and pushes the weights; only sampling needs a stand-in."""
 
-    generate = _Engine.generate
+    generate = serving.Engine.generate
 
 
 class Colocated:

@@ -1,0 +1,77 @@
+"""A run that is stopped and resumed: what stops it, what it must bring back, and equality to the bit."""
+
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from transformers import TrainerCallback
+
+from tests.harness import small_trainer
+
+
+TIMES = ("runtime", "per_second", "step_time")
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def rows_of(trainer):
+    """This rank's part of what may be spread over the ranks."""
+    return {name: {"rows": state.rows(), "rest": state.rest()} for name, state in trainer.row_states().items()}
+
+
+def saved_rows(checkpoint, name, tmp_path):
+    """Whole, by torch's own tool."""
+    dcp_to_torch_save(checkpoint / "bridge" / name, tmp_path / f"{name}.pt")
+    return torch.load(tmp_path / f"{name}.pt", weights_only=True)
+
+
+def assert_shadow_is_that_of(trainer, checkpoint, tmp_path):
+    saved = saved_rows(checkpoint, "shadow", tmp_path)
+    rows = {key: piece for key, piece in trainer.shadow.saved.rows().items() if key.startswith("weights/")}
+    assert rows
+    assert_same(rows, {key: saved[key] for key in rows})
+
+
+def state_of(trainer):
+    """Everything that an exact resume must bring back."""
+    shared = trainer.shared_state()
+    return {
+        "model": dict(trainer.model.state_dict()),
+        "theta": trainer.theta_state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scheduler": trainer.lr_scheduler.state_dict(),
+        "rows": rows_of(trainer),
+        **shared,
+    }
+
+
+def metrics_of(trainer, after):
+    entries = [e for e in trainer.state.log_history if "loss" in e and e["step"] > after]
+    return [{k: v for k, v in e.items() if not any(t in k for t in TIMES)} for e in entries]
+
+
+def assert_same(got, want, path=""):
+    if isinstance(want, torch.Tensor):
+        assert torch.equal(got, want), path
+    elif isinstance(want, dict):
+        assert got.keys() == want.keys(), path
+        for key in want:
+            assert_same(got[key], want[key], f"{path}/{key}")
+    elif isinstance(want, (list, tuple)):
+        assert len(got) == len(want), path
+        for index, (x, y) in enumerate(zip(got, want, strict=True)):
+            assert_same(x, y, f"{path}/{index}")
+    else:
+        assert got == want or (got != got and want != want), (path, got, want)
+
+
+def saving_options(**changes):
+    return {"max_steps": 8, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine", **changes}
+
+
+def saving_trainer(folder, callbacks=None, **changes):
+    return small_trainer(folder, callbacks=callbacks, **saving_options(**changes))
