@@ -40,7 +40,7 @@ OPTIONS = {
     "bfloat16, offloaded": {"shadow_dtype": "bfloat16", "shadow_offload": True},
     "without the gain": {"cooperative_gain": False},
 }
-# No error to show: equal to the bit to the exact rule, or to bfloat16 without offloading (`tests/bridge/test_storage.py`).
+# No error to show: equal to the bit to the exact rule, or to bfloat16 without offloading (`tests/methods/bridge/test_storage.py`).
 EXACT = ("exact", "offloaded", "bfloat16, offloaded")
 TIMED = ["a quarter of the rollouts", "every 4th update", "bfloat16", "offloaded"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.harness import RecordingTrainer, adapters, movement_error, small_trainer
+from tests.helpers.training import RecordingTrainer, adapters, movement_error, small_trainer
 from trl_bridge.models import tiny_model, tiny_tokenizer
 
 

@@ -29,14 +29,14 @@ class Capability(NamedTuple):
 _BACKENDS = "distributed/test_backends.py::test_two_ranks_equal_the_reference"
 _STREAMS = "distributed/test_streams.py::test_two_ranks_equal_the_reference"
 _GROUPS = "distributed/test_groups.py::test_two_ranks_equal_the_reference"
-_ALL_METHODS = "baselines/test_all_methods.py::"
+_ALL_METHODS = "methods/test_all_methods.py::"
 
 
 def _ways(file: str, **changes: str) -> dict[str, str]:
     """Entries of a file that follows the others' names; `changes` by lower-case way (`zero` for ZeRO)."""
     stream = file in ("naive_mix", "alternating", "chord")
     equals = "test_updates_equal_reference" if file == "alternating" else "test_update_equals_reference"
-    own = f"baselines/test_{file}.py::"
+    own = f"methods/test_{file}.py::"
     ways = {
         "full": own + (equals if stream else "test_update_equals_the_reference"),
         "lora": own + "test_update_of_a_lora_student" if stream else _ALL_METHODS + "test_lora_student",
@@ -50,7 +50,7 @@ def _ways(file: str, **changes: str) -> dict[str, str]:
 
 
 def _distilled(file: str) -> dict[str, str]:
-    own, both = f"distillation/test_{file}.py::", "distillation/test_ways.py::"
+    own, both = f"methods/test_{file}.py::", "methods/test_opd_and_aopd.py::"
     update, resume = own + "test_update_equals_the_reference", own + "test_resume_is_exact"
     ddp = "distributed/test_distillation.py::test_two_ranks_equal_the_reference"
     lora, vllm = both + "test_lora_student", both + "test_rollouts_of_vllm"
@@ -62,14 +62,14 @@ _ENTRIES = {
         "arXiv 2509.06948",
         "coordinator, shadow, stream",
         {
-            "full": "bridge/test_update.py::test_update_equals_reference",
+            "full": "methods/bridge/test_update.py::test_update_equals_reference",
             # A deviation from the paper: `lean=True`.
-            "LoRA": "bridge/test_lean.py::test_update_equals_reference",
+            "LoRA": "methods/bridge/test_lean.py::test_update_equals_reference",
             "DDP": _BACKENDS,
             "FSDP2": _BACKENDS,
             "ZeRO-1/2/3": _BACKENDS,
-            "vLLM": "bridge/test_options_run.py::test_vllm_ratios_reach_the_shadow",
-            "resume": "bridge/test_resume.py::test_resume_is_exact",
+            "vLLM": "methods/bridge/test_options_run.py::test_vllm_ratios_reach_the_shadow",
+            "resume": "methods/bridge/test_resume.py::test_resume_is_exact",
         },
     ),
     "naive-mix": Capability("baseline of arXiv 2504.14945", "stream", _ways("naive_mix")),
@@ -78,15 +78,15 @@ _ENTRIES = {
     "luffy": Capability(
         "arXiv 2504.14945",
         "none",
-        _ways("luffy", vllm="baselines/test_luffy.py::test_vllm_corrects_own_tokens_alone"),
+        _ways("luffy", vllm="methods/test_luffy.py::test_vllm_corrects_own_tokens_alone"),
     ),
-    "srft": Capability("arXiv 2506.19767", "none", _ways("srft", vllm="baselines/test_srft.py::test_vllm")),
+    "srft": Capability("arXiv 2506.19767", "none", _ways("srft", vllm="methods/test_srft.py::test_vllm")),
     "hpt": Capability(
         "arXiv 2509.04419; SuperRL: 2506.01096",
         "none",
         _ways(
             "hpt",
-            lora="baselines/test_hpt.py::test_lora_student",
+            lora="methods/test_hpt.py::test_lora_student",
             vllm=_ALL_METHODS + "test_update_with_vllm_equals_the_reference",
         ),
     ),
@@ -95,7 +95,7 @@ _ENTRIES = {
         "buffer, second optimizer",
         _ways(
             "relift",
-            lora="baselines/test_relift.py::test_lora_student_and_its_reference",
+            lora="methods/test_relift.py::test_lora_student_and_its_reference",
             **dict.fromkeys(
                 ("ddp", "fsdp2", "zero"), "distributed/test_groups.py::test_relift_on_two_ranks_equals_the_reference"
             ),
@@ -109,32 +109,32 @@ _ENTRIES = {
     "prefix-rft": Capability(
         "arXiv 2507.01679",
         "none",
-        _ways("prefix_rft", vllm="baselines/test_prefix_rft.py::test_vllm_corrects_own_tokens_alone"),
+        _ways("prefix_rft", vllm="methods/test_prefix_rft.py::test_vllm_corrects_own_tokens_alone"),
     ),
     "actguide": Capability(
         "arXiv 2605.12004",
         "none",
         _ways(
             "actguide",
-            lora="baselines/test_actguide.py::test_lora_student_and_its_reference",
+            lora="methods/test_actguide.py::test_lora_student_and_its_reference",
             **dict.fromkeys(
                 ("ddp", "fsdp2", "zero"),
                 "distributed/test_groups.py::test_actguide_on_two_ranks_equals_the_reference",
             ),
-            vllm="baselines/test_actguide.py::test_vllm_keeps_guided_rows",
+            vllm="methods/test_actguide.py::test_vllm_keeps_guided_rows",
         ),
     ),
     "lightning-opd": Capability(
         "arXiv 2604.13010",
         "none",
         {
-            "full": "distillation/test_lightning.py::test_update_equals_an_online_teacher",
-            "LoRA": "distillation/test_lightning.py::test_lora_student",
+            "full": "methods/test_lightning_opd.py::test_update_equals_an_online_teacher",
+            "LoRA": "methods/test_lightning_opd.py::test_lora_student",
             "DDP": "distributed/test_lightning.py::test_two_ranks_equal_the_reference",
             "FSDP2": REFUSED,
             "ZeRO-1/2/3": REFUSED,
             "vLLM": "distillation/test_scoring.py::test_vllm_samples",
-            "resume": "distillation/test_lightning.py::test_resume_is_exact",
+            "resume": "methods/test_lightning_opd.py::test_resume_is_exact",
         },
     ),
     "opd": Capability(
@@ -150,11 +150,11 @@ _ENTRIES = {
             zip(
                 WAYS,
                 (
-                    "test_two_stage.py::test_is_sft_and_then_grpo",
-                    "test_two_stage.py::test_one_adapter_goes_through_both_stages",
+                    "methods/test_two_stage.py::test_is_sft_and_then_grpo",
+                    "methods/test_two_stage.py::test_one_adapter_goes_through_both_stages",
                     *["distributed/test_two_stage.py::test_two_ranks_equal_the_reference"] * 3,
                     UNTESTED,
-                    "test_two_stage.py::test_a_run_that_is_cut_off_ends_as_one_that_is_not",
+                    "methods/test_two_stage.py::test_a_run_that_is_cut_off_ends_as_one_that_is_not",
                 ),
                 strict=True,
             )

@@ -7,8 +7,8 @@ import torch
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-from tests.distillation.runs import distillation_trainer
 from tests.helpers.contract import OWN_NAMES, assert_in_order, source_of
+from tests.helpers.distillation import distillation_trainer
 from trl_bridge import OPDTrainer
 from trl_bridge.distillation.teacher import logit_scale
 

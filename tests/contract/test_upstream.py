@@ -20,8 +20,8 @@ from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_head
 
 import trl_bridge
-from tests.harness import small_config, small_model, small_trainer
 from tests.helpers.contract import OWN_ATTRIBUTES, OWN_NAMES, assert_in_order, source_of
+from tests.helpers.training import small_config, small_model, small_trainer
 from trl_bridge import (
     ActGuideTrainer,
     AlternatingTrainer,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import load_dataset
 
-from tests.distillation.stand_in import vllm_server
+from tests.helpers.scoring_server import vllm_server
 from trl_bridge import cli
 from trl_bridge.cli import score_rollouts
 from trl_bridge.cli.errors import UsageError

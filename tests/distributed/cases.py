@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from tests import serving
-from tests.harness import small_model
+from tests.helpers import engines
+from tests.helpers.training import small_model
 from trl_bridge.models import tiny_tokenizer
 
 
 SGD = {"optim": "sgd", "learning_rate": 0.1}
 # A stand-in for the server; every rank but the main one waits for its answer.
-OVERLAP = {**SGD, **serving.OPTIONS, "vllm_importance_sampling_correction": False, "shadow_overlap": True}
+OVERLAP = {**SGD, **engines.OPTIONS, "vllm_importance_sampling_correction": False, "shadow_overlap": True}
 # What accelerate and DeepSpeed need to train on a CPU, or as TRL's own accelerate configs have it.
 SHARDED = {"use_cpu": False}
 FSDP = {**SHARDED, "fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": False}}

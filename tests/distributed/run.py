@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from transformers import TrainerCallback
 
-from tests import serving
 from tests.distributed.cases import BESTS, CASES, LEAN_CASES, RESUMES, model_of
-from tests.harness import RecordingTrainer, reference_options, rl_rows, small_lora, small_trainer
+from tests.helpers import engines
 from tests.helpers.resume import StopAt, rows_of, state_of
+from tests.helpers.training import RecordingTrainer, reference_options, rl_rows, small_lora, small_trainer
 from trl_bridge.training.checkpoint import folder as checkpoint
 
 
@@ -54,7 +54,7 @@ def trainer_of(output_dir, options, trainer_class=RecordingTrainer, **more):
 
 
 def main(kind: str, folder: Path, names: list[str]) -> None:
-    serving.serve()
+    engines.serve()
     look_on_main_process_alone((checkpoint, "latest"))
     if kind != "ddp":
         pretend_accelerator()

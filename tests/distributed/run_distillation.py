@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from tests.distillation.runs import distillation_trainer, recording
+from tests.helpers.distillation import distillation_trainer, recording
 from tests.helpers.resume import StopAt
 from trl_bridge import AOPDTrainer, OPDTrainer
 

@@ -9,13 +9,13 @@ from types import NoneType, SimpleNamespace
 import torch
 
 import trl_bridge
-from tests.baselines.groups import group_trainer, hint_rows, options, recording
-from tests.baselines.streams import optimizer_state_of, weights_of
 from tests.distributed.cases import FSDP, zero
 from tests.distributed.run import pretend_accelerator
-from tests.harness import small_lora
 from tests.helpers.group_losses import watch_buffer, watch_guidance
+from tests.helpers.groups import group_trainer, hint_rows, options, recording
 from tests.helpers.resume import StopAt, rows_of
+from tests.helpers.streams import optimizer_state_of, weights_of
+from tests.helpers.training import small_lora
 from trl_bridge.methods.catalogue import METHODS
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tests.distillation.rows import make, recording, scored
+from tests.helpers.lightning_opd import make, recording, scored
 from tests.helpers.resume import StopAt
 
 

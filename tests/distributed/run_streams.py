@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from trl import GRPOTrainer
 
-from tests.baselines.streams import logged, make, options_of, recording, sharp_model, state_of, trained, weights_of
 from tests.distributed.cases import FSDP, on_main_process, zero
 from tests.distributed.run import pretend_accelerator
-from tests.harness import small_lora
 from tests.helpers.resume import StopAt
+from tests.helpers.streams import logged, make, options_of, recording, sharp_model, state_of, trained, weights_of
+from tests.helpers.training import small_lora
 from trl_bridge import AlternatingTrainer, CHORDTrainer, NaiveMixTrainer
 
 

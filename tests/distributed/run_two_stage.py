@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from tests.baselines.groups import options
 from tests.distributed.cases import FSDP, model_of, zero
 from tests.distributed.run import look_on_main_process_alone, pretend_accelerator
-from tests.harness import clone, small_lora
+from tests.helpers.groups import options
+from tests.helpers.training import clone, small_lora
 from tests.helpers.two_stage import Cut, two_stage
 from trl_bridge.methods.catalogue import two_stage as module
 from trl_bridge.training.backends import backend_for

@@ -7,13 +7,13 @@ import torch
 from peft import PeftModel, load_peft_weights
 from transformers import AutoModelForCausalLM
 
-from tests.bridge.lean import replay_lean
 from tests.distributed.cases import BESTS, CASES, LEAN_CASES, RESUMES, model_of
 from tests.distributed.launch import DEEPSPEED, folder_of_runs, launch, load, params_of
 from tests.distributed.run import HANDED_ON
 from tests.distributed.run_ranks import AGAIN, go_on
-from tests.harness import adapters, movement_error, moves
+from tests.helpers.lean import replay_lean
 from tests.helpers.resume import assert_same
+from tests.helpers.training import adapters, movement_error, moves
 from tests.reference.bridge import Reference
 from trl_bridge.cli.merge import merge_adapter
 from trl_bridge.training.checkpoint import folder as checkpoints

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.distillation.runs import replay
 from tests.distributed.launch import launch, load
 from tests.distributed.run_distillation import CASES
+from tests.helpers.distillation import replay
 from tests.helpers.resume import assert_same
 
 

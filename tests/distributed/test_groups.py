@@ -6,11 +6,8 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from tests.baselines.groups import replay_recorded
 from tests.distributed.launch import folder_of_runs, load, params_of
 from tests.distributed.run_groups import CASES, METHOD, RESUMED, options_of
-from tests.distributed.saved import assert_saved
-from tests.harness import small_lora, small_model
 from tests.helpers.group_losses import (
     guide_loss,
     hpt_loss,
@@ -20,7 +17,10 @@ from tests.helpers.group_losses import (
     srft_loss,
     uft_loss,
 )
+from tests.helpers.groups import replay_recorded
 from tests.helpers.resume import assert_same
+from tests.helpers.saved_models import assert_saved
+from tests.helpers.training import small_lora, small_model
 from tests.reference import objectives
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.distillation.rows import replay, student
 from tests.distributed.launch import launch, load
-from tests.harness import movement_error
+from tests.helpers.lightning_opd import replay, student
 from tests.helpers.resume import assert_same
+from tests.helpers.training import movement_error
 
 
 pytestmark = pytest.mark.distributed

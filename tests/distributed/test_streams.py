@@ -4,12 +4,12 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from tests.baselines.streams import sharp_model
 from tests.distributed.launch import folder_of_runs, load, params_of
 from tests.distributed.run_streams import CASES, RESUMES
-from tests.distributed.saved import assert_saved
-from tests.harness import movement_error
 from tests.helpers.resume import assert_same
+from tests.helpers.saved_models import assert_saved
+from tests.helpers.streams import sharp_model
+from tests.helpers.training import movement_error
 from tests.reference.stream import StreamReference
 
 

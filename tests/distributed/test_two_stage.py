@@ -7,9 +7,9 @@ from safetensors.torch import load_file
 
 from tests.distributed.launch import folder_of_runs, load, params_of
 from tests.distributed.run_two_stage import CASES, CUTS, RUN
-from tests.distributed.saved import assert_saved
-from tests.harness import movement_error, small_lora, small_model
 from tests.helpers.resume import assert_same
+from tests.helpers.saved_models import assert_saved
+from tests.helpers.training import movement_error, small_lora, small_model
 from tests.reference import objectives
 from tests.reference.bridge import Optimizer, clip
 

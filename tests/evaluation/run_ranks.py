@@ -7,8 +7,8 @@ from pathlib import Path
 from accelerate import PartialState
 from trl import GRPOConfig, GRPOTrainer
 
-from tests.harness import digits_reward, rl_rows, small_config, small_trainer
 from tests.helpers.evaluation import held_out
+from tests.helpers.training import digits_reward, rl_rows, small_config, small_trainer
 from trl_bridge.cli import evaluate
 from trl_bridge.evaluation import AccuracyCallback
 

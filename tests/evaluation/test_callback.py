@@ -6,12 +6,13 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from tests.harness import digits_reward, rl_rows, small_config, small_model, small_trainer
 from tests.helpers.evaluation import held_out
+from tests.helpers.training import digits_reward, rl_rows, small_config, small_model, small_trainer
 from trl_bridge import BridgeConfig, BridgeTrainer
 from trl_bridge.evaluation import AccuracyCallback, wilson_interval
 
 
+pytestmark = pytest.mark.usefixtures("quick_batches")
 TRAINERS = {"grpo": (GRPOTrainer, GRPOConfig), "bridge": (BridgeTrainer, BridgeConfig)}
 
 

@@ -8,6 +8,7 @@ from trl_bridge.cli import evaluate
 from trl_bridge.models import tiny_model, tiny_tokenizer
 
 
+pytestmark = pytest.mark.usefixtures("quick_batches")
 BASE = ["eval", "--model", "builtin:tiny", "--max_new_tokens", "6"]
 
 

@@ -8,6 +8,7 @@ from trl_bridge.evaluation.report import markdown, summarise, write_report
 from trl_bridge.generation.records import Store, model_fingerprint
 
 
+pytestmark = pytest.mark.usefixtures("quick_batches")
 SAMPLED = Sampling(6, temperature=1.0)
 MODEL = {"path": "some/model"}
 

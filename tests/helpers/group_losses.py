@@ -6,8 +6,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.utils import pad
 
-from tests.baselines.groups import Pass, options, recording, sft_sum, token_sum
-from tests.harness import movement_error
+from tests.helpers.groups import Pass, options, recording, sft_sum, token_sum
+from tests.helpers.training import movement_error
 from tests.reference import objectives
 from tests.reference.bridge import Optimizer, clip
 from trl_bridge import ActGuideTrainer

@@ -4,7 +4,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import TrainerCallback
 
-from tests.harness import small_trainer
+from tests.helpers.training import small_trainer
 
 
 TIMES = ("runtime", "per_second", "step_time")

@@ -2,7 +2,7 @@
 
 from transformers import TrainerCallback
 
-from tests.harness import digits_reward, rl_rows, sft_rows, small_config, small_model
+from tests.helpers.training import digits_reward, rl_rows, sft_rows, small_config, small_model
 from trl_bridge.methods.two_stage import TwoStageConfig, TwoStageTrainer
 from trl_bridge.models import tiny_tokenizer
 

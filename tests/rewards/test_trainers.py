@@ -9,7 +9,7 @@ import yaml
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from tests.harness import small_config, small_model
+from tests.helpers.training import small_config, small_model
 from trl_bridge import BridgeTrainer
 from trl_bridge.cli.parsing import parse_command_line
 from trl_bridge.cli.train import build_trainer

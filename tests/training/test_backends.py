@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, StateDictType
 
-from tests.harness import small_config
+from tests.helpers.training import small_config
 from trl_bridge.methods.bridge.targets import Target, check_initial_values
 from trl_bridge.training.backends import RowWeights, backend_for
 from trl_bridge.training.backends.fsdp import FSDP2Backend

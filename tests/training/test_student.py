@@ -4,8 +4,8 @@ import pytest
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from tests.baselines.streams import make
-from tests.harness import small_lora, small_model, small_trainer
+from tests.helpers.streams import make
+from tests.helpers.training import small_lora, small_model, small_trainer
 from trl_bridge import BridgeTrainer, NaiveMixTrainer
 from trl_bridge.training.backends import Backend
 

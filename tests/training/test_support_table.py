@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from trl import GRPOConfig
 
-from tests.harness import small_config
+from tests.helpers.training import small_config
 from trl_bridge.training import support_table as module
 from trl_bridge.training.refusals import REFUSED, check_config
 from trl_bridge.training.support_table import as_markdown, support_table
@@ -70,7 +70,7 @@ def test_every_test_named_exists():
 
 def test_every_option_called_tested_is_set_by_that_test():
     """The name of the option stands in the file of the test, in the harness that it runs on, or among the cases on two ranks."""
-    harness = (ROOT / "tests/harness.py").read_text()
+    harness = (ROOT / "tests/helpers/training.py").read_text()
     cases = (ROOT / "tests/distributed/cases.py").read_text()
     for name, support in support_table().items():
         if support.status == "tested":

@@ -9,17 +9,17 @@ from transformers import TrainerCallback
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 
-from tests import serving
-from tests.baselines.groups import group_trainer
-from tests.baselines.streams import make
-from tests.harness import adapters, small_model, small_trainer
+from tests.helpers import engines
+from tests.helpers.groups import group_trainer
+from tests.helpers.streams import make
+from tests.helpers.training import adapters, small_model, small_trainer
 from trl_bridge import BridgeTrainer, LUFFYTrainer, NaiveMixTrainer
 
 
 class Generation(VLLMGeneration):
     """TRL's own, which builds the engine and pushes the weights; only sampling needs a stand-in."""
 
-    generate = serving.Engine.generate
+    generate = engines.Engine.generate
 
 
 class Colocated:
@@ -50,7 +50,7 @@ events: list[str] = []
 def vllm(request, monkeypatch):
     """Options of a run with the stand-ins, and the function that returns what was pushed."""
     events.clear()
-    serving.serve(monkeypatch.setattr)
+    engines.serve(monkeypatch.setattr)
     monkeypatch.setattr(vllm_generation, "LLM", Colocated, raising=False)
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Generation)
     # Colocate mode sets them for vLLM; here they would reach later tests.

@@ -26,10 +26,10 @@ class Support:
     limits: str = ""
 
 
-_UPDATE = "tests/bridge/test_update.py::test_update_equals_reference"
-_OPTIONS = "tests/bridge/test_options.py::"
-_RUN = "tests/bridge/test_options_run.py::"
-_RESUME = "tests/bridge/test_resume.py::"
+_UPDATE = "tests/methods/bridge/test_update.py::test_update_equals_reference"
+_OPTIONS = "tests/methods/bridge/test_options.py::"
+_RUN = "tests/methods/bridge/test_options_run.py::"
+_RESUME = "tests/methods/bridge/test_resume.py::"
 
 # Test -> fields that it sets.
 _TESTED = {
@@ -39,8 +39,8 @@ _TESTED = {
         "use_bias_correction_kl entropy_coef loss_type epsilon_high importance_sampling_level scale_rewards "
         "mask_truncated_completions num_generations max_completion_length"
     ),
-    "tests/bridge/test_update.py::test_cosine_schedule_with_warmup": "lr_scheduler_type warmup_steps",
-    "tests/bridge/test_consequences.py::test_coordinator_is_what_peft_would_make": "seed",
+    "tests/methods/bridge/test_update.py::test_cosine_schedule_with_warmup": "lr_scheduler_type warmup_steps",
+    "tests/methods/bridge/test_consequences.py::test_coordinator_is_what_peft_would_make": "seed",
     f"{_OPTIONS}test_shadow_follows_the_parents_loss": (
         "epsilon delta sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg "
         "vespo_lambda_neg top_entropy_quantile bf16 cast_lm_head_to_fp32"
@@ -190,7 +190,7 @@ def as_markdown() -> str:
         "*Refused*: the config or the trainer raises an error that names it. *Neutral*: it never reaches code of ours.",
         "",
         "With `lean=True` (`docs/bridge.md`) the same hold, with `cast_lm_head_to_fp32` refused beside them. The update is compared in "
-        "`tests/bridge/test_lean.py` and `tests/distributed/test_backends.py` for the options that they name.",
+        "`tests/methods/bridge/test_lean.py` and `tests/distributed/test_backends.py` for the options that they name.",
         "",
         "This page is printed by `python -m trl_bridge.training.support_table`.",
         "",

@@ -1,0 +1,238 @@
+"""What the tests of the stream baselines share: recorded runs, their replay in float64, and plain GRPO beside them."""
+
+import torch
+from peft import get_peft_model
+from torch.distributed.tensor import DTensor
+from trl import GRPOConfig, GRPOTrainer
+
+from tests.helpers.resume import StopAt, assert_same
+from tests.helpers.training import (
+    clone,
+    digits_reward,
+    movement_error,
+    rl_rows,
+    sft_rows,
+    small_config,
+    small_model,
+)
+from tests.reference.stream import StreamReference
+from trl_bridge.models import tiny_tokenizer
+
+
+TOLERANCE = 2e-4  # relative error of the movement, as for BRIDGE
+SGD = {"optim": "sgd", "learning_rate": 0.1}
+
+
+def sharp_model():
+    """A model whose probabilities differ from token to token, so that weights made of them count."""
+    model = small_model()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(30)
+    return model
+
+
+def make(trainer_class, output_dir, *, model=None, callbacks=None, peft_config=None, eval_dataset=None, **changes):
+    """A small trainer of any class; demonstrations where it takes them."""
+    config_class = getattr(trainer_class, "config_class", GRPOConfig)
+    stream = {"sft_dataset": sft_rows()} if hasattr(trainer_class, "config_class") else {}
+    return trainer_class(
+        model=small_model() if model is None else model,
+        reward_funcs=digits_reward,
+        args=small_config(output_dir, config_class, **changes),
+        train_dataset=rl_rows(),
+        eval_dataset=eval_dataset,
+        processing_class=tiny_tokenizer(),
+        callbacks=callbacks,
+        peft_config=peft_config,
+        **stream,
+    )
+
+
+def trained(trainer_class, output_dir, **changes):
+    # A trainer seeds the global random state when it is built, so each is trained before the next is made.
+    trainer = make(trainer_class, output_dir, **changes)
+    trainer.train()
+    return trainer
+
+
+def weights_of(trainer):
+    """Whole weights that are trained, on every rank. Collective where they are spread."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not hasattr(trainer, "backend"):  # plain TRL, never spread here
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    held = trainer.backend.weights(model)
+    return {name: held.whole(name).detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if "loss" in entry and name in entry]
+
+
+class _Recorder:
+    """What passes through the template is kept, and nothing is changed."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.windows, self.states = [], []
+        self._open = {"rl": [], "sft": [], "weights": []}
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self.start = weights_of(self)  # now alike on all ranks, whatever each of them has initialised an adapter with
+        return prepared
+
+    def policy_loss(self, model, inputs):
+        self._open["rl"].append(clone(inputs))
+        return super().policy_loss(model, inputs)
+
+    def demonstration_pass(self, model, window):
+        self._open["sft"].append(clone(self.demonstrations.batch(window.shares[window.micro_batch])))
+        return super().demonstration_pass(model, window)
+
+    def token_weights(self, log_probs, mask, weights):
+        self._open["weights"].append(None if weights is None else weights.clone())
+        return super().token_weights(log_probs, mask, weights)
+
+    def end_of_window(self):
+        super().end_of_window()
+        self.windows.append(self._open)
+        self._open = {"rl": [], "sft": [], "weights": []}
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            self.states.append(weights_of(self))
+        super().log(logs, start_time)
+
+
+def recording(trainer_class):
+    return type(trainer_class.__name__, (_Recorder, trainer_class), {})
+
+
+def options_of(trainer, **method):
+    """Options of the replay, read off the configuration that the test wrote, and the method's own weights."""
+    args = trainer.args
+    return {
+        "optim": "sgd" if args.optim == "sgd" else "adamw",
+        "lr": args.learning_rate,
+        "max_grad_norm": args.max_grad_norm,
+        "schedule": lambda step: (args.max_steps - step) / args.max_steps,  # the default: linear
+        "temperature": args.temperature,
+        "loss_type": args.loss_type,
+        "level": args.importance_sampling_level,
+        "eps_low": args.epsilon,
+        "eps_high": args.epsilon,
+        "beta": args.beta,
+        "bias_corrected_kl": args.use_bias_correction_kl,
+        "steps_per_generation": args.steps_per_generation,
+        "rl_weight": lambda step: 1.0,
+        "sft_weight": lambda step: 1.0,
+        "token_weight": torch.ones_like,
+        **method,
+    }
+
+
+def replay(trainer, model=None, peft_config=None, **method):
+    """
+    Replay a recorded run in float64 and compare each update's weights and metrics. `method`: `rl_weight`, `sft_weight`,
+    `token_weight`. Returns the metrics.
+    """
+    model = small_model() if model is None else model
+    model = model if peft_config is None else get_peft_model(model, peft_config)
+    reference = StreamReference(model, trainer.start, options_of(trainer, **method))
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    metrics = []
+    for step, (window, state, entry) in enumerate(zip(trainer.windows, trainer.states, entries, strict=True)):
+        metrics.append(reference.update(step, window["rl"], window["sft"], window["weights"]))
+        error = movement_error(state, reference.weights, trainer.start)
+        assert error < TOLERANCE, (step, error)
+        for name in ("loss", "rl/loss", "sft/loss", "sft/mean_token_accuracy"):
+            assert (name in entry) == (name in metrics[-1]), (step, name)
+            if name in entry:
+                assert abs(entry[name] - metrics[-1][name]) <= 2e-3 * abs(metrics[-1][name]) + 2e-6, (step, name)
+        if "sft/weight_mean" in entry:
+            assert abs(entry["sft/weight_mean"] / metrics[-1]["weight_mean"] - 1) < 1e-3
+    assert len(metrics) == trainer.state.global_step > 0
+    return metrics
+
+
+class Counting(torch.nn.Module):
+    """Forward passes of the decoder under a trainer's model."""
+
+    def __init__(self, trainer):
+        super().__init__()
+        self.calls = 0
+        decoder = next(
+            m for m in trainer.model.modules() if type(m).__name__.endswith("Model") and hasattr(m, "layers")
+        )
+        decoder.register_forward_pre_hook(self._count)
+
+    def _count(self, *args):
+        self.calls += 1
+
+
+def assert_is_grpo(trainer_class, tmp_path, *, peft_config=None, changes=None, **method):
+    """The trainer with `method`'s options equals plain GRPO bit for bit, and runs no forward more."""
+    grpo = make(GRPOTrainer, tmp_path / "grpo", peft_config=peft_config, **(changes or {}))
+    start, passes = weights_of(grpo), Counting(grpo)
+    grpo.train()
+    ours = make(trainer_class, tmp_path / "ours", peft_config=peft_config, **(changes or {}), **method)
+    our_passes = Counting(ours)
+    ours.train()
+    assert_same(weights_of(ours), weights_of(grpo))
+    assert any(not torch.equal(w, start[n]) for n, w in weights_of(grpo).items())
+    assert logged(ours, "loss") == logged(grpo, "loss")
+    assert all(abs(x - y) < 1e-7 for x, y in zip(logged(ours, "rl/loss"), logged(grpo, "loss"), strict=True))
+    assert our_passes.calls == passes.calls > 0
+    assert ours.demonstrations.epoch == 0 and not logged(ours, "sft/loss")
+
+
+def assert_split_makes_no_difference(trainer_class, tmp_path, **changes):
+    """1 x 4, 2 x 2 and 4 x 1 micro-batches of the same rollouts and demonstrations."""
+    results = []
+    for accumulation, size in ((4, 1), (2, 2), (1, 4)):
+        trainer = trained(
+            trainer_class,
+            tmp_path / str(accumulation),
+            gradient_accumulation_steps=accumulation,
+            per_device_train_batch_size=4 * size,
+            sft_per_device_train_batch_size=size,
+            max_steps=2,
+            **SGD,
+            **changes,
+        )
+        results.append(weights_of(trainer))
+    start = dict(small_model().named_parameters())
+    for other in results[1:]:
+        assert movement_error(other, results[0], start) < 1e-5
+
+
+def optimizer_state_of(trainer):
+    """What this rank holds of the optimizer's state."""
+    state = trainer.optimizer.state_dict()
+    held = [v for p in state.get("state", {}).values() for v in p.values()]
+    return [v.to_local() if isinstance(v, DTensor) else v for v in held]
+
+
+def state_of(trainer):
+    return {
+        "weights": weights_of(trainer),
+        "optimizer": optimizer_state_of(trainer),
+        "demonstrations": trainer.demonstrations.state_dict(),
+        "weighting": trainer.weighting.state_dict(),
+        "step": trainer._step,
+        "log": [{k: v for k, v in e.items() if "time" not in k and "runtime" not in k and "per_second" not in k}
+                for e in trainer.state.log_history if "loss" in e][-1],
+    }  # fmt: skip
+
+
+def assert_resumes(trainer_class, tmp_path, stops, max_steps=4, **changes):
+    """A run that is stopped and gone on with ends as one that was not, bit for bit."""
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": max_steps, **changes}
+    straight = state_of(trained(trainer_class, tmp_path / "straight", **options))
+    for stop in stops:
+        folder = tmp_path / f"stopped-{stop}"
+        stopped = trained(trainer_class, folder, callbacks=[StopAt(stop)], **options)
+        assert stopped.state.global_step == stop
+        resumed = make(trainer_class, folder, **options)
+        resumed.train(resume_from_checkpoint=True)
+        assert_same(state_of(resumed), straight)
