@@ -11,7 +11,7 @@ from tests.distributed.run import look_on_main_process_alone, pretend_accelerato
 from tests.helpers.groups import options
 from tests.helpers.training import clone, small_lora
 from tests.helpers.two_stage import Cut, two_stage
-from trl_bridge.methods.catalogue import two_stage as module
+from trl_bridge.methods import two_stage as module
 from trl_bridge.training.backends import backend_for
 from trl_bridge.training.checkpoint import folder as checkpoint
 
