@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint mutants benchmark clean
+.PHONY: setup demo test lint stub mutants benchmark clean
 
 setup: $(VENV)/.done
 
@@ -24,6 +24,10 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Names of new methods for type checkers, from the catalogue.
+stub: setup
+	$(BIN)/python -m tests.stub > trl_bridge/__init__.pyi
 
 mutants: setup
 	$(BIN)/python tests/mutants/run.py

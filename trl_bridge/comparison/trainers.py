@@ -44,7 +44,8 @@ def config_fields(run: Run) -> dict[str, Any]:
     fields = {name: value for name, value in row.fields.items() if name not in _KEYS.get(row.family, ())}
     for name in (*fields, *row.times_learning_rate):
         if name not in known:
-            raise ValueError(f"`methods: {row.name}`: {METHODS[row.method].config} has no field `{name}`")
+            package, *_, config = METHODS[row.method].config.split(".")
+            raise ValueError(f"`methods: {row.name}`: {package}.{config} has no field `{name}`")
         if name in _OURS:
             raise ValueError(f"`methods: {row.name}`: `{name}` is set by the comparison")
     shared = {"max_steps": run.steps, **_DEFAULTS, **run.trainer}

@@ -1,8 +1,7 @@
 """
 The one list of training methods: name, trainer, config and family.
 
-Strings only, so that reading it imports no torch. A new method is one line here and its thin module in
-`trl_bridge/scripts/`, which the launcher starts.
+Strings only, so that reading it imports no torch. The verbs of the command and the names that `trl_bridge` exports come from it.
 """
 
 from typing import NamedTuple
@@ -23,140 +22,43 @@ FAMILIES = {
 
 
 class Method(NamedTuple):
-    """A training method."""
+    """A training method; trainer and config as dotted paths."""
 
     name: str
     trainer: str
     config: str
     family: str
     summary: str
-    place: str
+
+
+def _ours(
+    name: str, prefix: str, family: str, summary: str, trainer_in: str | None = None, config_in: str | None = None
+) -> Method:
+    """A method of `methods/`: `{prefix}Trainer` and `{prefix}Config` of the file with its name, if no other is named."""
+    file = name.replace("-", "_")
+    trainer, config = (f"trl_bridge.methods.{module or file}.{prefix}" for module in (trainer_in, config_in))
+    return Method(name, f"{trainer}Trainer", f"{config}Config", family, summary)
 
 
 _ALL = (
-    Method(
-        "bridge",
-        "trl_bridge.BridgeTrainer",
-        "trl_bridge.BridgeConfig",
-        "bridge",
-        "BRIDGE: SFT supervises RL",
-        "off-policy",
-    ),
-    Method(
-        "naive-mix",
-        "trl_bridge.NaiveMixTrainer",
-        "trl_bridge.NaiveMixConfig",
-        "stream",
-        "GRPO plus a weighted SFT loss",
-        "off-policy",
-    ),
-    Method(
-        "alternating",
-        "trl_bridge.AlternatingTrainer",
-        "trl_bridge.AlternatingConfig",
-        "stream",
-        "SFT updates and GRPO updates by turns",
-        "off-policy",
-    ),
-    Method(
-        "chord",
-        "trl_bridge.CHORDTrainer",
-        "trl_bridge.CHORDConfig",
-        "stream",
-        "CHORD: SFT as an auxiliary loss that fades",
-        "off-policy",
-    ),
-    Method(
-        "luffy",
-        "trl_bridge.LUFFYTrainer",
-        "trl_bridge.LUFFYConfig",
-        "group",
-        "LUFFY: the expert as one rollout of its group",
-        "off-policy",
-    ),
-    Method(
-        "srft",
-        "trl_bridge.SRFTTrainer",
-        "trl_bridge.SRFTConfig",
-        "group",
-        "SRFT: LUFFY's expert, SFT on it and self-exploration, weighted by entropy",
-        "off-policy",
-    ),
-    Method(
-        "hpt",
-        "trl_bridge.HPTTrainer",
-        "trl_bridge.HPTConfig",
-        "group",
-        "HPT: SFT in place of RL where no rollout is right; SuperRL as a preset",
-        "off-policy",
-    ),
-    Method(
-        "relift",
-        "trl_bridge.ReLIFTTrainer",
-        "trl_bridge.ReLIFTConfig",
-        "group",
-        "ReLIFT: GRPO, and SFT steps on the questions it could not solve",
-        "off-policy",
-    ),
-    Method(
-        "uft",
-        "trl_bridge.UFTTrainer",
-        "trl_bridge.UFTConfig",
-        "group",
-        "UFT: rollouts continue a hint that gets shorter, and learn its likelihood",
-        "sampling",
-    ),
-    Method(
-        "prefix-rft",
-        "trl_bridge.PrefixRFTTrainer",
-        "trl_bridge.PrefixRFTConfig",
-        "group",
-        "Prefix-RFT: one rollout of the group continues a prefix of the expert's",
-        "sampling",
-    ),
-    Method(
-        "actguide",
-        "trl_bridge.ActGuideTrainer",
-        "trl_bridge.ActGuideConfig",
-        "group",
-        "ActGuide: groups without a success are rolled out anew with as little guidance as works",
-        "sampling",
-    ),
-    Method(
-        "opd",
-        "trl_bridge.OPDTrainer",
-        "trl_bridge.OPDConfig",
-        "distillation",
-        "OPD: the log-ratio of teacher and student as the reward of each sampled token",
-        "dense",
-    ),
-    Method(
-        "aopd",
-        "trl_bridge.AOPDTrainer",
-        "trl_bridge.AOPDConfig",
-        "distillation",
-        "AOPD: OPD, and imitation of the teacher's likeliest tokens where the student is too sure",
-        "dense",
-    ),
-    Method(
-        "two-stage",
-        "trl_bridge.TwoStageTrainer",
-        "trl_bridge.TwoStageConfig",
-        "stream",
-        "cold start: TRL's SFT, then TRL's GRPO, in one run",
-        "sft",
-    ),
-    Method(
-        "lightning-opd",
-        "trl_bridge.LightningOPDTrainer",
-        "trl_bridge.LightningOPDConfig",
-        "scored",
-        "Lightning OPD: distillation from a teacher that scored the student's rollouts once, before training",
-        "dense",
-    ),
-    Method("grpo", "trl.GRPOTrainer", "trl.GRPOConfig", "rl", "TRL's GRPO", "critic-free"),
-    Method("sft", "trl.SFTTrainer", "trl.SFTConfig", "sft", "TRL's SFT", "sft"),
-)
+    _ours("bridge", "Bridge", "bridge", "BRIDGE: SFT supervises RL", "bridge.trainer", "bridge.config"),
+    _ours("naive-mix", "NaiveMix", "stream", "GRPO plus a weighted SFT loss"),
+    _ours("alternating", "Alternating", "stream", "SFT updates and GRPO updates by turns"),
+    _ours("chord", "CHORD", "stream", "CHORD: SFT as an auxiliary loss that fades"),
+    _ours("luffy", "LUFFY", "group", "LUFFY: the expert as one rollout of its group"),
+    _ours("srft", "SRFT", "group", "SRFT: LUFFY's expert, SFT on it and self-exploration, weighted by entropy"),
+    _ours("hpt", "HPT", "group", "HPT: SFT in place of RL where no rollout is right; SuperRL as a preset"),
+    _ours("relift", "ReLIFT", "group", "ReLIFT: GRPO, and SFT steps on the questions it could not solve"),
+    _ours("uft", "UFT", "group", "UFT: rollouts continue a hint that gets shorter, and learn its likelihood"),
+    _ours("prefix-rft", "PrefixRFT", "group", "Prefix-RFT: one rollout of the group continues a prefix of the expert's"),
+    _ours("actguide", "ActGuide", "group", "ActGuide: groups without a success are rolled out again with as little guidance as works"),
+    _ours("opd", "OPD", "distillation", "OPD: the log-ratio of teacher and student as the reward of each sampled token", config_in="opd_config"),
+    _ours("aopd", "AOPD", "distillation", "AOPD: OPD, and imitation of the teacher's likeliest tokens where the student is too sure", config_in="opd_config"),
+    _ours("two-stage", "TwoStage", "stream", "cold start: TRL's SFT, then TRL's GRPO, in one run"),
+    _ours("lightning-opd", "LightningOPD", "scored", "Lightning OPD: distillation from a teacher that scored the student's rollouts once, before training"),
+    Method("grpo", "trl.GRPOTrainer", "trl.GRPOConfig", "rl", "TRL's GRPO"),
+    Method("sft", "trl.SFTTrainer", "trl.SFTConfig", "sft", "TRL's SFT"),
+)  # fmt: skip
 
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 """All methods by name."""
