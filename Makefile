@@ -27,7 +27,7 @@ test: lint
 
 # Names of new methods for type checkers, from the catalogue.
 stub: setup
-	$(BIN)/python -m tests.stub > trl_bridge/__init__.pyi
+	$(BIN)/python -m tests.helpers.stub > trl_bridge/__init__.pyi
 
 mutants: setup
 	$(BIN)/python tests/mutants/run.py

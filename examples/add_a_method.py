@@ -3,7 +3,8 @@ A method of your own in one file: GRPO, and each group's expert trace with the l
 
     python examples/add_a_method.py
 
-A tiny model made in memory, about half a minute on a CPU, nothing downloaded. `docs/adding_a_method.md` explains it.
+A tiny model made in memory, about half a minute on a CPU, nothing downloaded. `docs/adding_a_method.md` explains it, and
+says how the same file becomes a verb of the command.
 """
 
 import argparse

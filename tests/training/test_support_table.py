@@ -1,21 +1,17 @@
-"""Every option of TRL is listed, tests named there exist, refusals are raised, and the docs page is up to date."""
+"""`docs/support.md`: every option of TRL is listed, tests named there exist and set it, and refusals are raised."""
 
-import ast
 import dataclasses
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from trl import GRPOConfig
 
+from tests.helpers.pages import ROOT, is_test, plain, table
 from tests.helpers.training import small_config
-from trl_bridge.training import support_table as module
 from trl_bridge.training.refusals import REFUSED, check_config
-from trl_bridge.training.support_table import as_markdown, support_table
 
 
-ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "support.md").read_text()
+HEADING = "| option | status | by which test, or why |"
 
 # A value of each refused option that is refused.
 VALUES = {
@@ -38,33 +34,35 @@ VALUES = {
 NEEDED = {"lr_scheduler_type": {"eval_strategy": "steps", "eval_steps": 1}}
 
 
+def support_table(page=PAGE):
+    """From each option to its status, its note (the test or the reason) and what is refused of it."""
+    rows = [(name, status, *note.partition("; refused: ")[::2]) for name, status, note in table(page, HEADING)]
+    assert [name for name, *_ in rows] == [field.name for field in dataclasses.fields(GRPOConfig)]
+    return {name: (status, plain(note), limits) for name, status, note, limits in rows}
+
+
 def test_every_field_is_listed_in_order():
-    assert list(support_table()) == [field.name for field in dataclasses.fields(GRPOConfig)]
+    assert {status for status, _, _ in support_table().values()} == {"tested", "refused", "neutral"}
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "found"),
     [
-        (lambda rows: rows[1:], "not listed: "),
-        (lambda rows: [*rows, ("no_such_option", rows[0][1])], "no fields: .*no_such_option"),
-        (lambda rows: [*rows, rows[0]], "listed twice"),
+        (lambda row: "", "learning_rate"),
+        (lambda row: row + row.replace("max_steps", "no_such_option"), "no_such_option"),
+        (lambda row: row + row, "max_steps"),
     ],
 )
-def test_a_missing_stale_or_double_field_is_an_error(monkeypatch, change, message):
-    rows = change(list(module._rows()))
-    monkeypatch.setattr(module, "_rows", lambda: iter(rows))
-    with pytest.raises(ValueError, match=message):
-        support_table()
-
-
-def _functions(path):
-    return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+def test_a_missing_stale_or_double_field_is_an_error(change, found):
+    (row,) = (line for line in PAGE.splitlines(keepends=True) if line.startswith("| `max_steps` |"))
+    with pytest.raises(AssertionError, match=f"'{found}' != "):
+        support_table(PAGE.replace(row, change(row)))
 
 
 def test_every_test_named_exists():
-    tests = {support.note for support in support_table().values() if support.status == "tested"}
+    tests = {note for status, note, _ in support_table().values() if status == "tested"}
     assert len(tests) > 15
-    missing = [test for test in tests if test.partition("::")[2] not in _functions(ROOT / test.partition("::")[0])]
+    missing = [test for test in tests if not is_test(test)]
     assert not missing, missing
 
 
@@ -72,17 +70,18 @@ def test_every_option_called_tested_is_set_by_that_test():
     """The name of the option stands in the file of the test, in the harness that it runs on, or among the cases on two ranks."""
     harness = (ROOT / "tests/helpers/training.py").read_text()
     cases = (ROOT / "tests/distributed/cases.py").read_text()
-    for name, support in support_table().items():
-        if support.status == "tested":
-            text = (ROOT / support.note.partition("::")[0]).read_text() + harness + cases
-            assert f'"{name}"' in text or f"{name}=" in text, (name, support.note)
+    for name, (status, note, _) in support_table().items():
+        if status == "tested":
+            text = (ROOT / note.partition("::")[0]).read_text() + harness + cases
+            assert f'"{name}"' in text or f"{name}=" in text, (name, note)
 
 
 def test_refusals_agree_with_the_code():
-    table = support_table()
-    for name in REFUSED:
-        assert table[name].status == "refused" or table[name].limits, name
-    refused = {name for name, support in table.items() if support.status == "refused"}
+    options = support_table()
+    for name, (_, reason) in REFUSED.items():
+        status, note, limits = options[name]
+        assert limits if status == "tested" else (status, note) == ("refused", reason), name
+    refused = {name for name, (status, _, _) in options.items() if status == "refused"}
     assert refused - set(REFUSED) == {"auto_find_batch_size"}
     # The one that needs an object of its own is below.
     assert refused | set(REFUSED) == set(VALUES) | {"parallelism_config"}
@@ -115,20 +114,3 @@ def test_best_model_needs_whole_checkpoints(tmp_path):
 def test_optimizers_that_are_refused(tmp_path, name, optim):
     with pytest.raises((ValueError, NotImplementedError), match=optim):
         small_config(tmp_path, **{name: optim})
-
-
-def test_docs_page_is_what_the_table_prints():
-    assert (ROOT / "docs/support.md").read_text() == as_markdown(), (
-        "run `python -m trl_bridge.training.support_table > docs/support.md`"
-    )
-
-
-def test_command_prints_the_page():
-    run = subprocess.run(
-        [sys.executable, "-m", "trl_bridge.training.support_table"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout == as_markdown()

@@ -1,4 +1,4 @@
-"""Which options of TRL the trainers refuse, and why. The full table of fields is in `support_table.py`."""
+"""Which options of TRL the trainers refuse, and why. `docs/support.md` has all fields."""
 
 from collections.abc import Callable
 from typing import Any
