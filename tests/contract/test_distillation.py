@@ -7,7 +7,7 @@ import torch
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-from tests.helpers.contract import OWN_NAMES, assert_in_order, source_of
+from tests.helpers.contract import OWN_NAMES, assert_in_order, place_of, readers_of, source_of
 from tests.helpers.distillation import distillation_trainer
 from trl_bridge import OPDTrainer
 from trl_bridge.distillation.teacher import logit_scale
@@ -28,7 +28,7 @@ def theirs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", READ)
 def test_attribute_that_we_read(theirs, name):
-    assert hasattr(theirs, name)
+    assert hasattr(theirs, name), readers_of(name)
 
 
 def test_own_names_are_not_the_parents(theirs, tmp_path):
@@ -37,7 +37,7 @@ def test_own_names_are_not_the_parents(theirs, tmp_path):
 
 
 def test_loss_is_scaled_by_the_trainer_itself():
-    assert DistillationTrainer.loss_is_scaled_for_ga is True
+    assert DistillationTrainer.loss_is_scaled_for_ga is True, place_of(OPDTrainer._compute_loss)
 
 
 def test_loss_is_asked_inside_the_wrapped_forward_with_a_count_for_each_process():
@@ -47,6 +47,7 @@ def test_loss_is_asked_inside_the_wrapped_forward_with_a_count_for_each_process(
         "loss, entropy_sum, num_valid_tokens = self._forward_redirection(",
         "self._compute_loss, unwrapped_student, inputs, num_items_in_batch",
         "gather_for_metrics",
+        ours=OPDTrainer._compute_loss,
     )
 
 
@@ -54,25 +55,28 @@ def test_keys_of_a_generation_batch(theirs):
     theirs.model.train()
     batch = theirs._generate_and_score_completions([{"prompt": "1+1="} for _ in range(8)])
     want = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "num_items_in_batch"}
-    assert set(batch) == want
+    assert set(batch) == want, {name: readers_of(name) for name in want - set(batch)}
 
 
 def test_a_window_is_a_whole_generation_batch():
     # `loss_aggregation="sequence"` counts on it.
-    assert_in_order(
-        DistillationTrainer._prepare_inputs, "self._step % generate_every == 0", "split_tensor_dict(generation_batch, "
+    order, ours = (
+        ("self._step % generate_every == 0", "split_tensor_dict(generation_batch, "),
+        OPDTrainer._compute_loss,
     )
-    assert_in_order(DistillationTrainer._get_train_sampler, "repeat_count=self.args.gradient_accumulation_steps")
+    assert_in_order(DistillationTrainer._prepare_inputs, *order, ours=ours)
+    repeated = "repeat_count=self.args.gradient_accumulation_steps"
+    assert_in_order(DistillationTrainer._get_train_sampler, repeated, ours=ours)
 
 
 def test_every_name_of_a_logit_scale_is_known():
     parent, ours = source_of(DistillationTrainer._compute_loss), inspect.getsource(logit_scale)
     names = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling", "hyperclovax")
     for name in names:
-        assert f'"{name}"' in parent and f'"{name}"' in ours or f".{name}" in parent, name
+        assert f'"{name}"' in parent and f'"{name}"' in ours or f".{name}" in parent, (name, place_of(logit_scale))
     # Read off the student's config; a new one would be a line more.
     read = {line.split('"')[1] for line in parent.splitlines() if "getattr(student_config" in line}
-    assert read == {*names[:4], "final_logit_softcapping"}
+    assert read == {*names[:4], "final_logit_softcapping"}, place_of(logit_scale)
 
 
 def test_scale_goes_before_the_softcap_and_temperature_last():

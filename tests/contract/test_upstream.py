@@ -21,12 +21,13 @@ from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_head
 
 import trl_bridge
-from tests.helpers.contract import OWN_ATTRIBUTES, OWN_NAMES, assert_in_order, source_of
+from tests.helpers.contract import OWN_ATTRIBUTES, OWN_NAMES, assert_in_order, place_of, readers_of, source_of
 from tests.helpers.training import small_config, small_model, small_trainer
 from trl_bridge import BridgeTrainer, ExpertTrainer
 from trl_bridge._upstream import isolated_bookkeeping, policy_objective, set_up_again
 from trl_bridge.methods.catalogue import METHODS
 from trl_bridge.training.checkpoint.resume import BufferResumable, Resumable, ResumableTrainer
+from trl_bridge.training.demonstrations import Demonstrations
 from trl_bridge.training.shaping import ShapedTrainer
 from trl_bridge.training.stream import DemonstrationTrainer
 from trl_bridge.training.student import StudentTrainer
@@ -154,7 +155,9 @@ def bridge(tmp_path_factory):
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signature(name):
-    assert _shape(_resolve(name)) == SIGNATURES[name]
+    method = name.rpartition(".")[2]
+    ours = [place_of(vars(cls)[method]) for cls in OURS if inspect.isfunction(vars(cls).get(method))]
+    assert _shape(_resolve(name)) == SIGNATURES[name], f"overridden in {ours}" if ours else readers_of(method)
 
 
 def _subclasses(cls):
@@ -245,11 +248,11 @@ def test_overrides_and_super_calls_are_in_the_table(cls):
 
 @pytest.mark.parametrize("name", READ)
 def test_attribute_that_we_read(grpo, name):
-    assert hasattr(grpo, name)
+    assert hasattr(grpo, name), readers_of(name)
 
 
 def test_loss_is_scaled_by_the_trainer_itself():
-    assert GRPOTrainer.loss_is_scaled_for_ga is True
+    assert GRPOTrainer.loss_is_scaled_for_ga is True, place_of(DemonstrationTrainer.compute_loss)
 
 
 def _assigned(function):
@@ -262,8 +265,8 @@ def _assigned(function):
 
 def test_loss_sets_only_what_isolation_puts_back():
     protected = {"entropy_coef", "_last_world_entropy", "_entropy_window_stats"}
-    assert _assigned(GRPOTrainer._compute_loss) == protected
-    assert _assigned(GRPOTrainer._calculate_rewards) == set()
+    assert _assigned(GRPOTrainer._compute_loss) == protected, place_of(isolated_bookkeeping)
+    assert _assigned(GRPOTrainer._calculate_rewards) == set(), place_of(isolated_bookkeeping)
     for name in protected:
         assert f'"{name}"' in source_of(isolated_bookkeeping)
 
@@ -283,9 +286,9 @@ def test_isolation_puts_everything_back(grpo):
 
 
 def test_terms_that_the_gain_leaves_out_are_read_by_the_loss():
-    source = source_of(GRPOTrainer._compute_loss)
     for name in ("beta", "_entropy_bonus_enabled", "aux_loss_enabled"):
-        assert f"self.{name}" in source and f'"{name}"' in source_of(policy_objective)
+        assert_in_order(GRPOTrainer._compute_loss, f"self.{name}", ours=policy_objective)
+        assert f'"{name}"' in source_of(policy_objective)
 
 
 # Rollouts and scores
@@ -307,7 +310,8 @@ def _generated(trainer):
 def test_keys_of_a_generation_batch(tmp_path, options, more):
     trainer = small_trainer(tmp_path, GRPOTrainer, args=small_config(tmp_path, GRPOConfig, **options))
     batch = _generated(trainer)
-    assert BATCH | more <= batch.keys()
+    missing = (BATCH | more) - batch.keys()
+    assert not missing, {name: readers_of(name) for name in missing}
     assert ("old_per_token_logps" in batch) == bool(more)  # its absence says that the ratio is one
     assert batch["advantages"].shape == (16,) and batch["completion_ids"].shape == batch["completion_mask"].shape
 
@@ -320,15 +324,16 @@ def test_scores_are_three(grpo):
     scores = grpo._get_per_token_logps_and_entropies(grpo.model, ids, mask, length, compute_entropy=True)
     assert isinstance(scores, tuple) and len(scores) == 3
     assert scores[0].shape == scores[1].shape == batch["completion_ids"].shape and scores[2] is None
-    source = source_of(GRPOTrainer._compute_loss)
-    assert source.count("self._get_per_token_logps_and_entropies(") == 1  # what a replay stands in for
-    assert "per_token_logps, entropies, aux_loss =" in source
+    ours = StudentTrainer._get_per_token_logps_and_entropies  # what a replay stands in for
+    assert_in_order(GRPOTrainer._compute_loss, "per_token_logps, entropies, aux_loss =", ours=ours)
+    asked = source_of(GRPOTrainer._compute_loss).count("self._get_per_token_logps_and_entropies(")
+    assert asked == 1, place_of(ours)
 
 
 def test_keys_that_the_loss_reads():
     source = source_of(GRPOTrainer._compute_loss)
     for name in ("old_per_token_logps", "importance_sampling_ratio", "ref_per_token_logps", "advantages", "tool_mask"):
-        assert f'"{name}"' in source, name
+        assert f'"{name}"' in source, readers_of(name)
 
 
 # The fused head
@@ -385,8 +390,10 @@ def test_parts_are_written_before_upload_and_rotation():
         "self.state.save_to_json(",
         "self._push_from_checkpoint(",
         "rotate_checkpoints(",
+        ours=Resumable._save_optimizer_and_scheduler,
     )
-    assert f"{PREFIX_CHECKPOINT_DIR}-" == "checkpoint-" and "_get_output_dir(" in source_of(Trainer._save_checkpoint)
+    assert f"{PREFIX_CHECKPOINT_DIR}-" == "checkpoint-", readers_of("PREFIX_CHECKPOINT_DIR")
+    assert_in_order(Trainer._save_checkpoint, "_get_output_dir(", ours=Resumable._save_checkpoint)
 
 
 def test_parts_step_before_the_student_is_clipped():
@@ -403,23 +410,31 @@ def test_parts_step_before_the_student_is_clipped():
         "self.state.global_step += 1",
         ".on_step_end(",
         "self._maybe_log_save_evaluate(",
+        ours=DemonstrationTrainer.end_of_window,
     )
 
 
 def test_micro_batch_is_counted_after_its_passes():
-    assert_in_order(GRPOTrainer.training_step, "super().training_step(", "self._step += 1")
-    assert_in_order(
-        Trainer.training_step, "compute_loss_context_manager()", "self.compute_loss(", "accelerator.backward("
-    )
+    ours = DemonstrationTrainer.training_step
+    assert_in_order(GRPOTrainer.training_step, "super().training_step(", "self._step += 1", ours=ours)
+    order = ("compute_loss_context_manager()", "self.compute_loss(", "accelerator.backward(")
+    assert_in_order(Trainer.training_step, *order, ours=DemonstrationTrainer.compute_loss)
     # Evaluation calls `compute_loss` as well, and the template tells it by the model's mode.
-    assert_in_order(GRPOTrainer.prediction_step, "self.compute_loss(model, inputs)")
+    assert_in_order(
+        GRPOTrainer.prediction_step, "self.compute_loss(model, inputs)", ours=DemonstrationTrainer.compute_loss
+    )
 
 
 def test_best_model_and_resume_go_through_the_methods_that_we_extend():
-    assert "self._load_best_model()" in source_of(Trainer._finalize_training)
-    assert "self._load_optimizer_and_scheduler(" in source_of(Trainer._prepare_for_training)
-    assert "self._load_rng_state(resume_from_checkpoint)" in source_of(Trainer._run_epoch)
-    assert "self._prepare_for_training(" in source_of(Trainer._inner_training_loop)
+    for caller, call in (
+        (Trainer._finalize_training, "self._load_best_model()"),
+        (Trainer._prepare_for_training, "self._load_optimizer_and_scheduler("),
+        (Trainer._run_epoch, "self._load_rng_state(resume_from_checkpoint)"),
+        (Trainer._inner_training_loop, "self._prepare_for_training("),
+    ):
+        extended = call.removeprefix("self.").partition("(")[0]
+        ours = next(vars(cls)[extended] for cls in OURS if extended in vars(cls))
+        assert_in_order(caller, call, ours=ours)
 
 
 def test_generation_batch_is_split_as_pairing_expects():
@@ -429,6 +444,7 @@ def test_generation_batch_is_split_as_pairing_expects():
         "shuffle_sequence_dict(",
         "split_tensor_dict(",
         "self._buffered_inputs[self._step % self.args.steps_per_generation]",
+        ours=Demonstrations.pair,
     )
 
 
@@ -444,18 +460,22 @@ def test_sft_loss_is_minus_the_sum_of_the_log_probabilities_over_a_count():
         "loss = per_token_loss.sum() / ",
         "loss * (self.accelerator.num_processes // self.get_tp_size())",
         "outputs.entropy",
+        ours=LightningOPDTrainer.compute_loss,
     )
     # Read in that place alone; the second one is DFT's.
-    assert source_of(SFTTrainer.compute_loss).count("outputs.log_probs") == 2
-    # Ours, in float32, is put in its place.
-    assert_in_order(SFTTrainer.__init__, "add_fused_lm_head(", 'outputs=("log_probs", "entropy", "is_top1")')
-    assert "self._prepare_dataset(" in source_of(SFTTrainer.__init__) and "self._total_train_tokens" in source_of(
-        SFTTrainer.compute_loss
+    assert source_of(SFTTrainer.compute_loss).count("outputs.log_probs") == 2, place_of(
+        LightningOPDTrainer.compute_loss
     )
+    # Ours, in float32, is put in its place.
+    head = ("add_fused_lm_head(", 'outputs=("log_probs", "entropy", "is_top1")')
+    assert_in_order(SFTTrainer.__init__, *head, ours=LightningOPDTrainer.__init__)
+    assert_in_order(SFTTrainer.__init__, "self._prepare_dataset(", ours=LightningOPDTrainer._prepare_dataset)
+    assert "self._total_train_tokens" in source_of(SFTTrainer.compute_loss), readers_of("_total_train_tokens")
 
 
 def test_items_are_counted_by_labels():
-    assert_in_order(Trainer._get_num_items_in_batch, 'batch["labels"][..., 1:]', "labels.ne(-100).sum()", ".gather(")
+    order = ('batch["labels"][..., 1:]', "labels.ne(-100).sum()", ".gather(")
+    assert_in_order(Trainer._get_num_items_in_batch, *order, ours=LightningOPDTrainer._get_num_items_in_batch)
 
 
 # The model card

@@ -107,7 +107,7 @@ def distance(got, want):
     return (difference / sum(float(want[n].double().square().sum()) for n in want)) ** 0.5
 
 
-def compare_with_trl(tmp_path, options, without, model=small_model):
+def assert_shadow_follows_trl(tmp_path, options, without, model=small_model):
     bridge = bridge_trainer(tmp_path, trainer_class=ShadowRecorder, model=model(), learning_rate=1e-2, **options)
     bridge.train()
     window = bridge.shadow_windows[-1]

@@ -1,7 +1,12 @@
-"""Reading upstream's source, and the names that are ours alone."""
+"""Reading upstream's source, saying what of ours rests on it, and the names that are ours alone."""
 
 import inspect
+import re
 import textwrap
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[2]
 
 
 # Methods and class attributes of our trainers that the parents do not have.
@@ -140,10 +145,32 @@ def source_of(function):
     return textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
 
 
-def assert_in_order(function, *pieces):
-    """Each piece stands in the function's source, after the one before it."""
+def place_of(ours):
+    """A function or class of ours as a failure names it, with the line where it is written."""
+    ours = inspect.unwrap(ours)
+    file = Path(inspect.getsourcefile(ours)).relative_to(ROOT)
+    return f"{ours.__qualname__} ({file}:{inspect.getsourcelines(ours)[1]})"
+
+
+def readers_of(name):
+    """The lines of ours that have a name of upstream's, as a failure lists them."""
+    files = {path: path.read_text().splitlines() for path in sorted((ROOT / "trl_bridge").rglob("*.py"))}
+    word = re.compile(rf"\b{name}\b")
+    found = [
+        f"{path.relative_to(ROOT)}:{n}"
+        for path, lines in files.items()
+        for n, line in enumerate(lines, 1)
+        if word.search(line)
+    ]
+    return f"read in {', '.join(found)}"
+
+
+def assert_in_order(function, *pieces, ours):
+    """Each piece stands in the function's source, after the one before it; `ours` is what rests on that."""
     source, position = source_of(function), 0
     for piece in pieces:
         found = source.find(piece, position)
-        assert found >= 0, f"{function.__qualname__}: {piece!r} is gone, or no longer after what precedes it"
+        assert found >= 0, (
+            f"{function.__qualname__}: {piece!r} is gone, or no longer after what precedes it; {place_of(ours)} rests on it"
+        )
         position = found + len(piece)

@@ -76,7 +76,9 @@ def test_config(tmp_path, config_class, changes, error, message):
 
 
 def test_sampling_that_changes_nothing_is_accepted(tmp_path):
-    distillation_config(tmp_path, OPDConfig, top_p=1.0, min_p=0.0, generation_kwargs={"top_k": 0, "temperature": 1.0})
+    kept = {"top_p": 1.0, "min_p": 0.0, "generation_kwargs": {"top_k": 0, "temperature": 1.0}}
+    config = distillation_config(tmp_path, OPDConfig, **kept)
+    assert {name: getattr(config, name) for name in kept} == kept
 
 
 def test_no_teacher(tmp_path):

@@ -3,7 +3,19 @@ import math
 import pytest
 import torch
 
-from trl_bridge.objectives.expert import SHAPINGS, published_sft_scale, reduce_tokens, shaped_probability
+from trl_bridge.objectives.expert import (
+    SHAPINGS,
+    entropy_weight,
+    hint_probability,
+    hint_stage,
+    most_uncertain,
+    prefix_advantages,
+    published_sft_scale,
+    reduce_tokens,
+    sequence_entropy,
+    shaped_probability,
+    verdict_advantages,
+)
 
 
 PROBABILITIES = torch.tensor([[1e-4, 0.02, 0.1], [0.4, 0.9, 1.0]], dtype=torch.float64)
@@ -113,3 +125,132 @@ def test_published_scale_of_the_sft_term():
     # One unit of the scripts' SFT coefficient: 6.4 pieces for 64 sequences at their own length.
     assert published_sft_scale(8192) == pytest.approx(0.1)
     assert published_sft_scale(1024) == pytest.approx(0.8)
+
+
+# Hints (UFT)
+
+
+@pytest.mark.parametrize(
+    ("step", "probability"),
+    [
+        (0, 0.05 + 0.45 * (1 + math.cos(math.pi / 300))),
+        (149, 0.5),
+        (199, 0.05 + 0.45 * (1 - 0.5)),
+        (299, 0.05),
+        (300, 0.0),
+        (10_000, 0.0),
+    ],
+)
+def test_probability_at_chosen_updates(step, probability):
+    assert hint_probability(step, 0.95, 0.05, 300) == pytest.approx(probability, abs=1e-12)
+
+
+def test_probability_falls_and_needs_no_updates():
+    values = [hint_probability(step, 0.95, 0.05, 300) for step in range(301)]
+    assert all(later < earlier for earlier, later in zip(values, values[1:], strict=False))
+    assert hint_probability(0, 0.95, 0.05, 0) == 0.0
+
+
+def test_staircase():
+    # 300 updates, 6 stairs of 50, counted from 1: the published floor shortens the first one by an update.
+    shown = [hint_stage(step, 5, 300) for step in range(302)]
+    assert [shown.count(pieces) for pieces in range(6)] == [53, 50, 50, 50, 50, 49]
+    assert shown == sorted(shown, reverse=True)
+    assert (shown[48], shown[49], shown[299], shown[300]) == (5, 4, 0, 0)
+    # Fewer updates than stairs.
+    assert [hint_stage(step, 5, 3) for step in range(4)] == [4, 3, 2, 0]
+
+
+# Prefixes (Prefix-RFT)
+
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("rewards", "continuation", "own", "prefix"),
+    [
+        ([0, 0, 1, 1], "reward", [-1 / 3, -1 / 3, 2 / 3, 1], 2 / 3),
+        ([0, 0, 1, 1], "none", [-1 / 3, -1 / 3, 2 / 3, 0], 2 / 3),
+        ([0, 0, 0, 1], "reward", [0, 0, 0, 1], 1),
+        ([1, 1, 1, 0], "reward", [0, 0, 0, 0], -1),
+        ([1, NAN, 0, 2], "reward", [0.5, 0, -0.5, 2], 1.5),
+        ([1, 0, 0, NAN], "reward", [2 / 3, -1 / 3, -1 / 3, 0], 0),
+        ([NAN, NAN, NAN, 1], "reward", [0, 0, 0, 1], 0),
+    ],
+)
+def test_advantages_from_raw_rewards(rewards, continuation, own, prefix):
+    got_own, got_prefix = prefix_advantages(torch.tensor([rewards], dtype=torch.float64), "none", continuation)
+    assert got_own.tolist() == [pytest.approx(own, abs=1e-12)]
+    assert got_prefix.tolist() == [pytest.approx(prefix, abs=1e-12)]
+
+
+def test_only_pure_rows_are_scaled():
+    rewards = torch.tensor([[0.0, 2.0, 4.0, 5.0], [1.0, 1.0, 1.0, 3.0]], dtype=torch.float64)
+    own, prefix = prefix_advantages(rewards, "group", "reward")
+    assert own[0].tolist() == pytest.approx([-2 / 2.0001, 0, 2 / 2.0001, 5])
+    assert own[1].tolist() == [0, 0, 0, 3]
+    assert prefix.tolist() == [3, 2]
+
+
+def test_bad_choices_are_refused():
+    with pytest.raises(ValueError, match="`scale_rewards`"):
+        prefix_advantages(torch.zeros(1, 4), "batch", "reward")
+    with pytest.raises(ValueError, match="`continuation`"):
+        prefix_advantages(torch.zeros(1, 4), "none", "mean")
+
+
+def test_the_most_uncertain_of_the_masked_tokens():
+    entropies = torch.tensor([[9.0, 0.1, 0.5, 0.2, 9.0], [9.0, 0.3, 0.9, 0.4, 9.0]])
+    mask = torch.tensor([[0, 1, 1, 1, 0], [0, 1, 1, 1, 0]]).bool()
+    kept = {share: most_uncertain(entropies, mask, share).nonzero().tolist() for share in (0.0, 0.2, 0.5, 1.0)}
+    assert kept[0.0] == []
+    # floor(6 * 0.8) = 4 are left out, and floor(6 * 0.5) = 3.
+    assert kept[0.2] == [[0, 2], [1, 2]]
+    assert kept[0.5] == [[0, 2], [1, 2], [1, 3]]
+    assert kept[1.0] == mask.nonzero().tolist()
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "kept"), [(10, 0.9, 9), (10, 0.2, 2), (5, 0.2, 1), (4, 0.2, 1), (1, 0.2, 1)]
+)
+def test_number_kept(count, share, kept):
+    assert most_uncertain(torch.rand(1, count), torch.ones(1, count).bool(), share).sum() == kept
+
+
+def test_ties_and_nothing_to_rank():
+    entropies = torch.tensor([[1.0, 1.0, 1.0], [1.0, 2.0, 1.0]])
+    everything = torch.ones(2, 3).bool()
+    assert most_uncertain(entropies, everything, 0.5).nonzero().tolist() == [[0, 0], [0, 1], [1, 1]]
+    assert not most_uncertain(entropies, ~everything, 0.5).any()
+
+
+# Entropy and verdicts (SRFT)
+
+
+def test_entropy_is_a_mean_over_the_sequence():
+    entropies = torch.tensor([[1.0, 2.0, math.nan], [0.5, 9.0, 9.0], [9.0, 9.0, 9.0]], requires_grad=True)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
+    found = sequence_entropy(entropies, mask)
+    assert found.tolist() == [[1.5], [0.5], [0.0]]
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize(("sign", "expected"), [(-1, [0.5, 0.5 * math.exp(-2.0)]), (1, [0.5, 0.5 * math.exp(2.0)])])
+def test_weight_by_hand(sign, expected):
+    entropy = torch.tensor([[0.0], [2.0]], dtype=torch.float64, requires_grad=True)
+    found = entropy_weight(entropy, 0.5, sign)
+    assert found.flatten().tolist() == pytest.approx(expected, rel=1e-12)
+    assert not found.requires_grad
+
+
+def test_advantages_by_verdict():
+    log_probs = torch.tensor([[-0.1, -11.0], [-0.1, -11.0], [-0.1, -11.0], [-10.0, -10.1]], requires_grad=True)
+    verdicts = torch.tensor([1.0, -1.0, 0.0, -1.0])
+    weights = torch.tensor([[0.2], [0.3], [0.4], [0.5]])
+    found = verdict_advantages(log_probs, verdicts, weights, -10.0)
+    # The right sample keeps its improbable token, the wrong ones' are held back.
+    assert torch.equal(found, torch.tensor([[0.2, 0.2], [-1.0, 0.0], [0.0, 0.0], [-1.0, 0.0]]))
+    assert not found.requires_grad
+    unguarded = verdict_advantages(log_probs, verdicts, weights, None)
+    assert torch.equal(unguarded, torch.tensor([[0.2, 0.2], [-1.0, -1.0], [0.0, 0.0], [-1.0, -1.0]]))

@@ -11,26 +11,26 @@ LOG_PROBS = torch.tensor([[0.5, 0.25, 0.9], [0.2, 0.4, 0.8]]).log().requires_gra
 MASK = torch.tensor([[True, True, False], [True, True, True]])
 
 
-def close(actual, expected):
+def assert_close(actual, expected):
     assert actual.dtype == torch.float64 and not actual.requires_grad
     assert torch.allclose(actual, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0)
 
 
 def test_token_likelihood():
-    close(weights.token_likelihood(LOG_PROBS, MASK), [[0.5, 0.25, 0.0], [0.2, 0.4, 0.8]])
+    assert_close(weights.token_likelihood(LOG_PROBS, MASK), [[0.5, 0.25, 0.0], [0.2, 0.4, 0.8]])
 
 
 def test_sequence_likelihood():
-    close(weights.sequence_likelihood(LOG_PROBS, MASK), [[0.125], [0.064]])
+    assert_close(weights.sequence_likelihood(LOG_PROBS, MASK), [[0.125], [0.064]])
 
 
 def test_phi():
-    close(weights.phi(LOG_PROBS, MASK), [[0.25, 0.1875, 0.0], [0.16, 0.24, 0.16]])
+    assert_close(weights.phi(LOG_PROBS, MASK), [[0.25, 0.1875, 0.0], [0.16, 0.24, 0.16]])
 
 
 def test_phi_of_a_certain_token_keeps_its_digits():
     certain = torch.tensor([[-1e-12]], dtype=torch.float64)
-    close(weights.phi(certain, torch.tensor([[True]])), [[1e-12]])
+    assert_close(weights.phi(certain, torch.tensor([[True]])), [[1e-12]])
 
 
 # The judge
@@ -129,9 +129,9 @@ def test_judge_weight_worked_example():
         return min(1.0, (q + 0.001) / 0.401) ** 4
 
     s = [-1000.0, -35.0, -28.0, -20.0, -5.0, 0.0]
-    close(weights.judge_weight(torch.tensor(s), fit, 4.0), [by_hand(x) for x in s])
+    assert_close(weights.judge_weight(torch.tensor(s), fit, 4.0), [by_hand(x) for x in s])
     assert by_hand(-20.0) < 1 == by_hand(-5.0)
-    close(weights.judge_weight(torch.tensor(s), fit, 0.0), [1.0] * 6)
+    assert_close(weights.judge_weight(torch.tensor(s), fit, 0.0), [1.0] * 6)
 
 
 # The verdict
@@ -177,8 +177,8 @@ def test_verdict_weight_worked_example():
         return right / (right + wrong)
 
     n, v = [0, 1, 2, 2, 3], [0, 1, 1, 0, 3]
-    close(weights.verdict_weight(n, v, 0.2, 0.3), [by_hand(*pair) for pair in zip(n, v, strict=True)])
-    close(weights.verdict_weight([0], [0], 0.2, 0.3), [0.3])
+    assert_close(weights.verdict_weight(n, v, 0.2, 0.3), [by_hand(*pair) for pair in zip(n, v, strict=True)])
+    assert_close(weights.verdict_weight([0], [0], 0.2, 0.3), [0.3])
 
 
 def test_a_deterministic_verifier_gives_all_or_nothing():
@@ -192,7 +192,7 @@ def test_trapo_replaces_one_over_p_in_the_gradient():
     p = torch.tensor([[0.001, 0.05, 0.1, 0.5, 1.0]], dtype=torch.float64, requires_grad=True)
     mask = torch.tensor([[True, True, True, True, False]])
     weight = weights.trapo(p.log(), mask)
-    close(weight[0], [0.01, 0.5, 1.0, 1.0, 0.0])
+    assert_close(weight[0], [0.01, 0.5, 1.0, 1.0, 0.0])
     (found,) = torch.autograd.grad((-weight * p.log()).sum(), p)
-    close(found[0], [-10.0, -10.0, -10.0, -2.0, 0.0])
-    close(weights.trapo(p.log(), mask, bound=0.5)[0], [0.002, 0.1, 0.2, 1.0, 0.0])
+    assert_close(found[0], [-10.0, -10.0, -10.0, -2.0, 0.0])
+    assert_close(weights.trapo(p.log(), mask, bound=0.5)[0], [0.002, 0.1, 0.2, 1.0, 0.0])

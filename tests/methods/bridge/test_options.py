@@ -12,8 +12,8 @@ from tests.helpers.bridge import (
     ZERO_B,
     assert_equal,
     assert_replayed,
+    assert_shadow_follows_trl,
     bridge_trainer,
-    compare_with_trl,
     grpo_trainer,
     logged,
     model_with_dropout,
@@ -66,7 +66,7 @@ LOSSES = {
 def test_shadow_follows_the_parents_loss(tmp_path, name):
     options, without = copy.deepcopy(LOSSES[name])
     tied = options.pop("tied", False)
-    compare_with_trl(tmp_path, options, without, lambda: small_model(tie_word_embeddings=tied))
+    assert_shadow_follows_trl(tmp_path, options, without, lambda: small_model(tie_word_embeddings=tied))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def _as_linear(state):
     return {n.replace(k, swap[k]): t.T for n, t in state.items() for k in swap if k in n}
 
 
-def _replay_gpt2(tmp_path, **options):
+def assert_gpt2_is_replayed(tmp_path, **options):
     dropout = options.pop("dropout", 0.0)
     lora = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
     # SGD: the gradient of the keys' bias vanishes, and AdamW would blow its rounding up.
@@ -213,11 +213,11 @@ def _replay_gpt2(tmp_path, **options):
 
 
 def test_conv1d_targets(tmp_path):
-    _replay_gpt2(tmp_path)
+    assert_gpt2_is_replayed(tmp_path)
 
 
 def test_disable_dropout_reaches_every_pass(tmp_path):
-    _replay_gpt2(tmp_path, dropout=0.4, disable_dropout=True, max_steps=2)
+    assert_gpt2_is_replayed(tmp_path, dropout=0.4, disable_dropout=True, max_steps=2)
 
 
 # Adapters
