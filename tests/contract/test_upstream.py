@@ -23,7 +23,7 @@ from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_h
 import trl_bridge
 from tests.helpers.contract import OWN_ATTRIBUTES, OWN_NAMES, assert_in_order, place_of, readers_of, source_of
 from tests.helpers.training import small_config, small_model, small_trainer
-from trl_bridge import BridgeTrainer, ExpertTrainer
+from trl_bridge import BridgeTrainer, ExpertTrainer, LightningOPDTrainer
 from trl_bridge._upstream import isolated_bookkeeping, policy_objective, set_up_again
 from trl_bridge.methods.catalogue import METHODS
 from trl_bridge.training.checkpoint.resume import BufferResumable, Resumable, ResumableTrainer
