@@ -1,15 +1,14 @@
 """
 GRPO with a demonstration stream in plain float64 autograd: one weighted sum of both losses, one optimizer.
 
-Written from the formulas of the baselines (docstrings of `trl_bridge/baselines/`). Knows nothing of the trainers.
+Written from the formulas of the baselines (docstrings of `trl_bridge/methods/`). Knows nothing of the trainers.
 """
 
 import copy
 
 import torch
 
-from trl_bridge import objectives
-
+from . import objectives
 from .bridge import Optimizer, clip
 
 
