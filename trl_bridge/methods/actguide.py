@@ -132,10 +132,7 @@ class ActGuideTrainer(ExpertTrainer):
     their number. `rollouts/reward`, completion lengths and the rewards' own metrics are of the unguided rollouts;
     `reward` is of those that are trained.
 
-    Args:
-        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
-        optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory:
-            As in [`~trl.GRPOTrainer`]; `train_dataset` has the columns `expert` and `expert_steps`.
+    Args: as in [`ExpertTrainer`]; `train_dataset` has an `expert_steps` column too.
 
     Raises:
         ValueError: `train_dataset` has no `expert_steps`.

@@ -86,15 +86,7 @@ class AlternatingTrainer(DemonstrationTrainer):
     The data loader moves on in SFT updates too, so the RL rows that come up in them are passed over: an epoch of
     `train_dataset` sees `rl_steps / (rl_steps + sft_steps)` of its rows, drawn anew in the next one.
 
-    Args:
-        sft_dataset ([`~datasets.Dataset`]):
-            Demonstrations in any of TRL's SFT formats.
-        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
-        optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory:
-            As in [`~trl.GRPOTrainer`]; `args` is an [`AlternatingConfig`].
-
-    Raises:
-        ValueError, TypeError, NotImplementedError: an argument cannot be used; the message names it and what to do.
+    Args and errors: as in [`DemonstrationTrainer`].
 
     Example:
 

@@ -44,10 +44,7 @@ class AOPDTrainer(OPDTrainer):
     them; here there is one, so the ratio is 1 and the gate that of the current student. Only the forward divergence is
     offered. The program's `aopd_threshold` is `-aopd_tau`.
 
-    Args:
-        model, teacher_model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers,
-        quantization_config, peft_config, tools:
-            As in [`OPDTrainer`], with an [`AOPDConfig`].
+    Args and errors: as in [`OPDTrainer`].
     """
 
     config_class = AOPDConfig

@@ -140,15 +140,7 @@ class CHORDTrainer(DemonstrationTrainer):
     - The paper takes 64 demonstrations for 256 rollouts; the default here is one for each group
       (`sft_per_device_train_batch_size`).
 
-    Args:
-        sft_dataset ([`~datasets.Dataset`]):
-            Demonstrations in any of TRL's SFT formats.
-        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
-        optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory:
-            As in [`~trl.GRPOTrainer`]; `args` is a [`CHORDConfig`].
-
-    Raises:
-        ValueError, TypeError, NotImplementedError: an argument cannot be used; the message names it and what to do.
+    Args and errors: as in [`DemonstrationTrainer`].
 
     Example:
 

@@ -158,10 +158,7 @@ class HPTTrainer(ShapedTrainer):
     - `preset="superrl"`: the rule for each question alone, not the variant with learned weights of the two losses; a
       negative reward is not right; advantages are divided by the standard deviation.
 
-    Args:
-        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
-        optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory:
-            As in [`~trl.GRPOTrainer`]; `train_dataset` has an `expert` column.
+    Args: as in [`ExpertTrainer`].
     """
 
     config_class = HPTConfig

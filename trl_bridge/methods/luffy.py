@@ -86,10 +86,7 @@ class LUFFYTrainer(ShapedTrainer):
     - `preset="code"`: advantages are not divided by the standard deviation and own ratios are not clipped;
       `policy_shaping="rl_plus"` has `V = 1`, as RL-PLUS's released code.
 
-    Args:
-        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
-        optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory:
-            As in [`~trl.GRPOTrainer`]; `train_dataset` has an `expert` column.
+    Args: as in [`ExpertTrainer`].
     """
 
     config_class = LUFFYConfig

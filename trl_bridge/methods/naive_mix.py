@@ -69,15 +69,7 @@ class NaiveMixTrainer(DemonstrationTrainer):
     - there the SFT term is not divided by the sequences that the RL term is divided by, so that its coefficient of 1.0
       weighs about as much as `sft_weight=0.1` does here with `loss_type="dr_grpo"` and `max_completion_length=8192`.
 
-    Args:
-        sft_dataset ([`~datasets.Dataset`]):
-            Demonstrations in any of TRL's SFT formats.
-        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
-        optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory:
-            As in [`~trl.GRPOTrainer`]; `args` is a [`NaiveMixConfig`].
-
-    Raises:
-        ValueError, TypeError, NotImplementedError: an argument cannot be used; the message names it and what to do.
+    Args and errors: as in [`DemonstrationTrainer`].
 
     Example:
 

@@ -128,10 +128,7 @@ class PrefixRFTTrainer(ExpertTrainer):
     - an entropy bonus (0.001 there) is off; `entropy_coef` acts on prefix tokens too, and so does `beta`;
     - the prefix counts in `max_completion_length`.
 
-    Args:
-        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
-        optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory:
-            As in [`~trl.GRPOTrainer`]; `train_dataset` has an `expert` column.
+    Args: as in [`ExpertTrainer`].
     """
 
     config_class = PrefixRFTConfig

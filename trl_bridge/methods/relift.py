@@ -156,10 +156,7 @@ class ReLIFTTrainer(ExpertTrainer):
     - `separate_optimizer=False` is ours: SFT and RL then share Adam's moments;
     - `preset="code"`: own ratios are not clipped.
 
-    Args:
-        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
-        optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory:
-            As in [`~trl.GRPOTrainer`]; `train_dataset` has an `expert` column.
+    Args: as in [`ExpertTrainer`].
     """
 
     config_class = ReLIFTConfig

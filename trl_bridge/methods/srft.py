@@ -109,10 +109,7 @@ class SRFTTrainer(LUFFYTrainer):
       advantages that are not divided by the standard deviation;
     - groups without trace train with `L_self` alone, so `expert_probability=0` is not GRPO.
 
-    Args:
-        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
-        optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory:
-            As in [`~trl.GRPOTrainer`]; `train_dataset` has an `expert` column.
+    Args: as in [`ExpertTrainer`].
     """
 
     config_class = SRFTConfig

@@ -121,10 +121,7 @@ class UFTTrainer(ExpertTrainer):
       the mean length of a continuation over `max_completion_length`;
     - the hint counts in `max_completion_length`, and a row that `mask_truncated_completions` leaves out loses its hint.
 
-    Args:
-        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
-        optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory:
-            As in [`~trl.GRPOTrainer`]; `train_dataset` has an `expert` column.
+    Args: as in [`ExpertTrainer`].
     """
 
     config_class = UFTConfig

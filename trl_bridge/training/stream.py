@@ -60,6 +60,9 @@ class DemonstrationTrainer(StudentTrainer):
         model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
         optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory:
             As in [`~trl.GRPOTrainer`].
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: an argument cannot be used; the message names it and what to do.
     """
 
     config_class: type[DemonstrationConfig] = DemonstrationConfig

@@ -1,12 +1,10 @@
 """What every trainer of ours adds to GRPO's plain student, whatever its objective."""
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, is_peft_model
-from datasets import Dataset, DatasetDict, IterableDataset
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -54,19 +52,13 @@ class StudentTrainer(ResumableTrainer):
     def __init__(
         self,
         model: "str | PreTrainedModel",
-        reward_funcs: Any = None,
-        args: Any = None,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset | IterableDataset | DatasetDict | dict[str, Dataset | IterableDataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-        quantization_config: Any = None,
-        peft_config: Any = None,
-        tools: list[Callable] | None = None,
-        rollout_func: Any = None,
-        environment_factory: Any = None,
+        *,
+        args: Any,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
+        peft_config: Any,
+        tools: Any,
+        environment_factory: Any,
+        **kwargs: Any,
     ):
         owner = type(self).__name__
         if tools or environment_factory:
@@ -78,22 +70,7 @@ class StudentTrainer(ResumableTrainer):
             raise NotImplementedError(f"{owner} does not support vision-language models: pass a tokenizer.")
         own_reference = args.beta != 0.0 and isinstance(model, PreTrainedModel) and peft_config is None
         with without_reference_model(args) if own_reference else contextlib.nullcontext():
-            super().__init__(
-                model=model,
-                reward_funcs=reward_funcs,
-                args=args,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                reward_processing_classes=reward_processing_classes,
-                callbacks=callbacks,
-                optimizers=optimizers,
-                quantization_config=quantization_config,
-                peft_config=peft_config,
-                tools=tools,
-                rollout_func=rollout_func,
-                environment_factory=environment_factory,
-            )
+            super().__init__(model, args=args, processing_class=processing_class, peft_config=peft_config, **kwargs)
         if isinstance(self.processing_class, ProcessorMixin):
             raise NotImplementedError(f"{owner} does not support vision-language models: pass a text-only `model`.")
         if self.aux_loss_enabled:
