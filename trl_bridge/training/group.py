@@ -43,7 +43,7 @@ class ExpertPlan:
 
 class ExpertTrainer(StudentTrainer):
     """
-    GRPO with experts in the rollout group: the base of LUFFY, SRFT, HPT, ReLIFT, UFT and Prefix-RFT.
+    GRPO with experts in the rollout group: the base of the group methods.
 
     The RL dataset has an `expert` column. For each generation batch: every group draws its trace; `expert_heads` says
     which rows begin with how much of it; the parent samples, scores with the reward functions (experts included) and
