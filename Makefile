@@ -30,7 +30,7 @@ stub: setup
 	$(BIN)/python -m tests.helpers.stub > trl_bridge/__init__.pyi
 
 mutants: setup
-	$(BIN)/python tests/mutants/run.py
+	$(BIN)/python tests/mutants/run.py -j 2
 
 benchmark: setup
 	$(BIN)/python benchmarks/step_overhead.py

@@ -1,21 +1,57 @@
 """
-Break the code on purpose, one patch at a time, and show which test notices.
+Break the code on purpose, one mutant at a time, and show which test notices.
 
-Each patch in this folder is applied to a copy of the tree; the tests named in its first line are run there. Usage:
-`python tests/mutants/run.py` (or `make mutants`). Exits non-zero where a mutant survives or no longer applies.
+Each entry of `mutants.toml` is applied to a copy of the tree, and the tests that it names are run there. Usage:
+`python tests/mutants/run.py [NAME ...] [-j N]` (or `make mutants`): all of them or those named, N at a time. Exits
+non-zero where a mutant survives or no longer applies.
 """
 
+import argparse
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 
 ROOT = Path(__file__).parents[2]
-PATCHES = sorted(Path(__file__).parent.glob("*.patch"))
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: list[str]
+
+    def applied(self, root: Path) -> str:
+        """The file's text with the mutant in it."""
+        text = (root / self.file).read_text(encoding="utf-8")
+        if text.count(self.old) != 1:
+            raise ValueError(
+                f"no longer applies: `old` is {text.count(self.old)} times in {self.file}, and must be there once"
+                f"{''.join(f'; it is in {path}' for path in self._elsewhere(root))}"
+            )
+        return text.replace(self.old, self.new)
+
+    def _elsewhere(self, root: Path) -> Iterator[str]:
+        for path in sorted((root / "trl_bridge").rglob("*.py")):
+            name = path.relative_to(root).as_posix()
+            if name != self.file and self.old in path.read_text(encoding="utf-8"):
+                yield name
+
+
+def load() -> dict[str, Mutant]:
+    """The mutants by name."""
+    entries = tomllib.loads(Path(__file__).with_name("mutants.toml").read_text(encoding="utf-8"))
+    return {name: Mutant(name, **entry) for name, entry in entries.items()}
 
 
 def copy_tree(folder: Path) -> None:
@@ -27,37 +63,41 @@ def copy_tree(folder: Path) -> None:
             shutil.copy(source, folder / name)
 
 
-def run(patch: Path) -> str | None:
-    """What went wrong with a mutant, or None where a test caught it."""
-    first = patch.read_text().splitlines()[0]
-    tests = re.split(r", (?=tests/)", first.removeprefix("# tests: "))  # a case's own name may have commas
-    with tempfile.TemporaryDirectory() as folder:
-        copy_tree(Path(folder))
-        applied = subprocess.run(["git", "apply", "-p1", str(patch)], cwd=folder, capture_output=True, text=True)
-        if applied.returncode != 0:
-            return f"no longer applies: {applied.stderr.strip()}"
-        environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "--no-header", *tests]
+def run(mutant: Mutant) -> bool:
+    """Whether a test catches it; says which."""
+    try:
+        text = mutant.applied(ROOT)
+    except (OSError, ValueError) as error:
+        print(f"SURVIVED  {mutant.name:40s} {error}", flush=True)
+        return False
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_tree(folder)
+        (folder / mutant.file).write_text(text, encoding="utf-8")
+        environment = {**os.environ, "PYTHONPATH": name, "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "--no-header", *mutant.tests]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        caught = re.findall(r"^FAILED (\S+)", done.stdout, flags=re.MULTILINE)
-        if done.returncode == 1 and caught:
-            print(f"caught    {patch.stem:40s} by {caught[0]}", flush=True)
-            return None
-        return f"survived (pytest exit {done.returncode}): {done.stdout[-500:]}"
+    caught = re.findall(r"^FAILED (.+?)(?: - .*)?$", done.stdout, flags=re.MULTILINE)
+    if done.returncode == 1 and caught:
+        print(f"caught    {mutant.name:40s} by {caught[0]}", flush=True)
+        return True
+    print(f"SURVIVED  {mutant.name:40s} pytest exit {done.returncode}: {done.stdout[-500:]}", flush=True)
+    return False
 
 
 def main() -> int:
-    if not PATCHES:
-        print("no patches found")
-        return 1
-    failures = 0
-    for patch in PATCHES:
-        problem = run(patch)
-        if problem is not None:
-            failures += 1
-            print(f"SURVIVED  {patch.stem:40s} {problem}", flush=True)
-    print(f"{len(PATCHES) - failures} of {len(PATCHES)} mutants caught")
-    return 1 if failures else 0
+    mutants = load()
+    parser = argparse.ArgumentParser(description="Break the code on purpose, and show which test notices.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="mutants to run (default: all)")
+    parser.add_argument("-j", "--jobs", type=int, default=1, help="how many to run at a time (default: %(default)s)")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(mutants):
+        parser.error(f"no mutant is called {', '.join(sorted(unknown))}")
+    chosen = [mutants[name] for name in arguments.names or mutants]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        caught = sum(pool.map(run, chosen))
+    print(f"{caught} of {len(chosen)} mutants caught")
+    return 0 if caught == len(chosen) else 1
 
 
 if __name__ == "__main__":
