@@ -133,3 +133,34 @@ def test_a_checkpoint_of_a_lora_baseline(tmp_path):
     trainer.save_model(tmp_path / "run" / "checkpoint-1")
     merge_adapter(tmp_path / "run" / "checkpoint-1", tmp_path / "out")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() == small_model().num_parameters()
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens", "q_proj"], ["q_proj"]])
+def test_tied_weights_are_untied_where_the_adapter_tells_them_apart(targets, tmp_path):
+    model = small_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "tied")
+    tiny_tokenizer().save_pretrained(tmp_path / "tied")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
+    assert base.get_input_embeddings().weight is base.get_output_embeddings().weight
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=targets, task_type="CAUSAL_LM")
+    adapted = get_peft_model(base, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        expected = adapted.eval()(input_ids=ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(
+            merge_adapter(tmp_path / "adapter", tmp_path / "out", str(tmp_path / "tied"))
+        )
+        assert torch.allclose(plain.eval()(input_ids=ids).logits, expected, atol=1e-4)
+    assert plain.config.tie_word_embeddings == (targets == ["q_proj"])
+
+
+def test_a_merge_that_changes_the_model_is_refused(adapter, tmp_path, monkeypatch):
+    from peft.tuners.lora import Linear
+
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: torch.ones_like(self.get_base_layer().weight))
+    with pytest.raises(ValueError, match="is not what .* trained: its logits are off"):
+        merge_adapter(adapter, tmp_path / "out")
