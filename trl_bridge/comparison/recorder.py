@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from .tasks.addition import Task
+from .tasks.task import BuiltTask
 
 
 __all__ = ["Recorder"]
@@ -50,7 +50,7 @@ _PARTS = 20
 class Recorder(TrainerCallback):
     """Follows a training with `logging_steps=1`, both stages of a cold start."""
 
-    def __init__(self, task: Task, points: int, cold_start: bool = False, stop_after: int | None = None):
+    def __init__(self, task: BuiltTask, points: int, cold_start: bool = False, stop_after: int | None = None):
         self.task, self.points, self.cold_start, self.stop_after = task, points, cold_start, stop_after
         self.curve: list[dict[str, float]] = []
         self.first: list[dict[str, float]] = []

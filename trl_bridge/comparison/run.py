@@ -17,15 +17,15 @@ import torch
 
 from .plan import Run
 from .recorder import Recorder
-from .tasks.addition import Task
 from .tasks.specs import TaskSpec
+from .tasks.task import BuiltTask
 from .trainers import build_trainer, sample_offline
 
 
-__all__ = ["execute"]
+__all__ = ["execute", "policy_of"]
 
 _PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate", "datasets")
-_TASKS: dict[str, Task] = {}
+_TASKS: dict[str, BuiltTask] = {}
 # High-water mark of this process, and where Linux lets it be set back.
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -49,13 +49,13 @@ def execute(run: Run, cache: str | None = None, stop_after: int | None = None) -
         try:
             trainer.train()
         except (RuntimeError, ValueError) as error:
-            if _is_finite(_policy(trainer)):
+            if _is_finite(policy_of(trainer)):
                 raise
             diverged = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         seconds = before[0] + time.perf_counter() - clocks[0] - recorder.away[0]
         cpu_seconds = before[1] + time.process_time() - clocks[1] - recorder.away[1]
         peak = _peak()
-        policy = _policy(trainer)
+        policy = policy_of(trainer)
         if diverged is None and not _is_finite(policy):
             diverged = "the weights are not finite"
         scores = {} if diverged else {split: _rounded(task.score(policy, split)) for split in _splits(run, task)}
@@ -88,12 +88,12 @@ def execute(run: Run, cache: str | None = None, stop_after: int | None = None) -
     return {**record, "diverged": diverged} if diverged else record
 
 
-def _splits(run: Run, task: Task) -> list[str]:
+def _splits(run: Run, task: BuiltTask) -> list[str]:
     # The test rows are looked at once, by the runs whose learning rate is chosen.
     return ["validation"] if run.phase == "validation" else [name for name in ("test", "ood") if name in task.splits]
 
 
-def _task(spec: TaskSpec, seed: int, cache: str | None) -> Task:
+def _task(spec: TaskSpec, seed: int, cache: str | None) -> BuiltTask:
     """The task; the last one is kept, for runs that differ in the method come one after another."""
     key = repr((spec, seed, cache))
     if key not in _TASKS:
@@ -127,7 +127,8 @@ def _cpu() -> str:
     return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
-def _policy(trainer: Any) -> Any:
+def policy_of(trainer: Any) -> Any:
+    """The trained model."""
     # A cold start holds the trainer of its second stage.
     inner = getattr(trainer, "trainer", trainer)
     return inner.accelerator.unwrap_model(inner.model)

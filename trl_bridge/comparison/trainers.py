@@ -12,8 +12,8 @@ from ..methods.catalogue import METHODS, Method
 from ..rewards.noise import noisy
 from .file import Comparison, Row
 from .plan import Run, runs_of
-from .tasks.addition import Task
 from .tasks.scored_rollouts import SAMPLING, scored_rollouts
+from .tasks.task import BuiltTask
 
 
 __all__ = ["build_trainer", "check_rows", "config_fields", "sample_offline"]
@@ -77,7 +77,7 @@ def check_rows(comparison: Comparison, output_dir: str) -> None:
             raise type(error)(f"`methods: {row.name}`: {error}") from error
 
 
-def sample_offline(run: Run, task: Task, output_dir: str) -> Dataset | None:
+def sample_offline(run: Run, task: BuiltTask, output_dir: str) -> Dataset | None:
     """Rollouts that are made before training, for a method that makes none: as many as its updates read."""
     if run.row.family != "scored":
         return None
@@ -89,7 +89,9 @@ def sample_offline(run: Run, task: Task, output_dir: str) -> Dataset | None:
     return scored_rollouts(task, teacher, number, run.seed, sampling, Path(output_dir))
 
 
-def build_trainer(run: Run, task: Task, output_dir: str, callbacks: list[Any], rollouts: Dataset | None = None) -> Any:
+def build_trainer(
+    run: Run, task: BuiltTask, output_dir: str, callbacks: list[Any], rollouts: Dataset | None = None
+) -> Any:
     """The trainer of a run, ready to train."""
     method = METHODS[run.row.method]
     arguments: dict[str, Any] = {
