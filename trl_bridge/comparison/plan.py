@@ -10,6 +10,7 @@ from .file import Comparison, Row, Setting
 
 
 __all__ = [
+    "Records",
     "Run",
     "all_runs",
     "best_rate",
