@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .file import Comparison, parse_comparison, read_values
 from .pictures import check_matplotlib, new_figure, style
 from .plan import Run, runs_of
-from .recorder import Recorder
+from .recorder import Recorder, Stopwatch
 from .run import policy_of
 from .tasks.addition import greedy_answers
 from .tasks.task import BuiltTask, Scores
@@ -42,13 +42,7 @@ class Curve:
 
 def run_demo(steps: int, base_steps: int, wrong_share: float, seed: int, output_dir: str) -> None:
     """Train, tabulate, draw, save."""
-    options = {
-        "steps": steps,
-        "base_steps": base_steps,
-        "wrong_share": wrong_share,
-        "seed": seed,
-        "output_dir": output_dir,
-    }
+    options = dict(steps=steps, base_steps=base_steps, wrong_share=wrong_share, seed=seed, output_dir=output_dir)
     check_matplotlib()
     # Matrices of 64 columns gain nothing from a second thread, and lose much where other programs run beside.
     torch.set_num_threads(1)
@@ -59,10 +53,9 @@ def run_demo(steps: int, base_steps: int, wrong_share: float, seed: int, output_
     output.mkdir(parents=True, exist_ok=True)
     comparison = demo_comparison(steps, base_steps, wrong_share, seed)
     (setting,), (rate,) = comparison.settings, comparison.learning_rates
-    rollouts = comparison.trainer["per_device_train_batch_size"]
     print(
         f"Sums of two numbers up to 49, {wrong_share:.0%} of 400 demonstrations wrong, {steps} updates of "
-        f"{rollouts} rollouts for each method, seed {seed}."
+        f"{comparison.trainer['per_device_train_batch_size']} rollouts for each method, seed {seed}."
     )
     print("Training the base model ...")
     task = setting.task.build(seed)
@@ -70,17 +63,12 @@ def run_demo(steps: int, base_steps: int, wrong_share: float, seed: int, output_
     curves = [train(run, task) for row in comparison.rows for run in runs_of(comparison, row, setting, rate)]
     title = f"Sums of two numbers, {wrong_share:.0%} of the demonstrations wrong (seed {seed})"
     draw(curves, base, title, output / "curves.png")
-    last = curves[-1]
-    last.model.save_pretrained(output / "model")
-    task.tokenizer.save_pretrained(output / "model")
-    methods = {curve.name: {"seconds": round(curve.seconds, 1), "points": curve.points} for curve in curves}
-    results = {"options": options, "base": base, "methods": methods}
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{_table(base, curves)}\n\n{_before_and_after(task, last)}")
+    _save(curves, base, task, options, output)
+    print(f"\n{_table(base, curves)}\n\n{_before_and_after(task, curves[-1])}")
     print(
         f"\nCurves:        {output / 'curves.png'}\n"
         f"All numbers:   {output / 'results.json'}\n"
-        f"Trained model: {output / 'model'} ({last.name}; AutoModelForCausalLM.from_pretrained loads it)\n"
+        f"Trained model: {output / 'model'} ({curves[-1].name}; AutoModelForCausalLM.from_pretrained loads it)\n"
         f"One seed on a toy task: it shows how the methods behave, not how good they are. {time.perf_counter() - start:.0f} s "
         "in all."
     )
@@ -89,10 +77,18 @@ def run_demo(steps: int, base_steps: int, wrong_share: float, seed: int, output_
 def demo_comparison(steps: int, base_steps: int, wrong_share: float, seed: int) -> Comparison:
     """The demo's comparison with the command's options."""
     values = read_values("comparison/demo")
-    values["task"] |= {"base_steps": base_steps, "wrong_share": wrong_share}
-    values["settings"] = {"demo": None}
+    values["task"]["base_steps"] = base_steps
+    values["settings"]["demo"]["wrong_share"] = wrong_share
     values["methods"]["cold start"]["sft_max_steps"] = steps
     return parse_comparison({**values, "steps": steps, "seeds": [seed]})
+
+
+def _save(curves: list[Curve], base: Scores, task: BuiltTask, options: dict[str, Any], output: Path) -> None:
+    curves[-1].model.save_pretrained(output / "model")
+    task.tokenizer.save_pretrained(output / "model")
+    methods = {curve.name: {"seconds": round(curve.seconds, 1), "points": curve.points} for curve in curves}
+    results = {"options": options, "base": base, "methods": methods}
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def train(run: Run, task: BuiltTask) -> Curve:
@@ -102,10 +98,9 @@ def train(run: Run, task: BuiltTask) -> Curve:
         # Trainers print a line for each update.
         with contextlib.redirect_stdout(nowhere):
             trainer = build_trainer(run, task, scratch, [recorder, _Bar(run.row.name, recorder)])
-            start = time.perf_counter()
-            trainer.train()
-        seconds = time.perf_counter() - start - recorder.away[0]
-        return Curve(run.row.name, recorder.curve, policy_of(trainer), seconds)
+            with Stopwatch() as spent:
+                trainer.train()
+        return Curve(run.row.name, recorder.curve, policy_of(trainer), spent.wall - recorder.away.wall)
 
 
 class _Bar(transformers.TrainerCallback):

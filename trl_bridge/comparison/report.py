@@ -10,7 +10,7 @@ from .file import Comparison, Row, Setting
 from .plan import Records, best_rate, runs_of, tuning_runs, validation_scores
 
 
-__all__ = ["Difference", "Result", "overview", "report", "results_of"]
+__all__ = ["Difference", "Result", "Results", "overview", "report", "results_of"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ...data.addition import addition_dataset, addition_pairs, worked_dataset
 from ...models import tiny_tokenizer
 from ...rewards.arithmetic_rewards import answer_reward
 from ...rewards.completions import Completion, message_text
-from .addition_models import answer_probability, make_base, make_teacher
+from .addition_models import AdditionModels, answer_probability
 from .specs import AdditionSpec
 from .task import BuiltTask, Scores
 
@@ -37,18 +37,16 @@ def make_task(spec: AdditionSpec, seed: int, cache: Path | None = None) -> Built
     tokenizer = tiny_tokenizer("0123456789+=,|" if spec.worked else "0123456789+=")
     dataset = worked_dataset if spec.worked else functools.partial(addition_dataset, wrong_kind=spec.wrong_kind)
     rows = {name: dataset(pairs) for name, pairs in splits.items() if pairs}
-    teacher = None
-    if spec.has_teacher:
-        teacher = functools.partial(make_teacher, tokenizer, known, rows["validation"], spec, seed, cache)
+    models = AdditionModels(tokenizer, known, rows.get("validation"), spec, seed, cache)
     return BuiltTask(
         tokenizer,
-        make_base(tokenizer, known, rows.get("validation"), spec, seed, cache),
+        models.base(),
         dataset(known[: spec.train_size]).remove_columns("completion"),
         dataset(known[: spec.demonstrations_size], spec.wrong_share, seed + 1),
         rows,
         _zero_paid_reward if spec.leading_zero_pays else answer_reward,
         functools.partial(_score, forms=_paid_forms if spec.leading_zero_pays else _one_form),
-        teacher,
+        models.teacher if spec.has_teacher else None,
         _MAX_WORKED_TOKENS if spec.worked else _MAX_NEW_TOKENS,
         _steps if spec.worked else None,
     )
