@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -58,6 +60,13 @@ def test_the_picture_tells_lines_apart_without_colour(tmp_path, monkeypatch):
     assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == len(METHODS)
     assert list(lines[0].get_xdata()) == [0, 320] and list(lines[0].get_ydata()) == [0.1, 0.5]
     assert axes.get_xlabel().startswith("rollouts") and "accuracy" in axes.get_ylabel()
+
+
+def test_its_help_needs_no_torch():
+    code = "import sys; from trl_bridge import cli; cli.main(['demo', '--help'])"
+    code = f"import atexit; atexit.register(lambda: print('torch' in sys.modules)); {code}"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout
+    assert "--wrong_share" in shown and shown.splitlines()[-1] == "False"
 
 
 def test_missing_matplotlib_is_said_before_training(monkeypatch):
