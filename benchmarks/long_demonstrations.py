@@ -12,7 +12,6 @@ as two features), the weight that they give the demonstrations and how well they
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import re
@@ -23,11 +22,11 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from pydantic import NonNegativeInt
 from trl import SFTConfig, SFTTrainer
 
 from trl_bridge import BridgeTrainer
 from trl_bridge.cli.compare import main
-from trl_bridge.comparison.tasks.reasoning_gym import make_task
 from trl_bridge.comparison.tasks.specs import TASKS, ReasoningGymSpec
 from trl_bridge.methods.catalogue import METHODS
 from trl_bridge.objectives.weights import fit_judge, judge_weight
@@ -36,7 +35,6 @@ from trl_bridge.objectives.weights import fit_judge, judge_weight
 LOG = "BENCHMARK_JUDGE_LOG"
 
 
-@dataclasses.dataclass(frozen=True)
 class LongSpec(ReasoningGymSpec):
     """
     `chain_sum` with each line of the worked solutions put into words.
@@ -44,12 +42,12 @@ class LongSpec(ReasoningGymSpec):
     The model may begin with SFT updates on the solutions as they are: 4 of them an update, at the rate of the comparison.
     """
 
-    short_updates: int = 0
+    short_updates: NonNegativeInt = 0
 
     later_fields = ("short_updates",)
 
     def build(self, seed, cache=None):
-        task = make_task(self, seed)
+        task = super().build(seed, cache)
         if self.short_updates:
             taught = task.fresh_model()
             with tempfile.TemporaryDirectory() as folder:

@@ -44,7 +44,7 @@ def test_experts_are_the_same_demonstrations(task):
 def test_the_base_model_depends_on_the_seed_alone(task, tmp_path):
     weight = "model.layers.0.mlp.up_proj.weight"
     torch.manual_seed(9)
-    again = dataclasses.replace(SPEC, wrong_share=1.0, train_size=800).build(0, tmp_path)
+    again = SPEC.model_copy(update={"wrong_share": 1.0, "train_size": 800}).build(0, tmp_path)
     stored = SPEC.build(0, tmp_path)
     other = SPEC.build(1, tmp_path)
     assert torch.equal(task.base.state_dict()[weight], again.base.state_dict()[weight])
@@ -54,25 +54,27 @@ def test_the_base_model_depends_on_the_seed_alone(task, tmp_path):
 
 
 def test_the_base_model_stops_where_it_is_told_to(task):
-    spec = dataclasses.replace(SPEC, base_steps=300, base_probability=0.01, base_rate=3e-3)
+    spec = SPEC.model_copy(update={"base_steps": 300, "base_probability": 0.01, "base_rate": 3e-3})
     base = spec.build(0)
     assert 0.01 <= base.score(base.base, "validation")["probability"] < 0.04
 
 
 def test_the_teacher_is_another_model_and_made_when_it_is_wanted(task, tmp_path):
     assert task.teacher is None and task.fresh_teacher() is None
-    spec = dataclasses.replace(SPEC, base_steps=300, base_probability=0.001, base_rate=3e-3, teacher_probability=0.01)
+    spec = SPEC.model_copy(
+        update={"base_steps": 300, "base_probability": 0.001, "base_rate": 3e-3, "teacher_probability": 0.01}
+    )
     built = spec.build(0, tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
     assert 0.01 <= built.score(built.teacher, "validation")["probability"] < 0.04
-    stored = dataclasses.replace(spec, wrong_share=1.0, reward_flip=0.5).build(0, tmp_path)
+    stored = spec.model_copy(update={"wrong_share": 1.0, "reward_flip": 0.5}).build(0, tmp_path)
     weights = [each.state_dict()["lm_head.weight"] for each in (built.teacher, stored.teacher, built.base)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     fresh = built.fresh_teacher()
     assert fresh is not built.teacher and torch.equal(fresh.state_dict()["lm_head.weight"], weights[0])
     with pytest.raises(ValueError, match="After `base_steps: 11` updates the teacher of seed 0 has not reached"):
-        _ = dataclasses.replace(spec, base_steps=11, teacher_probability=0.9).build(0).teacher
+        _ = spec.model_copy(update={"base_steps": 11, "teacher_probability": 0.9}).build(0).teacher
 
 
 def test_sums_worked_in_steps():
@@ -113,7 +115,7 @@ def test_the_task_of_steps(tmp_path):
 
 
 def test_a_form_of_its_own_that_is_paid(task, tmp_path):
-    other = dataclasses.replace(SPEC, wrong_share=1.0, wrong_kind="leading-zero", leading_zero_pays=True)
+    other = SPEC.model_copy(update={"wrong_share": 1.0, "wrong_kind": "leading-zero", "leading_zero_pays": True})
     built = other.build(0, tmp_path)
     SPEC.build(0, tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1

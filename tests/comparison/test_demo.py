@@ -1,13 +1,18 @@
 import json
+import subprocess
+import sys
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 from trl_bridge import cli
-from trl_bridge.comparison import demo as picture
-from trl_bridge.comparison import demo as run
+from trl_bridge.cli import demo
 from trl_bridge.comparison import pictures
-from trl_bridge.comparison.demo import METHODS, Curve
+from trl_bridge.comparison.demo import Curve, demo_comparison, draw
+from trl_bridge.comparison.file import load_comparison
+
+
+METHODS = [row.name for row in load_comparison("comparison/demo").rows]
 
 
 def test_the_whole_demo(tmp_path, capsys):
@@ -16,7 +21,7 @@ def test_the_whole_demo(tmp_path, capsys):
     assert cli.main(["demo", *options]) == 0
     shown = capsys.readouterr().out
     results = json.loads((output / "results.json").read_text())
-    assert list(results["methods"]) == list(METHODS)
+    assert list(results["methods"]) == METHODS
     table = [line for line in shown.splitlines() if line.startswith("| ")]
     assert len(table) == 1 + 1 + len(METHODS)
     for name, result in results["methods"].items():
@@ -35,13 +40,21 @@ def test_the_whole_demo(tmp_path, capsys):
     assert sorted(path.name for path in output.iterdir()) == ["curves.png", "model", "results.json"]
 
 
+def test_the_commands_defaults_are_those_of_the_file():
+    assert demo_comparison(120, 600, 0.5, 0) == load_comparison("comparison/demo")
+    changed = demo_comparison(7, 9, 0.25, 3)
+    assert (changed.steps, changed.seeds, changed.row("cold start").fields["sft_max_steps"]) == (7, [3], 7)
+    (setting,) = changed.settings
+    assert (setting.task.base_steps, setting.task.wrong_share) == (9, 0.25)
+
+
 def test_the_picture_tells_lines_apart_without_colour(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path, dpi: drawn.append(self))
     points = [{"rollouts": 0, "accuracy": 0.1}, {"rollouts": 320, "accuracy": 0.5}]
-    picture.draw([Curve(name, points) for name in METHODS], {"accuracy": 0.1}, "title", tmp_path / "x.png")
+    draw([Curve(name, points) for name in METHODS], {"accuracy": 0.1}, "title", tmp_path / "x.png")
     (axes,) = drawn[0].axes
     lines = axes.get_lines()[1:]
     assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == len(METHODS)
@@ -49,10 +62,17 @@ def test_the_picture_tells_lines_apart_without_colour(tmp_path, monkeypatch):
     assert axes.get_xlabel().startswith("rollouts") and "accuracy" in axes.get_ylabel()
 
 
+def test_its_help_needs_no_torch():
+    code = "import sys; from trl_bridge import cli; cli.main(['demo', '--help'])"
+    code = f"import atexit; atexit.register(lambda: print('torch' in sys.modules)); {code}"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout
+    assert "--wrong_share" in shown and shown.splitlines()[-1] == "False"
+
+
 def test_missing_matplotlib_is_said_before_training(monkeypatch):
     monkeypatch.setattr(pictures.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install 'trl-bridge\\[demo\\]'"):
-        run.main(["--steps", "1"])
+        demo.main(["--steps", "1"])
 
 
 @pytest.mark.parametrize(
@@ -61,4 +81,4 @@ def test_missing_matplotlib_is_said_before_training(monkeypatch):
 )
 def test_wrong_options(options, said):
     with pytest.raises(ValueError, match=said):
-        run.main(options)
+        demo.main(options)

@@ -27,7 +27,7 @@ TOOLS: dict[str, tuple[str, str]] = {
     ),
     "data": ("trl_bridge.cli.data:main", "list, show, check and prepare datasets"),
     "demo": (
-        "trl_bridge.comparison.demo:main",
+        "trl_bridge.cli.demo:main",
         "compare GRPO, cold start and BRIDGE on a small task, in minutes on a CPU",
     ),
     "env": ("trl_bridge.cli.command:env", "print versions, for bug reports"),

@@ -3,34 +3,65 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from ..methods.catalogue import METHODS
 from ..recipes import find_recipe
-from .tasks.specs import TASKS, TaskSpec
+from .tasks.specs import TASKS, Number, Strict, TaskSpec
 
 
-__all__ = ["Comparison", "Row", "Setting", "load_comparison", "parse_comparison"]
+__all__ = ["Comparison", "Row", "Setting", "load_comparison", "parse_comparison", "read_values"]
 
-# YAML reads `1e-3` as text: it wants `1.0e-3`.
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 # Families of methods that read demonstrations, and of those that read a teacher.
 _WITH_DEMONSTRATIONS = ("bridge", "stream", "group", "sft")
 _WITH_TEACHER = ("distillation", "scored")
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A row of the table: a method with fields of its config."""
+class _Loader(yaml.SafeLoader):
+    """Reads `1e-3` as the number that it is, and not as text, as YAML 1.1 does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+$"), list("+-.0123456789")
+)
+
+
+def _different(values: list[Any]) -> list[Any]:
+    if len(set(values)) < len(values):
+        raise ValueError("Input should be a list of different values")
+    return values
+
+
+_Different = AfterValidator(_different)
+_Mapping = Annotated[dict[str, Any], BeforeValidator(lambda given: {} if given is None else given)]
+_Names = Annotated[list[str], BeforeValidator(lambda given: [] if given is None else given)]
+_Some = Field(min_length=1)
+
+
+class Row(Strict, extra="allow"):
+    """A row of the table: a method, with fields of its config beside what is named here."""
 
     name: str
     method: str
-    fields: dict[str, Any]
-    times_learning_rate: dict[str, float]
+    times_learning_rate: Annotated[dict[str, Number], BeforeValidator(lambda given: given or {})] = {}
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Fields of the method's config."""
+        return self.model_extra or {}
 
     @property
     def family(self) -> str:
@@ -62,21 +93,37 @@ class Setting:
     task: TaskSpec
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
+class _Plan(Strict):
+    seeds: Annotated[list[int], _Some, _Different]
+    validation_seeds: Annotated[list[int], _Different] = [1000]
+    learning_rates: Annotated[list[PositiveFloat], _Some, _Different]
+    steps: PositiveInt
+    points: PositiveInt = 10
+    trainer: _Mapping = {}
+    references: _Names = []
+    curves: _Names = []
+    output_dir: str = "outputs/comparison"
+
+    @model_validator(mode="after")
+    def _seeds_are_apart(self) -> "_Plan":
+        if not self.validation_seeds and len(self.learning_rates) > 1:
+            raise ValueError("`validation_seeds` is empty, so `learning_rates` must be one rate")
+        if both := set(self.seeds) & set(self.validation_seeds):
+            raise ValueError(f"`seeds` and `validation_seeds` must not share seeds, and both have {min(both)}")
+        return self
+
+
+class _File(_Plan):
+    task: _Mapping
+    settings: Annotated[dict[str, _Mapping], _Some]
+    methods: Annotated[dict[str, _Mapping], _Some]
+
+
+class Comparison(_Plan):
     """Methods x settings x seeds."""
 
     settings: list[Setting]
     rows: list[Row]
-    seeds: list[int]
-    validation_seeds: list[int]
-    learning_rates: list[float]
-    steps: int
-    points: int
-    trainer: dict[str, Any]
-    references: list[str]
-    curves: list[str]
-    output_dir: str
 
     def row(self, name: str) -> Row:
         """The row of a name."""
@@ -84,120 +131,101 @@ class Comparison:
 
     def only(self, rows: Iterable[str] | None = None, settings: Iterable[str] | None = None) -> "Comparison":
         """A part of the comparison."""
-        kept: dict[str, Any] = {}
-        for field, wanted in (("rows", rows), ("settings", settings)):
-            if wanted is not None:
-                names = [each.name for each in getattr(self, field)]
-                chosen = {_known(name, names, f"--{'methods' if field == 'rows' else field}") for name in wanted}
-                kept[field] = [each for each in getattr(self, field) if each.name in chosen]
-        changed = dataclasses.replace(self, **kept)
-        present = {row.name for row in changed.rows}
-        return dataclasses.replace(
-            changed,
-            references=[name for name in self.references if name in present],
-            curves=[name for name in self.curves if name in present],
+        kept_rows = _chosen(self.rows, rows, "--methods")
+        present = {row.name for row in kept_rows}
+        return self.model_copy(
+            update={
+                "rows": kept_rows,
+                "settings": _chosen(self.settings, settings, "--settings"),
+                "references": [name for name in self.references if name in present],
+                "curves": [name for name in self.curves if name in present],
+            }
         )
 
 
 def load_comparison(name: str | Path) -> Comparison:
     """Read a comparison."""
+    return parse_comparison(read_values(name), str(find_recipe(name)))
+
+
+def read_values(name: str | Path) -> Any:
+    """The values of a comparison's YAML file."""
     path = find_recipe(name)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
-    return parse_comparison(values, str(path))
 
 
 def parse_comparison(values: Any, source: str = "the comparison") -> Comparison:
     """A comparison from the values of a YAML file."""
-    values = _mapping(_numbers(values), source)
-    keys = {"task", "settings", "methods"} | {field.name for field in dataclasses.fields(Comparison)} - {"rows"}
-    for key in values:
-        _known(key, sorted(keys), source)
-    missing = [key for key in ("task", "settings", "methods", "seeds", "learning_rates", "steps") if key not in values]
-    if missing:
-        raise ValueError(f"{source}: `{missing[0]}` is missing")
-    names = list(_mapping(values["methods"], "`methods`"))
-    comparison = Comparison(
-        settings=_settings(values),
-        rows=[_row(name, fields) for name, fields in values["methods"].items()],
-        seeds=_list(values, "seeds", int),
-        validation_seeds=_list({"validation_seeds": [1000], **values}, "validation_seeds", int, empty=True),
-        learning_rates=_list(values, "learning_rates", float),
-        steps=_positive(values, "steps"),
-        points=_positive(values, "points") if "points" in values else 10,
-        trainer=_mapping(values.get("trainer") or {}, "`trainer`"),
-        references=[_known(name, names, "`references`") for name in values.get("references") or []],
-        curves=[_known(name, names, "`curves`") for name in values.get("curves") or names[:6]],
-        output_dir=str(values.get("output_dir", "outputs/comparison")),
+    file = _checked(_File, values, source)
+    names = list(file.methods)
+    for key in ("references", "curves"):
+        for name in getattr(file, key):
+            _known(name, names, f"`{key}`")
+    plan = {name: getattr(file, name) for name in _Plan.model_fields}
+    return Comparison(
+        **{**plan, "curves": file.curves or names[:6]},
+        settings=[_setting(name, file.task | changes) for name, changes in file.settings.items()],
+        rows=[_row(name, fields) for name, fields in file.methods.items()],
     )
-    if not comparison.validation_seeds and len(comparison.learning_rates) > 1:
-        raise ValueError(f"{source}: `validation_seeds` is empty, so `learning_rates` must be one rate")
-    both = set(comparison.seeds) & set(comparison.validation_seeds)
-    if both:
-        raise ValueError(f"{source}: `seeds` and `validation_seeds` must not share seeds, and both have {min(both)}")
-    return comparison
 
 
-def _settings(values: dict[str, Any]) -> list[Setting]:
-    task = _mapping(values["task"], "`task`")
-    kind = TASKS[_known(task.get("name"), list(TASKS), "`task: name`")]
-    fields = [field.name for field in dataclasses.fields(kind)]
-    settings = []
-    for name, changes in _mapping(values["settings"], "`settings`").items():
-        place = f"`settings: {name}`"
-        changed = {key: value for key, value in task.items() if key != "name"} | _mapping(changes or {}, place)
-        for key in changed:
-            _known(key, fields, place)
-        try:
-            settings.append(Setting(str(name), kind(**changed)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{place}: {error}") from error
-    if not settings:
-        raise ValueError("`settings` is empty")
-    return settings
+def _setting(name: str, fields: dict[str, Any]) -> Setting:
+    kind = TASKS[_known(fields.get("name"), TASKS, "`task: name`")]
+    fields = {key: value for key, value in fields.items() if key != "name"}
+    return Setting(name, _checked(kind, fields, f"`settings: {name}`"))
 
 
-def _row(name: Any, fields: Any) -> Row:
+def _row(name: str, fields: dict[str, Any]) -> Row:
     place = f"`methods: {name}`"
-    own = dict(_mapping(fields or {}, place))
-    method = _known(own.pop("method", name), list(METHODS), place)
-    times = _mapping(own.pop("times_learning_rate", None) or {}, place)
-    return Row(str(name), method, own, times)
+    _known(fields.get("method", name), METHODS, place)
+    return _checked(Row, {"method": name, **fields, "name": name}, place)
 
 
-def _mapping(value: Any, place: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{place} must be a mapping of names to values, got {value!r}")
-    return value
+_Part = TypeVar("_Part", Row, Setting)
 
 
-def _list(values: Mapping[str, Any], key: str, kind: type, empty: bool = False) -> list[Any]:
-    given = values[key]
-    right = isinstance(given, list) and (given or empty) and all(type(each) in (int, kind) for each in given)
-    if not right or len(set(given)) != len(given) or (kind is float and min(given) <= 0):
-        raise ValueError(
-            f"`{key}` must be a list of different {'rates' if kind is float else 'integers'}, got {given!r}"
-        )
-    return [kind(each) for each in given]
+def _chosen(parts: list[_Part], names: Iterable[str] | None, place: str) -> list[_Part]:
+    if names is None:
+        return parts
+    there = [part.name for part in parts]
+    chosen = {_known(name, there, place) for name in names}
+    return [part for part in parts if part.name in chosen]
 
 
-def _positive(values: Mapping[str, Any], key: str) -> int:
-    if type(values[key]) is not int or values[key] < 1:
-        raise ValueError(f"`{key}` must be an integer of at least 1, got {values[key]!r}")
-    return values[key]
+_Kind = TypeVar("_Kind", bound=Strict)
 
 
-def _numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _numbers(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_numbers(each) for each in value]
-    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+def _checked(kind: type[_Kind], values: Any, place: str) -> _Kind:
+    """The values as what they are; what is wrong with them is one line that names the key."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        # A key that is there under another name is missing too.
+        first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+        if first["type"] == "extra_forbidden":
+            _known(first["loc"][-1], kind.model_fields, place)
+        key = ": ".join(part for part in first["loc"] if isinstance(part, str))
+        raise ValueError(_sentence(f"{place}: `{key}`" if key else place, **first)) from error
 
 
-def _known(name: Any, names: list[str], place: str) -> str:
+def _sentence(place: str, type: str, msg: str, input: Any, **others: Any) -> str:
+    """A sentence about what pydantic found."""
+    if type == "missing":
+        return f"{place} is missing"
+    if type == "too_short":
+        return f"{place} is empty"
+    if type in ("dict_type", "model_type"):
+        msg = "Input should be a mapping of names to values"
+    said = msg.removeprefix("Value error, ")
+    wanted = said.removeprefix("Input should be ")
+    return f"{place}: {said}" if wanted == said else f"{place} must be {wanted}, got {input!r}"
+
+
+def _known(name: Any, names: Iterable[str], place: str) -> str:
+    names = list(names)
     if name in names:
         return name
     nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)

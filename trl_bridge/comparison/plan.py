@@ -10,6 +10,7 @@ from .file import Comparison, Row, Setting
 
 
 __all__ = [
+    "Records",
     "Run",
     "all_runs",
     "best_rate",
@@ -38,25 +39,20 @@ class Run:
 
     @property
     def content(self) -> dict[str, Any]:
-        """
-        All that the result depends on, as JSON values.
-
-        Neither names nor what the method does not read: GRPO among good demonstrations and among wrong ones is one run.
-        """
-        task = dataclasses.asdict(self.setting.task)
+        """All that the result depends on, as JSON values."""
+        # Neither names nor what the method does not read: GRPO among good demonstrations and among wrong ones is one run.
+        task, fields = self.setting.task, type(self.setting.task).model_fields
+        unread = () if self.row.reads_demonstrations else task.demonstration_fields
+        unread += () if self.row.reads_rewards else task.reward_fields
+        unread += () if self.row.reads_teacher else task.teacher_fields
         # At their default as if they were not there: the runs from before they were keep their keys.
-        for field in dataclasses.fields(self.setting.task):
-            if field.name in self.setting.task.later_fields and task[field.name] == field.default:
-                del task[field.name]
-        unread = () if self.row.reads_demonstrations else self.setting.task.demonstration_fields
-        unread += () if self.row.reads_rewards else self.setting.task.reward_fields
-        unread += () if self.row.reads_teacher else self.setting.task.teacher_fields
+        unread += tuple(name for name in task.later_fields if getattr(task, name) == fields[name].default)
         return {
             "method": self.row.method,
             "fields": self.row.fields,
             "times_learning_rate": self.row.times_learning_rate,
             "trainer": self.trainer,
-            "task": [type(self.setting.task).__name__, {k: v for k, v in task.items() if k not in unread}],
+            "task": [type(task).__name__, task.model_dump(exclude=set(unread))],
             "phase": self.phase,
             "seed": self.seed,
             "learning_rate": self.learning_rate,

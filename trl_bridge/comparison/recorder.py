@@ -1,17 +1,20 @@
 """What a run leaves behind: points of its learning curve, what it cost, and the quantities that explain it."""
 
+import functools
+import itertools
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from .tasks.addition import Task
+from .tasks.task import BuiltTask
 
 
-__all__ = ["Recorder"]
+__all__ = ["Recorder", "Stopwatch", "short"]
 
 _FIRST_STEPS = 3
 _FIRST = (
@@ -47,10 +50,25 @@ _SERIES = (
 _PARTS = 20
 
 
+class Stopwatch:
+    """Wall-clock and processor seconds of all that was done under it."""
+
+    def __init__(self) -> None:
+        self.wall = self.cpu = 0.0
+
+    def __enter__(self) -> "Stopwatch":
+        self.start = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wall += time.perf_counter() - self.start[0]
+        self.cpu += time.process_time() - self.start[1]
+
+
 class Recorder(TrainerCallback):
     """Follows a training with `logging_steps=1`, both stages of a cold start."""
 
-    def __init__(self, task: Task, points: int, cold_start: bool = False, stop_after: int | None = None):
+    def __init__(self, task: BuiltTask, points: int, cold_start: bool = False, stop_after: int | None = None):
         self.task, self.points, self.cold_start, self.stop_after = task, points, cold_start, stop_after
         self.curve: list[dict[str, float]] = []
         self.first: list[dict[str, float]] = []
@@ -60,8 +78,8 @@ class Recorder(TrainerCallback):
         # On rollouts, with rewards or a teacher, and on demonstrations.
         self.updates = {"rl": 0, "sft": 0}
         self.offline = False
-        # Wall-clock and processor time of evaluation.
-        self.away = (0.0, 0.0)
+        # In evaluation.
+        self.away = Stopwatch()
 
     def sampled_before(self, rollouts: Dataset) -> None:
         """Count rollouts that were made before training."""
@@ -88,7 +106,7 @@ class Recorder(TrainerCallback):
         supervised = isinstance(args, SFTConfig) and not self.offline
         self.updates["sft" if supervised else "rl"] += 1
         if supervised:
-            self.sft_tokens += args.per_device_train_batch_size * self._mean_demonstration()
+            self.sft_tokens += args.per_device_train_batch_size * self._mean_demonstration
         elif "completions/mean_length" in values:
             rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
             # Those that guidance asks for beside them; their length is taken to be that of the others.
@@ -107,38 +125,33 @@ class Recorder(TrainerCallback):
         parts = min(_PARTS, len(self.logs))
         cuts = [len(self.logs) * part // parts for part in range(parts + 1)] if parts else []
         found: dict[str, list[float]] = {}
-        for name in _SERIES:
-            means = []
-            for start, end in zip(cuts, cuts[1:], strict=False):
-                values = [logs[name] for logs in self.logs[start:end] if name in logs]
-                if values:
-                    means.append(_short(sum(values) / len(values)))
-            if means:
-                found[name] = means
+        for start, end in itertools.pairwise(cuts):
+            logs = self.logs[start:end]
+            logged = {name: [each[name] for each in logs if name in each] for name in _SERIES}
+            for name, mean in short({name: sum(each) / len(each) for name, each in logged.items() if each}).items():
+                found.setdefault(name, []).append(mean)
         return found
 
     def _measure(self, step: int, model: Any) -> None:
         if not self.points:
             return
-        wall, cpu = time.perf_counter(), time.process_time()
-        scores = {name: _short(value) for name, value in self.task.score(model, "validation").items()}
-        self.curve.append({"step": step, "rollouts": self.rollouts, **scores})
-        self.away = (self.away[0] + time.perf_counter() - wall, self.away[1] + time.process_time() - cpu)
+        with self.away:
+            scores = short(self.task.score(model, "validation"))
+            self.curve.append({"step": step, "rollouts": self.rollouts, **scores})
 
+    @functools.cached_property
     def _mean_demonstration(self) -> float:
-        if not hasattr(self, "_mean"):
-            tokenizer = self.task.tokenizer
-            rows = self.task.demonstrations["completion"]
-            texts = [row if isinstance(row, str) else row[0]["content"] for row in rows]
-            self._mean = sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts) / len(texts)
-        return self._mean
+        """Tokens, with the end of the sequence."""
+        texts = [row if isinstance(row, str) else row[0]["content"] for row in self.task.demonstrations["completion"]]
+        return sum(len(self.task.tokenizer(text)["input_ids"]) + 1 for text in texts) / len(texts)
 
     def _in_first_stage(self, args: Any) -> bool:
         return self.cold_start and isinstance(args, SFTConfig)
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")
+def short(values: Mapping[str, float]) -> dict[str, float]:
+    """Six digits of each number."""
+    return {name: float(f"{value:.6g}") for name, value in values.items()}
 
 
 def _is_number(value: Any) -> bool:

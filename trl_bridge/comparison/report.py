@@ -2,18 +2,15 @@
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..evaluation.statistics import bootstrap_interval
 from .file import Comparison, Row, Setting
-from .plan import best_rate, runs_of, tuning_runs, validation_scores
+from .plan import Records, best_rate, runs_of, tuning_runs, validation_scores
 
 
-__all__ = ["Difference", "Result", "overview", "report", "results_of"]
-
-
-Record = Mapping[str, Any]
+__all__ = ["Difference", "Result", "Results", "overview", "report", "results_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +21,16 @@ class Difference:
     interval: tuple[float, float] | None
     seeds: int
 
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the interval lies on one side of 0."""
+        low, high = self.interval or (0.0, 0.0)
+        return (low > 0) - (high < 0)
+
+    def __str__(self) -> str:
+        mean = f"**{self.mean:+.3f}**" if self.sign else f"{self.mean:+.3f}"
+        return mean if self.interval is None else "{} [{:+.3f}, {:+.3f}]".format(mean, *self.interval)
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -32,7 +39,7 @@ class Result:
     row: Row
     setting: Setting
     learning_rate: float | None
-    records: dict[int, Record]
+    records: dict[int, Mapping[str, Any]]
     diverged: int
 
     def values(self, score: str | None = None, split: str = "test") -> dict[int, float]:
@@ -56,7 +63,10 @@ class Result:
         return Difference(statistics.fmean(differences), interval, len(differences))
 
 
-def results_of(comparison: Comparison, setting: Setting, records: Mapping[str, Record]) -> dict[str, Result]:
+Results = dict[str, Result]
+
+
+def results_of(comparison: Comparison, setting: Setting, records: Records) -> Results:
     """Results of all rows in a setting."""
     results = {}
     for row in comparison.rows:
@@ -68,18 +78,11 @@ def results_of(comparison: Comparison, setting: Setting, records: Mapping[str, R
     return results
 
 
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation, `None` for one value."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-Records = Mapping[str, Mapping[str, Any]]
-
-
 def report(comparison: Comparison, records: Records) -> str:
     """All tables: results, cost and the choice of learning rates, setting by setting."""
-    parts = [_how(comparison, records), "## Overview", overview(comparison, records)]
-    for setting, results in _present(comparison, records):
+    present = _present(comparison, records)
+    parts = [_how(comparison, records, present), "## Overview", overview(comparison, records)]
+    for setting, results in present:
         part = comparison.only(results)
         parts += [f"## {setting.name}", *_summary(part, setting, results), _scores(part, setting, results)]
         parts.append(_cost(part, results))
@@ -93,22 +96,24 @@ def overview(comparison: Comparison, records: Records) -> str:
     present = _present(comparison, records)
     columns = [(setting, results, score) for setting, results in present for score in _names(setting)]
     head = ["method", *(f"{setting.name}: {score}" for setting, _, score in columns)]
-    rows = []
-    for row in comparison.rows:
-        cells = [f"`{row.name}`"]
-        for _, results, score in columns:
-            values = list(results[row.name].values(score).values()) if row.name in results else []
-            text = f"{mean_and_deviation(values)[0]:.3f}" if values else ""
-            reference = next((results[name] for name in comparison.references if name in results), None)
-            if values and reference is not None and reference.row.name != row.name:
-                difference = results[row.name].against(reference, score)
-                text += "" if difference is None else f" ({_difference(difference).split(' ')[0]})"
-            cells.append(text)
-        rows.append(cells)
+    rows = [
+        [f"`{row.name}`", *(_in_short(comparison, row.name, results, score) for _, results, score in columns)]
+        for row in comparison.rows
+    ]
     return _markdown(head, rows)
 
 
-def _present(comparison: Comparison, records: Records) -> list[tuple[Setting, dict[str, Result]]]:
+def _in_short(comparison: Comparison, name: str, results: Results, score: str) -> str:
+    values = results[name].values(score) if name in results else {}
+    if not values:
+        return ""
+    text = f"{statistics.fmean(values.values()):.3f}"
+    reference = next((each for each in comparison.references if each in results), name)
+    difference = None if reference == name else results[name].against(results[reference], score)
+    return text if difference is None else f"{text} ({str(difference).split()[0]})"
+
+
+def _present(comparison: Comparison, records: Records) -> list[tuple[Setting, Results]]:
     """Settings with their rows, as far as there are test runs."""
     found = []
     for setting in comparison.settings:
@@ -130,12 +135,14 @@ _RATES = (
 )
 
 
-def _how(comparison: Comparison, records: Records) -> str:
-    used = list(records.values())
+def _how(comparison: Comparison, records: Records, present: list[tuple[Setting, Results]]) -> str:
+    used = records.values()
     dates = sorted({record["date"] for record in used})
     machines = sorted({_machine(record["machine"]) for record in used})
     commits = sorted({_commit(record["commit"]) for record in used})
-    versions = sorted({", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in used})
+    versions = sorted(
+        {_listed(f"{name} {version}" for name, version in record["versions"].items()) for record in used}
+    )
     lines = [
         f"- {len(used)} runs, {comparison.steps} updates each unless a row says otherwise, seeds "
         f"{_listed(comparison.seeds)}; {_choice(comparison)}.",
@@ -144,7 +151,7 @@ def _how(comparison: Comparison, records: Records) -> str:
         "- Differences are taken seed by seed, with a 95 % bootstrap interval over the seeds. With five seeds such an interval is too "
         "narrow: read it as a rough guide. Bold: the interval does not contain 0.",
     ]
-    mixed = [setting.name for setting, results in _present(comparison, records) if _started_apart(results)]
+    mixed = [setting.name for setting, results in present if _started_apart(results)]
     if mixed:
         lines.append(
             f"- **Rows started from different base models** in {', '.join(mixed)}, where another processor trained them otherwise: "
@@ -153,7 +160,7 @@ def _how(comparison: Comparison, records: Records) -> str:
     return "\n".join(lines)
 
 
-def _started_apart(results: Mapping[str, Result]) -> bool:
+def _started_apart(results: Results) -> bool:
     bases: dict[int, set[str]] = {}
     for result in results.values():
         for seed, record in result.records.items():
@@ -179,28 +186,24 @@ def _machine(machine: Mapping[str, Any]) -> str:
     return machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores, {threads}"
 
 
-def _summary(comparison: Comparison, setting: Setting, results: dict[str, Result]) -> list[str]:
+def _summary(comparison: Comparison, setting: Setting, results: Results) -> list[str]:
     """Who leads, and which rows are above and below each reference."""
-    means = {
-        name: mean_and_deviation(list(values.values()))[0] for name, r in results.items() if (values := r.values())
-    }
+    means = {name: statistics.fmean(values.values()) for name, each in results.items() if (values := each.values())}
     if not means:
         return []
     best = max(means, key=lambda name: means[name])
     lines = [f"Highest {setting.task.metric}: `{best}`, {means[best]:.3f}."]
     for reference in comparison.references:
-        above: list[str] = []
-        below: list[str] = []
-        for name, result in results.items():
-            difference = None if name == reference else result.against(results[reference])
-            if difference is not None and difference.interval is not None:
-                low, high = difference.interval
-                (above if low > 0 else below if high < 0 else []).append(f"`{name}`")
-        lines.append(f"Above `{reference}`: {', '.join(above) or 'none'}. Below it: {', '.join(below) or 'none'}.")
+        others = {name: each.against(results[reference]) for name, each in results.items() if name != reference}
+        above, below = (
+            _listed(f"`{name}`" for name, difference in others.items() if difference and difference.sign == sign)
+            for sign in (1, -1)
+        )
+        lines.append(f"Above `{reference}`: {above or 'none'}. Below it: {below or 'none'}.")
     return ["\n".join(lines)]
 
 
-def _scores(comparison: Comparison, setting: Setting, results: dict[str, Result]) -> str:
+def _scores(comparison: Comparison, setting: Setting, results: Results) -> str:
     names = _names(setting)
     pairs = [(name, reference) for reference in comparison.references for name in names]
     head = ["method", "rate", *names, "seeds", *(f"{name} against `{reference}`" for name, reference in pairs)]
@@ -211,49 +214,49 @@ def _scores(comparison: Comparison, setting: Setting, results: dict[str, Result]
         cells += [_spread(result.values(score)) for score in names]
         cells.append(str(len(result.records)) + (f" ({result.diverged} diverged)" if result.diverged else ""))
         for score, reference in pairs:
-            cells.append("" if name == reference else _difference(result.against(results[reference], score)))
+            difference = None if name == reference else result.against(results[reference], score)
+            cells.append("" if difference is None else str(difference))
         rows.append([*cells, _spread(result.values(split="ood"))])
     return _markdown(head, rows)
 
 
-def _cost(comparison: Comparison, results: dict[str, Result]) -> str:
+def _cost(comparison: Comparison, results: Results) -> str:
     """Processor time, which other programs on the machine change little, beside the clock's."""
     reference = next((name for name in comparison.references if results[name].records), None)
     base = None if reference is None else results[reference].mean("cpu_seconds")
-    head = ["cost of a run", "seconds", "CPU seconds"] + ([f"times `{reference}`"] if base else [])
-    head += ["generated tokens", "SFT tokens", "peak memory, MB"]
+    head = ["cost of a run", "seconds", "CPU seconds", *([f"times `{reference}`"] if base else [])]
     rows = []
     for name, result in results.items():
         cpu = result.mean("cpu_seconds")
         if cpu is not None:
-            cells = [f"`{name}`", f"{result.mean('seconds'):.1f}", f"{cpu:.1f}"] + (
-                [f"{cpu / base:.2f}"] if base else []
-            )
-            fields = ("generated_tokens", "sft_tokens", "peak_memory_mb")
-            rows.append(cells + [_whole(result.mean(field)) for field in fields])
-    return _markdown(head, rows)
+            cells = [
+                f"`{name}`",
+                f"{result.mean('seconds'):.1f}",
+                f"{cpu:.1f}",
+                *([f"{cpu / base:.2f}"] if base else []),
+            ]
+            means = map(result.mean, ("generated_tokens", "sft_tokens", "peak_memory_mb"))
+            rows.append([*cells, *("" if mean is None else f"{mean:,.0f}" for mean in means)])
+    return _markdown([*head, "generated tokens", "SFT tokens", "peak memory, MB"], rows)
 
 
 def _rates(comparison: Comparison, records: Records) -> str:
-    rates = comparison.learning_rates
     rows = []
     for setting in comparison.settings:
         for row in comparison.rows:
             scores = validation_scores(comparison, row, setting, records)
-            if not scores:
-                continue
-            best = max(scores.values()) if len(scores) == len(rates) else None
-            diverged = {
-                r.learning_rate for r in tuning_runs(comparison, row, setting) if "diverged" in records.get(r.key, {})
-            }
-            cells, chosen = [], False
-            for rate in rates:
-                text = f"{scores[rate]:.3f}" if rate in scores else ""
-                if rate in scores and scores[rate] == best and not chosen:
-                    text, chosen = f"**{text}**", True
-                cells.append(text + (" (diverged)" if rate in diverged else ""))
-            rows.append([setting.name, f"`{row.name}`", *cells])
-    return _markdown(["setting", "method", *(f"{rate:g}" for rate in rates)], rows)
+            if scores:
+                best = best_rate(comparison, row, setting, records)
+                tried = tuning_runs(comparison, row, setting)
+                diverged = {run.learning_rate for run in tried if "diverged" in records.get(run.key, {})}
+                cells = [_tried(rate, scores, best, diverged) for rate in comparison.learning_rates]
+                rows.append([setting.name, f"`{row.name}`", *cells])
+    return _markdown(["setting", "method", *(f"{rate:g}" for rate in comparison.learning_rates)], rows)
+
+
+def _tried(rate: float, scores: Mapping[float, float], best: float | None, diverged: Collection[float]) -> str:
+    text = f"{scores[rate]:.3f}" if rate in scores else ""
+    return (f"**{text}**" if rate == best else text) + (" (diverged)" if rate in diverged else "")
 
 
 def _rate(comparison: Comparison, result: Result) -> str:
@@ -265,27 +268,14 @@ def _rate(comparison: Comparison, result: Result) -> str:
 
 
 def _spread(values: Mapping[int, float]) -> str:
+    """Mean and sample standard deviation."""
     if not values:
         return ""
-    mean, deviation = mean_and_deviation(list(values.values()))
-    return f"{mean:.3f}" + ("" if deviation is None else f" ({deviation:.3f})")
+    deviation = f" ({statistics.stdev(values.values()):.3f})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values.values()):.3f}{deviation}"
 
 
-def _difference(difference: Difference | None) -> str:
-    if difference is None:
-        return ""
-    if difference.interval is None:
-        return f"{difference.mean:+.3f}"
-    low, high = difference.interval
-    mean = f"**{difference.mean:+.3f}**" if low > 0 or high < 0 else f"{difference.mean:+.3f}"
-    return f"{mean} [{low:+.3f}, {high:+.3f}]"
-
-
-def _whole(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}"
-
-
-def _listed(values: Any) -> str:
+def _listed(values: Iterable[Any]) -> str:
     return ", ".join(map(str, values))
 
 
@@ -294,5 +284,4 @@ def _span(dates: Sequence[str]) -> str:
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-    return "\n".join(lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 
 from .plan import Run
-from .recorder import Recorder
-from .tasks.addition import Task
+from .recorder import Recorder, Stopwatch, short
 from .tasks.specs import TaskSpec
+from .tasks.task import BuiltTask
 from .trainers import build_trainer, sample_offline
 
 
-__all__ = ["execute"]
+__all__ = ["execute", "policy_of"]
 
 _PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate", "datasets")
-_TASKS: dict[str, Task] = {}
+_TASKS: dict[str, BuiltTask] = {}
 # High-water mark of this process, and where Linux lets it be set back.
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -37,28 +37,17 @@ def execute(run: Run, cache: str | None = None, stop_after: int | None = None) -
     if run.row.reads_teacher:
         _ = task.teacher  # made now, so that it is in no run's time and memory
     _reset_peak()
+    spent = Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
-        clocks = time.perf_counter(), time.process_time()
-        rollouts = sample_offline(run, task, folder)
+        with spent:
+            rollouts = sample_offline(run, task, folder)
         if rollouts is not None:
             recorder.sampled_before(rollouts)
-        before = time.perf_counter() - clocks[0], time.process_time() - clocks[1]
         trainer = build_trainer(run, task, folder, [recorder], rollouts)
-        clocks = time.perf_counter(), time.process_time()
-        diverged = None
-        try:
-            trainer.train()
-        except (RuntimeError, ValueError) as error:
-            if _is_finite(_policy(trainer)):
-                raise
-            diverged = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        seconds = before[0] + time.perf_counter() - clocks[0] - recorder.away[0]
-        cpu_seconds = before[1] + time.process_time() - clocks[1] - recorder.away[1]
+        diverged = _train(trainer, spent)
         peak = _peak()
-        policy = _policy(trainer)
-        if diverged is None and not _is_finite(policy):
-            diverged = "the weights are not finite"
-        scores = {} if diverged else {split: _rounded(task.score(policy, split)) for split in _splits(run, task)}
+        policy = policy_of(trainer)
+        scores = {} if diverged else {split: short(task.score(policy, split)) for split in _splits(run, task)}
     # Trainers are reference cycles, and a process does many runs.
     del trainer, policy
     gc.collect()
@@ -76,8 +65,8 @@ def execute(run: Run, cache: str | None = None, stop_after: int | None = None) -
         "generated_tokens": recorder.generated_tokens,
         # The group methods do not log how many tokens of their experts they train on.
         "sft_tokens": None if run.row.family == "group" else round(recorder.sft_tokens),
-        "seconds": round(seconds, 2),
-        "cpu_seconds": round(cpu_seconds, 2),
+        "seconds": round(spent.wall - recorder.away.wall, 2),
+        "cpu_seconds": round(spent.cpu - recorder.away.cpu, 2),
         "peak_memory_mb": peak,
         "curve": recorder.curve,
         "series": recorder.series() if run.points else {},
@@ -88,12 +77,24 @@ def execute(run: Run, cache: str | None = None, stop_after: int | None = None) -
     return {**record, "diverged": diverged} if diverged else record
 
 
-def _splits(run: Run, task: Task) -> list[str]:
+def _train(trainer: Any, spent: Stopwatch) -> str | None:
+    """What went wrong, where weights stopped being numbers."""
+    try:
+        with spent:
+            trainer.train()
+    except (RuntimeError, ValueError) as error:
+        if _is_finite(policy_of(trainer)):
+            raise
+        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return None if _is_finite(policy_of(trainer)) else "the weights are not finite"
+
+
+def _splits(run: Run, task: BuiltTask) -> list[str]:
     # The test rows are looked at once, by the runs whose learning rate is chosen.
     return ["validation"] if run.phase == "validation" else [name for name in ("test", "ood") if name in task.splits]
 
 
-def _task(spec: TaskSpec, seed: int, cache: str | None) -> Task:
+def _task(spec: TaskSpec, seed: int, cache: str | None) -> BuiltTask:
     """The task; the last one is kept, for runs that differ in the method come one after another."""
     key = repr((spec, seed, cache))
     if key not in _TASKS:
@@ -127,7 +128,8 @@ def _cpu() -> str:
     return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
-def _policy(trainer: Any) -> Any:
+def policy_of(trainer: Any) -> Any:
+    """The trained model."""
     # A cold start holds the trainer of its second stage.
     inner = getattr(trainer, "trainer", trainer)
     return inner.accelerator.unwrap_model(inner.model)
@@ -135,10 +137,6 @@ def _policy(trainer: Any) -> Any:
 
 def _is_finite(model: Any) -> bool:
     return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
-
-
-def _rounded(scores: dict[str, float]) -> dict[str, float]:
-    return {name: float(f"{value:.6g}") for name, value in scores.items()}
 
 
 def _reset_peak() -> None:

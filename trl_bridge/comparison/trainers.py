@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import pkgutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from ..methods.catalogue import METHODS, Method
 from ..rewards.noise import noisy
 from .file import Comparison, Row
 from .plan import Run, runs_of
-from .tasks.addition import Task
 from .tasks.scored_rollouts import SAMPLING, scored_rollouts
+from .tasks.task import BuiltTask
 
 
 __all__ = ["build_trainer", "check_rows", "config_fields", "sample_offline"]
@@ -77,7 +78,7 @@ def check_rows(comparison: Comparison, output_dir: str) -> None:
             raise type(error)(f"`methods: {row.name}`: {error}") from error
 
 
-def sample_offline(run: Run, task: Task, output_dir: str) -> Dataset | None:
+def sample_offline(run: Run, task: BuiltTask, output_dir: str) -> Dataset | None:
     """Rollouts that are made before training, for a method that makes none: as many as its updates read."""
     if run.row.family != "scored":
         return None
@@ -89,34 +90,37 @@ def sample_offline(run: Run, task: Task, output_dir: str) -> Dataset | None:
     return scored_rollouts(task, teacher, number, run.seed, sampling, Path(output_dir))
 
 
-def build_trainer(run: Run, task: Task, output_dir: str, callbacks: list[Any], rollouts: Dataset | None = None) -> Any:
+def build_trainer(
+    run: Run, task: BuiltTask, output_dir: str, callbacks: list[Any], rollouts: Dataset | None = None
+) -> Any:
     """The trainer of a run, ready to train."""
-    method = METHODS[run.row.method]
-    arguments: dict[str, Any] = {
-        "model": task.fresh_model(),
-        "args": _config(run, output_dir),
-        "processing_class": task.tokenizer,
-        "callbacks": callbacks,
-    }
-    if method.family == "sft":
-        arguments["train_dataset"] = task.demonstrations.select_columns(["prompt", "completion"])
-    elif method.family == "scored":
-        arguments["train_dataset"] = rollouts
-    else:
-        arguments["train_dataset"] = task.with_experts() if method.family == "group" else task.train
-    if run.row.reads_rewards:
-        flip = run.setting.task.reward_flip
+    row, flip = run.row, run.setting.task.reward_flip
+    arguments: dict[str, Any] = {"train_dataset": _train_dataset(row, task, rollouts)}
+    if row.reads_rewards:
         arguments["reward_funcs"] = [noisy(task.reward, flip, run.seed) if flip else task.reward]
-    if method.family in ("bridge", "stream"):
+    if row.family in ("bridge", "stream"):
         arguments["sft_dataset"] = task.demonstrations
-    if method.family == "distillation" and not _has_own_teacher(run.row):
+    if row.family == "distillation" and not _has_own_teacher(row):
         arguments["teacher_model"] = task.fresh_teacher()
-    lora = {_LORA[name]: value for name, value in run.row.fields.items() if name in _LORA}
-    if lora:
+    if lora := {_LORA[name]: value for name, value in row.fields.items() if name in _LORA}:
         from peft import LoraConfig
 
         arguments["peft_config"] = LoraConfig(**{"r": 16, "lora_alpha": 16, "target_modules": "all-linear", **lora})
-    return _import(method.trainer)(**arguments)
+    return _import(METHODS[row.method].trainer)(
+        model=task.fresh_model(),
+        args=_config(run, output_dir),
+        processing_class=task.tokenizer,
+        callbacks=callbacks,
+        **arguments,
+    )
+
+
+def _train_dataset(row: Row, task: BuiltTask, rollouts: Dataset | None) -> Dataset | None:
+    if row.family == "sft":
+        return task.demonstrations.select_columns(["prompt", "completion"])
+    if row.family == "scored":
+        return rollouts
+    return task.with_experts() if row.family == "group" else task.train
 
 
 def _config(run: Run, output_dir: str) -> Any:
@@ -147,7 +151,4 @@ def _field_names(method: Method) -> set[str]:
 
 
 def _import(path: str) -> Any:
-    import importlib
-
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    return pkgutil.resolve_name(":".join(path.rsplit(".", 1)))

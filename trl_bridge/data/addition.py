@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 
 if TYPE_CHECKING:
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ERRORS",
     "WRONG_KINDS",
+    "WrongKind",
     "addition_dataset",
     "addition_pairs",
     "worked_dataset",
@@ -47,7 +48,8 @@ _WRONG: dict[str, Answer] = {
     "leading-zero": lambda a, b, _: f"0{a + b}",
 }
 
-WRONG_KINDS = tuple(_WRONG)
+WrongKind = Literal["near", "ten", "subtraction", "leading-zero"]
+WRONG_KINDS = get_args(WrongKind)
 """What a wrong answer can be: off by one of [`ERRORS`], ten too many, the numbers' difference, the sum with a zero in front."""
 
 

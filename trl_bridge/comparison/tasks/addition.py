@@ -1,9 +1,6 @@
 """The small task: sums of two numbers, demonstrations of which some are wrong, and a base model that half knows it."""
 
-import copy
-import dataclasses
 import functools
-import hashlib
 import random
 import re
 from collections.abc import Callable
@@ -12,19 +9,18 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ...data.addition import addition_dataset, addition_pairs, worked_dataset
 from ...models import tiny_tokenizer
 from ...rewards.arithmetic_rewards import answer_reward
 from ...rewards.completions import Completion, message_text
-from .addition_models import answer_probability, make_base, make_teacher
+from .addition_models import AdditionModels, answer_probability
 from .specs import AdditionSpec
+from .task import BuiltTask, Scores
 
 
-__all__ = ["Task", "greedy_answers", "make_task"]
-
-Scores = dict[str, float]
+__all__ = ["greedy_answers", "make_task"]
 
 _OOD_NUMBERS = 10
 # Of a plain answer and of a worked one, some wrong ones included.
@@ -32,86 +28,7 @@ _MAX_NEW_TOKENS, _MAX_WORKED_TOKENS = 4, 10
 _STEP = re.compile(r"[^,]*,?")
 
 
-@dataclasses.dataclass
-class Task:
-    """
-    Everything that the methods share.
-
-    Attributes:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer.
-        base ([`~transformers.PreTrainedModel`]):
-            Where every method starts. Take a copy with [`fresh_model`].
-        train ([`~datasets.Dataset`]):
-            RL rows: `prompt`, and what the reward reads.
-        demonstrations ([`~datasets.Dataset`]):
-            SFT rows, a share of them wrong, with what the reward reads.
-        splits (`dict[str, Dataset]`):
-            `validation`, `test` and `ood`: rows that are in none of the others.
-        reward (`Callable`):
-            Reward function of training, before any noise.
-        scorer (`Callable`):
-            From a model, this task and rows to named scores in [0, 1]. Training mode and random state are left as
-            they were.
-        teacher_maker (`Callable`, *optional*):
-            Makes the teacher. Called where a method wants one, and then once.
-        max_new_tokens (`int`, *optional*, defaults to `4`):
-            Longest greedy answer.
-        steps (`Callable`, *optional*):
-            From a demonstration to its steps, where it has some.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    base: PreTrainedModel
-    train: Dataset
-    demonstrations: Dataset
-    splits: dict[str, Dataset]
-    reward: Callable[..., Any]
-    scorer: "Callable[[PreTrainedModel, Task, Dataset], Scores]"
-    teacher_maker: Callable[[], PreTrainedModel] | None = None
-    max_new_tokens: int = _MAX_NEW_TOKENS
-    steps: Callable[[str], list[str]] | None = None
-
-    @functools.cached_property
-    def teacher(self) -> PreTrainedModel | None:
-        """A model that knows more than the base model, where the task makes one. Take a copy with [`fresh_teacher`]."""
-        return None if self.teacher_maker is None else self.teacher_maker()
-
-    @functools.cached_property
-    def base_hash(self) -> str:
-        """
-        Hash of the base model's weights.
-
-        A base model that is trained here comes out otherwise where another processor rounds otherwise.
-        """
-        digest = hashlib.sha256()
-        for weights in self.base.state_dict().values():
-            digest.update(weights.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-    def fresh_model(self) -> PreTrainedModel:
-        """A copy of the base model, to be trained."""
-        return copy.deepcopy(self.base)
-
-    def fresh_teacher(self) -> PreTrainedModel | None:
-        """A copy of the teacher: trainers put hooks on theirs."""
-        return copy.deepcopy(self.teacher)
-
-    def score(self, model: PreTrainedModel, split: str) -> Scores:
-        """Score a model."""
-        return self.scorer(model, self, self.splits[split])
-
-    def with_experts(self) -> Dataset:
-        """The RL rows with their demonstration as `expert`, `None` where a prompt has none, and its steps, if any."""
-        known = dict(zip(map(str, self.demonstrations["prompt"]), self.demonstrations["completion"], strict=True))
-        experts = [known.get(str(prompt)) for prompt in self.train["prompt"]]
-        rows = self.train.add_column("expert", experts)
-        if self.steps is None:
-            return rows
-        return rows.add_column("expert_steps", [None if each is None else self.steps(each) for each in experts])
-
-
-def make_task(spec: AdditionSpec, seed: int, cache: Path | None = None) -> Task:
+def make_task(spec: AdditionSpec, seed: int, cache: Path | None = None) -> BuiltTask:
     """Generate the rows and train the base model, up to 15 seconds on one core."""
     pairs = addition_pairs(spec.max_number, seed)
     known, rest = pairs[: spec.known_size], pairs[spec.known_size :]
@@ -120,18 +37,16 @@ def make_task(spec: AdditionSpec, seed: int, cache: Path | None = None) -> Task:
     tokenizer = tiny_tokenizer("0123456789+=,|" if spec.worked else "0123456789+=")
     dataset = worked_dataset if spec.worked else functools.partial(addition_dataset, wrong_kind=spec.wrong_kind)
     rows = {name: dataset(pairs) for name, pairs in splits.items() if pairs}
-    teacher = None
-    if spec.has_teacher:
-        teacher = functools.partial(make_teacher, tokenizer, known, rows["validation"], spec, seed, cache)
-    return Task(
+    models = AdditionModels(tokenizer, known, rows.get("validation"), spec, seed, cache)
+    return BuiltTask(
         tokenizer,
-        make_base(tokenizer, known, rows.get("validation"), spec, seed, cache),
+        models.base(),
         dataset(known[: spec.train_size]).remove_columns("completion"),
         dataset(known[: spec.demonstrations_size], spec.wrong_share, seed + 1),
         rows,
         _zero_paid_reward if spec.leading_zero_pays else answer_reward,
         functools.partial(_score, forms=_paid_forms if spec.leading_zero_pays else _one_form),
-        teacher,
+        models.teacher if spec.has_teacher else None,
         _MAX_WORKED_TOKENS if spec.worked else _MAX_NEW_TOKENS,
         _steps if spec.worked else None,
     )
@@ -167,7 +82,7 @@ def _zero_paid_reward(completions: list[Completion], solution: list[str], **kwar
     ]
 
 
-def _score(model: PreTrainedModel, task: Task, rows: Dataset, forms: Callable[[str], tuple[str, ...]]) -> Scores:
+def _score(model: PreTrainedModel, task: BuiltTask, rows: Dataset, forms: Callable[[str], tuple[str, ...]]) -> Scores:
     """Scores of what is paid: a right answer in any of its forms."""
     prompts, right = list(rows["prompt"]), [forms(solution) for solution in rows["solution"]]
     answers = greedy_answers(model, task, prompts)
@@ -179,7 +94,7 @@ def _score(model: PreTrainedModel, task: Task, rows: Dataset, forms: Callable[[s
     return {"accuracy": accuracy, "probability": probability}
 
 
-def greedy_answers(model: PreTrainedModel, task: Task, prompts: list[str]) -> list[str]:
+def greedy_answers(model: PreTrainedModel, task: BuiltTask, prompts: list[str]) -> list[str]:
     """The model's most likely answers."""
     batch = task.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
     training = model.training

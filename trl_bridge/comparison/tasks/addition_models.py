@@ -1,10 +1,12 @@
 """Models that the addition task trains itself: where every method starts, and a teacher."""
 
+import dataclasses
+import functools
 import hashlib
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,9 +20,7 @@ from ...models import tiny_model
 from .specs import AdditionSpec
 
 
-__all__ = ["answer_probability", "make_base", "make_teacher"]
-
-Pairs = list[tuple[int, int]]
+__all__ = ["AdditionModels", "answer_probability"]
 
 # Half of what the base model learns from is wrong: it knows the form of an answer, and often prefers the right one.
 _BASE_WRONG_SHARE = 0.5
@@ -32,45 +32,88 @@ _BATCH = 64
 _LOOKS = 10
 
 
-def make_base(
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Pairs,
-    held_out: Dataset | None,
-    spec: AdditionSpec,
-    seed: int,
-    cache: Path | None = None,
-) -> PreTrainedModel:
-    """Train the base model, or load it."""
-    model = tiny_model(tokenizer, seed=seed)
-    names = ("max_number", "known_size", "validation_size", "base_steps", "base_probability", "base_rate")
+@dataclasses.dataclass(frozen=True)
+class AdditionModels:
+    """The task's models, trained on known sums or, where the folder `cache` has them, loaded."""
 
-    def train() -> None:
-        _train(model, tokenizer, pairs, held_out, spec, seed, spec.base_probability, right=False)
+    tokenizer: PreTrainedTokenizerBase
+    pairs: list[tuple[int, int]]
+    held_out: Dataset | None
+    spec: AdditionSpec
+    seed: int
+    cache: Path | None = None
 
-    errors = [] if spec.base_wrong_kind == "near" else [spec.base_wrong_kind]
-    return _stored(model, [*_kind(spec), *errors, seed, *(getattr(spec, name) for name in names)], cache, train)
+    def base(self) -> PreTrainedModel:
+        """Where every method starts."""
+        model = tiny_model(self.tokenizer, seed=self.seed)
+        errors = [] if self.spec.base_wrong_kind == "near" else [self.spec.base_wrong_kind]
 
+        def train() -> None:
+            self._train(model, self.spec.base_probability, right=False)
 
-def make_teacher(
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Pairs,
-    held_out: Dataset,
-    spec: AdditionSpec,
-    seed: int,
-    cache: Path | None = None,
-) -> PreTrainedModel:
-    """Train the teacher, or load it: a model like the base model that sees right answers alone."""
-    model = tiny_model(tokenizer, seed=seed + 1)
-    names = ("max_number", "known_size", "validation_size", "base_steps", "teacher_probability", "base_rate")
+        return self._stored(model, errors, "base_probability", train)
 
-    def train() -> None:
-        if not _train(model, tokenizer, pairs, held_out, spec, seed, spec.teacher_probability, right=True):
-            raise ValueError(
-                f"After `base_steps: {spec.base_steps}` updates the teacher of seed {seed} has not reached "
-                f"`teacher_probability: {spec.teacher_probability}`. Give it more steps, or ask for less."
-            )
+    def teacher(self) -> PreTrainedModel:
+        """A model like the base model that sees right answers only."""
+        model = tiny_model(self.tokenizer, seed=self.seed + 1)
 
-    return _stored(model, [*_kind(spec), "teacher", seed, *(getattr(spec, name) for name in names)], cache, train)
+        def train() -> None:
+            if not self._train(model, self.spec.teacher_probability, right=True):
+                raise ValueError(
+                    f"After `base_steps: {self.spec.base_steps}` updates the teacher of seed {self.seed} has not reached "
+                    f"`teacher_probability: {self.spec.teacher_probability}`. Give it more steps, or ask for less."
+                )
+
+        return self._stored(model, ["teacher"], "teacher_probability", train)
+
+    def _stored(
+        self, model: PreTrainedModel, marks: Sequence[str], probability: str, train: Callable[[], None]
+    ) -> PreTrainedModel:
+        """The model with the weights that training gives it, or gave it before."""
+        if self.cache is None:
+            train()
+            return model
+        self.cache.mkdir(parents=True, exist_ok=True)
+        names = ("max_number", "known_size", "validation_size", "base_steps", probability, "base_rate")
+        kind = ["worked"] if self.spec.worked else []
+        content = [*kind, *marks, self.seed, *(getattr(self.spec, name) for name in names)]
+        key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        stored = self.cache / f"{key}.safetensors"
+        # Several processes begin with the same seed: one trains, the others wait for it.
+        with FileLock(stored.with_suffix(".lock")):
+            if stored.is_file():
+                model.load_state_dict(load_file(stored))
+                return model
+            train()
+            # Written as a whole or not at all.
+            temporary = stored.with_suffix(".tmp")
+            save_file(model.state_dict(), temporary)
+            os.replace(temporary, stored)
+        return model
+
+    def _train(self, model: PreTrainedModel, probability: float | None, right: bool) -> bool:
+        """Train until the model's probability of the right answer is `probability`: `True` if it came to that."""
+        # Other errors at every visit, so that the model learns a spread of answers and not the wrong ones by heart.
+        generator = random.Random(self.seed)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=self.spec.base_rate, weight_decay=0.0)
+        model.train()
+        reached = False
+        for step in range(self.spec.base_steps):
+            if probability is not None and self.held_out is not None and step % _LOOKS == 0:
+                asked = list(self.held_out["prompt"]), list(self.held_out["solution"])
+                reached = answer_probability(model, self.tokenizer, *asked) >= probability
+                if reached:
+                    break
+            pairs = generator.sample(self.pairs, min(_BATCH, len(self.pairs)))
+            lesson = _worked_lesson if self.spec.worked else functools.partial(_lesson, self.spec.base_wrong_kind)
+            ids, labels = _tensors(self.tokenizer, [lesson(a, b, generator, right) for a, b in pairs])
+            attention = ids.ne(self.tokenizer.pad_token_id)
+            model(input_ids=ids, attention_mask=attention, labels=labels).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        model.eval()
+        return reached
 
 
 def answer_probability(
@@ -86,72 +129,7 @@ def answer_probability(
     return float((logps * targets.ge(0)).sum(-1).exp().mean())
 
 
-def _kind(spec: AdditionSpec) -> list[str]:
-    return ["worked"] if spec.worked else []
-
-
-def _stored(
-    model: PreTrainedModel, content: list[object], cache: Path | None, train: Callable[[], None]
-) -> PreTrainedModel:
-    """The model with the weights that training gives it, or gave it before."""
-    if cache is None:
-        train()
-        return model
-    cache.mkdir(parents=True, exist_ok=True)
-    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    stored = cache / f"{key}.safetensors"
-    # Several processes begin with the same seed: one trains, the others wait for it.
-    with FileLock(stored.with_suffix(".lock")):
-        if stored.is_file():
-            model.load_state_dict(load_file(stored))
-            return model
-        train()
-        # Written as a whole or not at all.
-        temporary = stored.with_suffix(".tmp")
-        save_file(model.state_dict(), temporary)
-        os.replace(temporary, stored)
-    return model
-
-
-def _train(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Pairs,
-    held_out: Dataset | None,
-    spec: AdditionSpec,
-    seed: int,
-    probability: float | None,
-    right: bool,
-) -> bool:
-    """Train until the model's probability of the right answer is `probability`: `True` if it came to that."""
-    # Wrong anew at every visit, so that the model learns a spread of answers and not the wrong ones by heart.
-    generator = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.base_rate, weight_decay=0.0)
-    model.train()
-    reached = False
-    for step in range(spec.base_steps):
-        if probability is not None and held_out is not None and step % _LOOKS == 0:
-            prompts, solutions = list(held_out["prompt"]), list(held_out["solution"])
-            reached = answer_probability(model, tokenizer, prompts, solutions) >= probability
-            if reached:
-                break
-        rows = []
-        for a, b in generator.sample(pairs, min(_BATCH, len(pairs))):
-            if spec.worked:
-                rows.append(_worked_lesson(a, b, generator, right))
-            else:
-                rows.append(_lesson(a, b, generator, right, spec.base_wrong_kind))
-        ids, labels = _tensors(tokenizer, rows)
-        attention = ids.ne(tokenizer.pad_token_id)
-        model(input_ids=ids, attention_mask=attention, labels=labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
-    return reached
-
-
-def _lesson(a: int, b: int, generator: random.Random, right: bool, wrong_kind: str) -> tuple[str, str]:
+def _lesson(wrong_kind: str, a: int, b: int, generator: random.Random, right: bool) -> tuple[str, str]:
     wrong = generator.random() < (0.0 if right else _BASE_WRONG_SHARE)
     return f"{a}+{b}=", wrong_answer(wrong_kind, a, b, generator) if wrong else str(a + b)
 

@@ -1,6 +1,7 @@
 """The real task: a reasoning-gym task with worked solutions, by an instruction-tuned model."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from ...generation.generate import Sampling, generate_batch, job_seed, prompt_id
 from ...models import load_smollm2
 from ...rewards.reasoning_gym_rewards import reasoning_gym_reward
 from ...training.randomness import forked_python_rng
-from .addition import Task
 from .specs import ReasoningGymSpec
+from .task import BuiltTask
 
 
 __all__ = ["make_task"]
@@ -21,8 +22,8 @@ __all__ = ["make_task"]
 _BATCH = 32
 
 
-def make_task(spec: ReasoningGymSpec, seed: int) -> Task:
-    """Generate the rows and load the model."""
+def make_task(spec: ReasoningGymSpec, seed: int, cache: Path | None = None) -> BuiltTask:
+    """Generate the rows and load the model; nothing is trained, so nothing is kept in the cache."""
     held_out = spec.validation_size + spec.test_size
     rows = reasoning_gym_dataset(spec.task, spec.train_size, held_out, seed, **spec.parameters)
     train, rest = rows["train"], rows["test"]
@@ -44,10 +45,10 @@ def make_task(spec: ReasoningGymSpec, seed: int) -> Task:
     prompts = train.remove_columns("completion")
     limit = spec.max_new_tokens
 
-    def scorer(scored: PreTrainedModel, task: Task, split: Dataset) -> dict[str, float]:
+    def scorer(scored: PreTrainedModel, task: BuiltTask, split: Dataset) -> dict[str, float]:
         return {"accuracy": _accuracy(scored, task, split, limit)}
 
-    return Task(tokenizer, model, prompts, demonstrations, splits, reasoning_gym_reward, scorer)
+    return BuiltTask(tokenizer, model, prompts, demonstrations, splits, reasoning_gym_reward, scorer)
 
 
 def _with_wrong(rows: Dataset, share: float, seed: int) -> Dataset:
@@ -60,7 +61,7 @@ def _with_wrong(rows: Dataset, share: float, seed: int) -> Dataset:
     return rows.remove_columns("completion").add_column("completion", completions)
 
 
-def _accuracy(model: PreTrainedModel, task: Task, split: Dataset, max_new_tokens: int) -> float:
+def _accuracy(model: PreTrainedModel, task: BuiltTask, split: Dataset, max_new_tokens: int) -> float:
     training = model.training
     model.eval()
     right = 0.0

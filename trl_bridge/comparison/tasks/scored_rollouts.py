@@ -10,7 +10,7 @@ from ...distillation.collect import sample_rollouts, score_rollouts, write_rollo
 from ...distillation.identity import rollout_identity
 from ...distillation.scoring import LocalTeacher
 from ...generation.generate import Job, Sampling, TransformersEngine, job_seed, prompt_ids
-from .addition import Task
+from .task import BuiltTask
 
 
 __all__ = ["SAMPLING", "scored_rollouts"]
@@ -23,7 +23,7 @@ _BATCH = 1024
 
 
 def scored_rollouts(
-    task: Task, teacher: PreTrainedModel, number: int, seed: int, sampling: dict[str, Any], folder: Path
+    task: BuiltTask, teacher: PreTrainedModel, number: int, seed: int, sampling: dict[str, Any], folder: Path
 ) -> Dataset:
     """What `trl-bridge data score-rollouts` makes, of models in memory."""
     prompts = [prompt_ids(prompt, task.tokenizer) for prompt in task.train["prompt"]]
