@@ -55,7 +55,8 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, base: str | None 
     merged.save_pretrained(output)
     if tokenizer is not None:
         tokenizer.save_pretrained(output)
-    saved = _logits(AutoModelForCausalLM.from_pretrained(output, dtype="auto").eval())
+    plain: Any = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
+    saved = _logits(plain.eval())
     error, size = (saved - expected).abs().max().item(), expected.abs().max().item()
     # Merging rounds each weight once: 1e-4 of the logits in float32, some percent in 16 bits.
     if not error <= (1e-3 if merged.dtype.itemsize > 2 else 0.1) * max(size, 1.0):
@@ -80,9 +81,10 @@ def _untie(adapted: Any) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import nn
 
-    for module in (adapted.get_output_embeddings(), adapted.get_input_embeddings()):
+    modules: tuple[Any, ...] = (adapted.get_output_embeddings(), adapted.get_input_embeddings())
+    for module in modules:
         if isinstance(module, BaseTunerLayer):
-            base = module.get_base_layer()
+            base: Any = module.get_base_layer()
             base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
 
 
