@@ -12,13 +12,7 @@ class PolicyTerm(NamedTuple):
     """
     The policy-gradient loss of tokens, and what it is made of.
 
-    Attributes:
-        loss (`torch.Tensor` of shape `(N,)`):
-            Loss of each token; carries the graph.
-        advantages (`torch.Tensor` of shape `(N,)`):
-            `log P_T - log P_S` of each token, before clipping, without graph.
-        clipped (`torch.Tensor` of shape `(N,)`):
-            Whether the advantage was clipped.
+    Shapes: `loss` (N,), `advantages` (N,), `clipped` (N,).
     """
 
     loss: torch.Tensor
@@ -35,16 +29,7 @@ def policy_term(
     Over tokens drawn from the student its expected gradient is that of the reverse KL divergence `KL(P_S || P_T)` at
     each position (on-policy distillation; Lightning OPD, arXiv 2604.13010, with stored teacher scores).
 
-    Args:
-        student_log_probs (`torch.Tensor` of shape `(N,)`):
-            Log-probability of each token, in nats; carries the graph.
-        teacher_log_probs (`torch.Tensor` of shape `(N,)`):
-            The teacher's.
-        clip (`float`, *optional*):
-            `c`: advantages are clamped to `[-c, c]`. `None` leaves them.
-
-    Returns:
-        [`PolicyTerm`]: losses and advantages.
+    Shapes: `student_log_probs` (N,), `teacher_log_probs` (N,).
     """
     advantages = teacher_log_probs - student_log_probs.detach()
     used = advantages if clip is None else advantages.clamp(-clip, clip)
@@ -65,18 +50,7 @@ def imitation_term(
     not zero at `P_S = P_T`: the term draws the student into `S`. The generalised divergence
     `sum_S P_T log(P_T / P_S) - P_T + P_S` has none there.
 
-    Args:
-        student_log_probs (`torch.Tensor` of shape `(N, K)`):
-            The student's log-probabilities of the teacher's likeliest tokens, in nats; carries the graph.
-        teacher_log_probs (`torch.Tensor` of shape `(N, K)`):
-            The teacher's, without graph; `-inf` entries count for nothing.
-        normalize_by_k (`bool`, *optional*, defaults to `False`):
-            Whether to divide by `K`.
-        generalized (`bool`, *optional*, defaults to `False`):
-            Whether to add `P_S - P_T` on `S`.
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`: the divergences, with graph.
+    Shapes: `student_log_probs` (N, K), `teacher_log_probs` (N, K), returns (N,).
     """
     p = teacher_log_probs.exp()
     terms = torch.where(p > 0, p * (teacher_log_probs - student_log_probs), 0.0)
@@ -92,18 +66,7 @@ def imitation_gate(
     """
     Tokens that are imitated instead of reinforced: `P_T(y) - P_S(y) < tau`, in probabilities (AOPD, arXiv 2605.06387).
 
-    Args:
-        student_log_probs (`torch.Tensor` of shape `(N,)`):
-            The student's log-probability of each token, in nats.
-        teacher_log_probs (`torch.Tensor` of shape `(N,)`):
-            The teacher's.
-        tau (`float`):
-            Threshold between -1 (no token) and 1 (every token), whatever `ties` says.
-        ties (`bool`):
-            Whether tokens at the threshold count: the paper's `<=`, not the released code's `<`.
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`: `True` where a token is imitated.
+    Shapes: `student_log_probs` (N,), `teacher_log_probs` (N,), returns (N,).
     """
     if abs(tau) >= 1:
         # Rounded to float32, a gap is -1 or 1 itself where one model is sure and the other one is not.
@@ -123,23 +86,7 @@ def aggregate(
     """
     One loss of many tokens.
 
-    Args:
-        per_token (`torch.Tensor` of shape `(B, T)`):
-            Loss of each token.
-        mask (`torch.Tensor` of shape `(B, T)`):
-            1 at tokens that count.
-        how (`str`):
-            `"token"`: mean over tokens. `"sequence"`: mean over rows of the mean over their tokens.
-        num_items (`torch.Tensor` or `float`, *optional*):
-            For `"token"`: tokens of one window on one rank, on average over ranks. `None` takes those at hand.
-        num_rows (`float`, *optional*):
-            For `"sequence"`: rows of one window on one rank. `None` takes those at hand.
-
-    Returns:
-        `torch.Tensor`: scalar, scaled for the accumulation window.
-
-    Raises:
-        ValueError: there is no such aggregation.
+    Shapes: `per_token` (B, T), `mask` (B, T).
     """
     masked = per_token.masked_fill(mask == 0, 0.0)
     if how == "token":
@@ -164,23 +111,7 @@ def stored_teacher_terms(
     of the paper's ratio `p / sg[p]`, which is one with one update per batch. The released program's clipping of that ratio
     then never acts, and is left out.
 
-    Args:
-        log_probs (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each token under the policy, in nats; carries the graph.
-        teacher_log_probs (`torch.Tensor` of shape `(B, T)`):
-            The teacher's.
-        mask (`torch.Tensor` of shape `(B, T)`):
-            True at completion tokens.
-        clip (`float`, *optional*):
-            `c`. `None` does not clamp.
-        aggregation (`str`):
-            `"token"` weighs all tokens alike and wants the number of tokens as count; `"sequence"` weighs all sequences
-            alike and wants the number of sequences.
-
-    Returns:
-        `tuple[torch.Tensor, dict[str, torch.Tensor]]`: the terms `(B, T)`, 0 outside of the mask, and detached scalar sums
-        over the masked tokens: `advantage` and `advantage_abs` (before the clamp), `clipped` (tokens whose advantage was
-        clamped), `teacher_logprob` and `tokens`.
+    Shapes: `log_probs` (B, T), `teacher_log_probs` (B, T), `mask` (B, T).
     """
     mask = mask.bool()
     teacher = teacher_log_probs.detach().to(log_probs.dtype).masked_fill(~mask, 0.0)
@@ -205,16 +136,7 @@ def reference_weights(
     """
     How far the policy has moved from the one that sampled, by the ratio `p / p_ref` of each token.
 
-    Args:
-        log_probs (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each token under the policy, in nats.
-        reference_log_probs (`torch.Tensor` of shape `(B, T)`):
-            The same of the model that sampled, at temperature 1.
-        mask (`torch.Tensor` of shape `(B, T)`):
-            True at completion tokens.
-
-    Returns:
-        `dict[str, torch.Tensor]`: detached scalar sums `weight` and `weight_squared`.
+    Shapes: `log_probs` (B, T), `reference_log_probs` (B, T), `mask` (B, T).
     """
     ratio = (log_probs.detach() - reference_log_probs.to(log_probs.dtype)).exp().masked_fill(~mask.bool(), 0.0)
     return {"weight": ratio.sum(), "weight_squared": (ratio**2).sum()}

@@ -40,23 +40,7 @@ def shaped_probability(
     - `"rl_plus"`: `2 p / (q + 1/2 q + 1/(2 V))` with `q` the detached `p` (RL-PLUS, arXiv 2508.00222, with the policy
       itself as the old one).
 
-    Args:
-        log_probs (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each token, in nats; carries the graph.
-        shaping (`str`):
-            One of the above.
-        gamma (`float`, *optional*, defaults to `0.1`):
-            Constant of `"p_div_p"`, above 0.
-        exponent (`float`, *optional*, defaults to `0.5`):
-            Exponent of `"pow"`.
-        vocab_size (`int`, *optional*):
-            `V` of `"rl_plus"`: size of the vocabulary (the paper's uniform expert), or 1 (the released code's).
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`: the shaped values, with graph.
-
-    Raises:
-        `ValueError`: if there is no such shaping.
+    Shapes: `log_probs` (B, T), returns (B, T).
     """
     p = log_probs.exp()
     if shaping == "p_div_p":
@@ -89,26 +73,7 @@ def reduce_tokens(
     """
     Sum of token losses, scaled as GRPO's loss types scale theirs, so that it can be added to the parent's loss.
 
-    Args:
-        per_token (`torch.Tensor` of shape `(B, T)`):
-            Loss of each token.
-        mask (`torch.Tensor` of shape `(B, T)`):
-            1 at tokens that count.
-        loss_type (`str`):
-            `"grpo"` (mean over rows of the mean over their counted tokens), `"dr_grpo"` (divided by `B` and the
-            longest completion) or `"dapo"` (divided by `num_items`).
-        max_completion_length (`int`):
-            Longest completion, in tokens.
-        accumulation_steps (`int`):
-            Micro-batches in the window.
-        num_items (`torch.Tensor` or `float`):
-            For `"dapo"`: tokens of one window on one rank, on average over ranks.
-
-    Returns:
-        `torch.Tensor`: scalar, scaled for the accumulation window.
-
-    Raises:
-        `ValueError`: if the loss type is not supported.
+    Shapes: `per_token` (B, T), `mask` (B, T).
     """
     masked = per_token.masked_fill(mask == 0, 0.0)  # what is not counted may be infinite
     if loss_type == "grpo":
@@ -128,13 +93,6 @@ def published_sft_scale(max_completion_length: int) -> float:
     longest completion `L`, while a token mean of the SFT loss is added for each of the pieces (about 6.4, our
     estimate from the mean lengths) that the 64 sequences are packed into. So one unit of their SFT coefficient weighs
     `6.4 / 64 * 8192 / L` beside one unit of ours.
-
-    Args:
-        max_completion_length (`int`):
-            `L`, in tokens.
-
-    Returns:
-        `float`: the factor.
     """
     return _PUBLISHED_SHARE * _PUBLISHED_LENGTH / max_completion_length
 
@@ -150,17 +108,7 @@ def group_advantages(rewards: torch.Tensor, scale_rewards: str) -> torch.Tensor:
     `A_i = r_i - mean(r)`, with `scale_rewards="group"` divided by the group's standard deviation plus 1e-4. A reward
     that is NaN (no reward function could score the row) is left out of both, and its row has advantage 0.
 
-    Args:
-        rewards (`torch.Tensor` of shape `(groups, G)`):
-            Rewards, one row for each group.
-        scale_rewards (`str`):
-            `"group"` or `"none"`.
-
-    Returns:
-        `torch.Tensor` of shape `(groups, G)`.
-
-    Raises:
-        `ValueError`: if the scaling is another one: it would depend on rewards of other groups.
+    Shapes: `rewards` (groups, G), returns (groups, G).
     """
     if scale_rewards not in ("group", "none"):
         raise ValueError(f"`scale_rewards` must be 'group' or 'none', got {scale_rewards!r}.")
@@ -186,21 +134,7 @@ def prefix_advantages(
     own reward (`"none"`: 0). So pure rewards 0, 0, 1 and a hybrid reward 1 give -1/3, -1/3, 2/3, a continuation of 1 and
     a prefix of 2/3.
 
-    Args:
-        rewards (`torch.Tensor` of shape `(groups, G)`):
-            Raw rewards; NaN where no reward function could score a row. Such a row has advantage 0 and is left out of
-            the mean; without any scored pure row the prefix has advantage 0.
-        scale_rewards (`str`):
-            `"group"` (pure rows are divided by their standard deviation; nothing else is) or `"none"`.
-        continuation (`str`):
-            `"reward"` or `"none"`.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: advantages of own tokens, `(groups, G)`, and of prefix tokens,
-        `(groups,)`.
-
-    Raises:
-        `ValueError`: if `scale_rewards` or `continuation` is not among its choices.
+    Shapes: `rewards` (groups, G).
     """
     if continuation not in CONTINUATIONS:
         raise ValueError(f"`continuation` must be one of {', '.join(map(repr, CONTINUATIONS))}, got {continuation!r}.")
@@ -218,16 +152,7 @@ def most_uncertain(entropies: torch.Tensor, mask: torch.Tensor, share: float) ->
     Of `n` masked tokens `floor(n (1 - share))` are left out, so that one stays wherever there is one and `share` is
     above 0. Among equal entropies the earlier token (by row, then position) goes first.
 
-    Args:
-        entropies (`torch.Tensor` of shape `(B, T)`):
-            Entropy of each token's distribution, in nats.
-        mask (`torch.Tensor` of shape `(B, T)`):
-            True at the tokens that are ranked.
-        share (`float`):
-            Share of them to keep, in [0, 1].
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`: True at the tokens kept.
+    Shapes: `entropies` (B, T), `mask` (B, T), returns (B, T).
     """
     kept = torch.zeros_like(mask, dtype=torch.bool).flatten()
     places = mask.flatten().nonzero().squeeze(1)  # (n,)
@@ -242,14 +167,7 @@ def sequence_entropy(entropies: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
     """
     Mean entropy of each sequence's tokens.
 
-    Args:
-        entropies (`torch.Tensor` of shape `(B, T)`):
-            Entropy of the policy at each token, in nats.
-        mask (`torch.Tensor` of shape `(B, T)`):
-            1 at the sequence's tokens.
-
-    Returns:
-        `torch.Tensor` of shape `(B, 1)`: without gradient; 0 for a sequence without tokens.
+    Shapes: `entropies` (B, T), `mask` (B, T), returns (B, 1).
     """
     total = entropies.detach().masked_fill(mask == 0, 0.0).sum(dim=1, keepdim=True)  # (B, 1)
     return total / mask.sum(dim=1, keepdim=True).clamp(min=1)
@@ -261,16 +179,7 @@ def entropy_weight(entropy: torch.Tensor, scale: float, sign: int) -> torch.Tens
 
     SRFT (arXiv 2506.19767) has `0.5 exp(-H)` on its SFT term and `0.1 exp(H)` on its own right samples.
 
-    Args:
-        entropy (`torch.Tensor` of shape `(B, 1)`):
-            `H` of each sequence, in nats.
-        scale (`float`):
-            Weight at entropy 0.
-        sign (`int`):
-            1 (more at high entropy) or -1 (less).
-
-    Returns:
-        `torch.Tensor` of shape `(B, 1)`.
+    Shapes: `entropy` (B, 1), returns (B, 1).
     """
     return scale * (sign * entropy.detach()).exp()
 
@@ -284,18 +193,7 @@ def verdict_advantages(
     `w` at tokens of right samples, -1 at those of wrong ones, 0 at those of samples that nobody could score. The wrong
     samples' term `E[log p]` has no lower bound: with a floor, their tokens that lie below it get 0 too.
 
-    Args:
-        log_probs (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each token, in nats.
-        verdicts (`torch.Tensor` of shape `(B,)`):
-            1 for right samples, -1 for wrong ones, 0 for others.
-        right_weights (`torch.Tensor` of shape `(B, 1)`):
-            `w` of each sample.
-        floor (`float`, *optional*):
-            Log-probability below which a wrong token is not pushed further down. `None` is no floor.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`: without gradient.
+    Shapes: `log_probs` (B, T), `verdicts` (B,), `right_weights` (B, 1), returns (B, T).
     """
     verdicts = verdicts.unsqueeze(1)  # (B, 1)
     pushed = torch.ones_like(log_probs) if floor is None else (log_probs.detach() >= floor).to(log_probs.dtype)
@@ -308,19 +206,6 @@ def hint_probability(step: int, high: float, low: float, steps: int) -> float:
 
     The first update has `t = 0` (the released code counts from 1 and writes `t`, which is the same), the last hinted
     one `t = T - 1` with `q = low`; then `q = 0`.
-
-    Args:
-        step (`int`):
-            Number of the update, `t`, from 0.
-        high (`float`):
-            Limit of the probability at the start.
-        low (`float`):
-            Probability in the last hinted update.
-        steps (`int`):
-            Number of hinted updates, `T`.
-
-    Returns:
-        `float`: the probability, in [0, 1].
     """
     return 0.0 if step >= steps else cosine_decay(step + 1, high, low, steps)
 
@@ -328,17 +213,6 @@ def hint_probability(step: int, high: float, low: float, steps: int) -> float:
 def hint_stage(step: int, pieces: int, steps: int) -> int:
     """
     Number of pieces shown by a fixed staircase from all pieces down to none, `n - floor((t + 1) / floor(T / (n + 1)))`.
-
-    Args:
-        step (`int`):
-            Number of the update, `t`, from 0.
-        pieces (`int`):
-            Number of pieces of the solution, `n`.
-        steps (`int`):
-            Number of updates of the stairs, `T`; below `n + 1` each stair is one update.
-
-    Returns:
-        `int`: from 0 to `pieces`.
     """
     if step >= steps:
         return 0

@@ -15,17 +15,7 @@ class Head(NamedTuple):
     """
     A language model's head: from hidden states to logits.
 
-    Attributes:
-        weight (`torch.Tensor` of shape `(V, H)`):
-            Output embedding.
-        bias (`torch.Tensor` of shape `(V,)`, *optional*):
-            Its bias.
-        scale (`float`, *optional*, defaults to `1.0`):
-            Factor on the logits (Cohere, Granite).
-        softcap (`float`, *optional*):
-            Bound `c` of `c tanh(z / c)`, after the factor (Gemma).
-        temperature (`float`, *optional*, defaults to `1.0`):
-            What the logits are divided by in the end.
+    Shapes: `weight` (V, H), `bias` (V,).
     """
 
     weight: torch.Tensor
@@ -39,12 +29,7 @@ class Head(NamedTuple):
         Logits of hidden states, in float32 (float64 for float64), whatever autocast says: a log-probability that is
         rounded to 16 bits is no use as an advantage.
 
-        Args:
-            hidden (`torch.Tensor` of shape `(N, H)`):
-                Last hidden states.
-
-        Returns:
-            `torch.Tensor` of shape `(N, V)`: the logits.
+        Shapes: `hidden` (N, H), returns (N, V).
         """
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         bias = None if self.bias is None else self.bias.to(dtype)
@@ -59,13 +44,7 @@ class TeacherScores(NamedTuple):
     """
     What a teacher says about the tokens of a rollout, without graph.
 
-    Attributes:
-        log_probs (`torch.Tensor` of shape `(N,)`):
-            Log-probability of each token, in nats.
-        top_ids (`torch.Tensor` of shape `(N, K)`):
-            Its K likeliest tokens at each position.
-        top_log_probs (`torch.Tensor` of shape `(N, K)`):
-            Their log-probabilities, not renormalised; `-inf` where there is no such token.
+    Shapes: `log_probs` (N,), `top_ids` (N, K), `top_log_probs` (N, K).
     """
 
     log_probs: torch.Tensor
@@ -77,13 +56,7 @@ class StudentScores(NamedTuple):
     """
     What the student says about the same tokens.
 
-    Attributes:
-        log_probs (`torch.Tensor` of shape `(N,)`):
-            Log-probability of each token, in nats; carries the graph.
-        top_log_probs (`torch.Tensor` of shape `(N, K)`):
-            Log-probabilities of the teacher's K likeliest tokens; carries the graph.
-        entropy (`torch.Tensor` of shape `(N,)`):
-            Entropy of the student's distribution, in nats, without graph.
+    Shapes: `log_probs` (N,), `top_log_probs` (N, K), `entropy` (N,).
     """
 
     log_probs: torch.Tensor
@@ -98,20 +71,7 @@ def teacher_scores(
     """
     The teacher's log-probabilities of tokens, and its likeliest tokens.
 
-    Args:
-        hidden (`torch.Tensor` of shape `(N, H)`):
-            Hidden states that predict the tokens.
-        token_ids (`torch.Tensor` of shape `(N,)`):
-            The tokens.
-        head ([`Head`]):
-            The teacher's head.
-        top_k (`int`, *optional*, defaults to `0`):
-            `K`; the size of the vocabulary where that is less.
-        chunk (`int`, *optional*):
-            Tokens whose logits exist at once. `None` chooses about 256 MB of them.
-
-    Returns:
-        [`TeacherScores`]: without graph.
+    Shapes: `hidden` (N, H), `token_ids` (N,).
     """
     top_k = min(top_k, head.weight.size(0))
 
@@ -132,20 +92,7 @@ def student_scores(
 
     The logits of a chunk are thrown away after it and computed anew in the backward pass.
 
-    Args:
-        hidden (`torch.Tensor` of shape `(N, H)`):
-            Hidden states that predict the tokens.
-        token_ids (`torch.Tensor` of shape `(N,)`):
-            The tokens.
-        top_ids (`torch.Tensor` of shape `(N, K)`):
-            The teacher's likeliest tokens; `K` may be 0.
-        head ([`Head`]):
-            The student's head.
-        chunk (`int`, *optional*):
-            Tokens whose logits exist at once. `None` chooses about 256 MB of them.
-
-    Returns:
-        [`StudentScores`]: log-probabilities with graph.
+    Shapes: `hidden` (N, H), `token_ids` (N,), `top_ids` (N, K).
     """
 
     def score(hidden: torch.Tensor, ids: torch.Tensor, top_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -4,44 +4,14 @@ import math
 
 
 def linear_ramp(step: int, start: float, end: float, steps: int) -> float:
-    """
-    A straight line from `start` to `end`, then `end`.
-
-    Args:
-        step (`int`):
-            Number of the update, from 0.
-        start (`float`):
-            Value at update 0.
-        end (`float`):
-            Value from update `steps` on.
-        steps (`int`):
-            Updates until the end is reached. 0 is `end` throughout.
-
-    Returns:
-        `float`: the value at `step`.
-    """
+    """A straight line from `start` to `end`, then `end`."""
     if steps == 0:
         return end
     return start + (end - start) * min(1.0, step / steps)
 
 
 def cosine_decay(step: int, high: float, low: float, steps: int) -> float:
-    """
-    Half a cosine from `high` to `low`, `low + (high - low) * (1 + cos(pi * step / steps)) / 2`, then `low`.
-
-    Args:
-        step (`int`):
-            Number of the update, from 0.
-        high (`float`):
-            Value at update 0.
-        low (`float`):
-            Value from update `steps` on.
-        steps (`int`):
-            Updates until the low is reached. 0 is `low` throughout.
-
-    Returns:
-        `float`: the value at `step`.
-    """
+    """Half a cosine from `high` to `low`, `low + (high - low) * (1 + cos(pi * step / steps)) / 2`, then `low`."""
     if step >= steps:
         return low
     return low + (high - low) * (1 + math.cos(math.pi * step / steps)) / 2
@@ -53,21 +23,6 @@ def chord_mu(step: int, peak: float, valley: float, warmup_steps: int, decay_ste
 
     The decay starts at the peak in update `warmup_steps` and is over in update `warmup_steps + decay_steps`. With both
     at 0 the weight is the valley throughout; with a decay of 0 alone the peak is never reached.
-
-    Args:
-        step (`int`):
-            Number of the update, from 0.
-        peak (`float`):
-            Largest weight.
-        valley (`float`):
-            Weight that it ends at.
-        warmup_steps (`int`):
-            Updates of the rise.
-        decay_steps (`int`):
-            Updates of the fall.
-
-    Returns:
-        `float`: the weight at `step`.
     """
     if step < warmup_steps:
         return linear_ramp(step, 0.0, peak, warmup_steps)

@@ -17,21 +17,7 @@ def demonstration_loss(
     gradients of a window's micro-batches add up to one gradient that does not depend on how the window is split, and
     that low weights mean less SFT.
 
-    Args:
-        log_probs (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each token, in nats.
-        mask (`torch.Tensor` of shape `(B, T)`):
-            True at trained tokens.
-        weights (`torch.Tensor` of shape `(B, T)` or `(B, 1)`, *optional*):
-            Weight of each token or demonstration, without gradient. `None` is one everywhere.
-        num_tokens (`float` or `torch.Tensor`):
-            Trained tokens of the whole window over all ranks.
-        world_size (`int`, *optional*, defaults to `1`):
-            Number of ranks. The product undoes the mean over ranks that data parallelism takes of gradients.
-
-    Returns:
-        `tuple[torch.Tensor, dict[str, torch.Tensor]]`: the scalar loss, and detached scalar sums over the trained
-        tokens: `nll_sum` (unweighted, in nats), `weight_sum`, `zero_sum` (tokens of weight zero) and `tokens`.
+    Shapes: `log_probs` (B, T), `mask` (B, T), `weights` (B, T) or (B, 1).
     """
     nll = -log_probs.masked_fill(~mask, 0.0)  # (B, T)
     if weights is None:

@@ -31,14 +31,7 @@ def token_likelihood(log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
     """
     Probability of each demonstrated token, `p = pi(y_t | x, y_<t)`.
 
-    Args:
-        log_probs (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each token, in nats.
-        mask (`torch.Tensor` of shape `(B, T)`):
-            True at trained tokens.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`: `p`, zero at other tokens.
+    Shapes: `log_probs` (B, T), `mask` (B, T), returns (B, T).
     """
     return _double(log_probs).exp().masked_fill(~mask, 0.0)
 
@@ -49,14 +42,7 @@ def sequence_likelihood(log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Te
 
     It falls exponentially with the length: meant for short completions.
 
-    Args:
-        log_probs (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each token, in nats.
-        mask (`torch.Tensor` of shape `(B, T)`):
-            True at trained tokens.
-
-    Returns:
-        `torch.Tensor` of shape `(B, 1)`: the product of the trained tokens' probabilities.
+    Shapes: `log_probs` (B, T), `mask` (B, T), returns (B, 1).
     """
     return _double(log_probs).masked_fill(~mask, 0.0).sum(dim=1, keepdim=True).exp()
 
@@ -68,14 +54,7 @@ def phi(log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     Source: "On-Policy RL Meets Off-Policy Experts: Harmonizing SFT and RL via Dynamic Weighting" (CHORD), the weight
     phi.
 
-    Args:
-        log_probs (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each token, in nats.
-        mask (`torch.Tensor` of shape `(B, T)`):
-            True at trained tokens.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`: `p (1 - p)`, zero at other tokens.
+    Shapes: `log_probs` (B, T), `mask` (B, T), returns (B, T).
     """
     log_probs = _double(log_probs)
     return (log_probs.exp() * -torch.expm1(log_probs)).masked_fill(~mask, 0.0)
@@ -91,16 +70,7 @@ def trapo(log_probs: torch.Tensor, mask: torch.Tensor, bound: float = 0.1) -> to
 
     Source: "Trust-Region Adaptive Policy Optimization" (TRAPO, arXiv 2512.17636), trust-region SFT.
 
-    Args:
-        log_probs (`torch.Tensor` of shape `(B, T)`):
-            Log-probability of each token, in nats.
-        mask (`torch.Tensor` of shape `(B, T)`):
-            True at trained tokens.
-        bound (`float`, *optional*, defaults to `0.1`):
-            Probability from which on the weight is 1, above 0.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`: the weights, in (0, 1], zero at other tokens.
+    Shapes: `log_probs` (B, T), `mask` (B, T), returns (B, T).
     """
     p = _double(log_probs).exp()
     return (p / p.clamp(min=bound)).masked_fill(~mask, 0.0)
@@ -108,25 +78,7 @@ def trapo(log_probs: torch.Tensor, mask: torch.Tensor, bound: float = 0.1) -> to
 
 @dataclasses.dataclass(frozen=True)
 class JudgeFit:
-    """
-    A fitted judge: the reward that a log-likelihood `s` foretells, `sigmoid(b0 + b1 (s - mean) / std)`.
-
-    Attributes:
-        b0 (`float`):
-            Intercept.
-        b1 (`float`):
-            Slope, per standard deviation of the log-likelihood.
-        mean (`float`):
-            Mean of the rollouts' summed log-likelihoods, in nats.
-        std (`float`):
-            Their standard deviation (divided by N), plus 1e-6.
-        low (`float`):
-            The lowest of them.
-        high (`float`):
-            The highest of them.
-        base_rate (`float`):
-            Mean reward of the rollouts.
-    """
+    """A fitted judge: the reward that a log-likelihood `s` foretells, `sigmoid(b0 + b1 (s - mean) / std)`."""
 
     b0: float
     b1: float
@@ -145,19 +97,7 @@ def fit_judge(s: Numbers, r: Numbers, penalty: float) -> JudgeFit | None:
     from `b0 = log((mean r + .01) / (1.01 - mean r))`, `b1 = 0`, with 1e-3 added to the intercept's curvature, which
     keeps the step finite where all rewards are equal.
 
-    Args:
-        s (`torch.Tensor` or sequence of `float`, of shape `(N,)`):
-            Summed log-likelihood of each rollout under the policy that drew it, in nats.
-        r (`torch.Tensor` or sequence of `float`, of shape `(N,)`):
-            Its reward, 0 or 1.
-        penalty (`float`):
-            Weight of the slope's square, above zero.
-
-    Returns:
-        [`JudgeFit`] or `None`: `None` where there are no rollouts.
-
-    Raises:
-        `ValueError`: if `penalty` is not above zero, or `s` and `r` differ in length.
+    Shapes: `s` (N,), `r` (N,).
     """
     if not penalty > 0:
         raise ValueError(f"`judge_penalty` must be above 0 (the slope has no bound without it), got {penalty}.")
@@ -188,16 +128,7 @@ def judge_weight(s: Numbers, fit: JudgeFit | None, beta: float) -> torch.Tensor:
     `J = min(1, (q + .001) / (mean r + .001))^beta`, with `q` the foretold reward of the demonstration's log-likelihood,
     clipped to the range that the rollouts have shown.
 
-    Args:
-        s (`torch.Tensor` or sequence of `float`, of shape `(B,)`):
-            Summed log-likelihood of each demonstration, in nats, at the temperature of the rollouts'.
-        fit ([`JudgeFit`], *optional*):
-            The fitted judge. `None`, where there have been no rollouts, gives one everywhere.
-        beta (`float`):
-            Sharpness.
-
-    Returns:
-        `torch.Tensor` of shape `(B,)`: the weights, in [0, 1].
+    Shapes: `s` (B,), returns (B,).
     """
     s = _double(s)
     if fit is None:
@@ -213,14 +144,7 @@ def flip_rate(n: Numbers, v: Numbers) -> float:
     Two verdicts on one demonstration differ with probability `2 eps (1 - eps)`, estimated by the mean over
     demonstrations of `2 v (n - v) / (n (n - 1))`. Assumes that verdicts err independently from call to call.
 
-    Args:
-        n (`torch.Tensor` or sequence of `int`, of shape `(N,)`):
-            Verdicts on each demonstration. Those with fewer than two are left out.
-        v (`torch.Tensor` or sequence of `int`, of shape `(N,)`):
-            How many of them are positive.
-
-    Returns:
-        `float`: `eps`, clipped to [1e-4, .45]; the lower bound where no demonstration has two verdicts.
+    Shapes: `n` (N,), `v` (N,).
     """
     n, v = _double(n), _double(v)
     n, v = n[n >= 2], v[n >= 2]
@@ -235,16 +159,7 @@ def verdict_prior(n: Numbers, v: Numbers, eps: float) -> float:
     """
     Share of right demonstrations, read from noisy verdicts.
 
-    Args:
-        n (`torch.Tensor` or sequence of `int`, of shape `(N,)`):
-            Verdicts on each demonstration. Those without any are left out.
-        v (`torch.Tensor` or sequence of `int`, of shape `(N,)`):
-            How many of them are positive.
-        eps (`float`):
-            Flip rate.
-
-    Returns:
-        `float`: `(mean(v / n) - eps) / (1 - 2 eps)`, clipped to [.01, .99]; one half where there are no verdicts.
+    Shapes: `n` (N,), `v` (N,).
     """
     n, v = _double(n), _double(v)
     n, v = n[n >= 1], v[n >= 1]
@@ -258,18 +173,7 @@ def verdict_weight(n: Numbers, v: Numbers, eps: float, prior: float) -> torch.Te
     """
     Posterior probability that a demonstration is right: `sigmoid(logit prior + (2 v - n) log((1 - eps) / eps))`.
 
-    Args:
-        n (`torch.Tensor` or sequence of `int`, of shape `(B,)`):
-            Verdicts on each demonstration.
-        v (`torch.Tensor` or sequence of `int`, of shape `(B,)`):
-            How many of them are positive.
-        eps (`float`):
-            Flip rate (see [`flip_rate`]).
-        prior (`float`):
-            Share of right demonstrations (see [`verdict_prior`]).
-
-    Returns:
-        `torch.Tensor` of shape `(B,)`: the weights, in [0, 1].
+    Shapes: `n` (B,), `v` (B,), returns (B,).
     """
     n, v = _double(n), _double(v)
     log_odds = torch.logit(torch.tensor(prior, dtype=torch.float64))
