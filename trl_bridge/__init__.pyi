@@ -5,6 +5,7 @@ from .methods.actguide import ActGuideConfig as ActGuideConfig
 from .methods.actguide import ActGuideTrainer as ActGuideTrainer
 from .methods.alternating import AlternatingConfig as AlternatingConfig
 from .methods.alternating import AlternatingTrainer as AlternatingTrainer
+from .methods.aopd import AOPDConfig as AOPDConfig
 from .methods.aopd import AOPDTrainer as AOPDTrainer
 from .methods.bridge.config import BridgeConfig as BridgeConfig
 from .methods.bridge.trainer import BridgeTrainer as BridgeTrainer
@@ -18,9 +19,8 @@ from .methods.luffy import LUFFYConfig as LUFFYConfig
 from .methods.luffy import LUFFYTrainer as LUFFYTrainer
 from .methods.naive_mix import NaiveMixConfig as NaiveMixConfig
 from .methods.naive_mix import NaiveMixTrainer as NaiveMixTrainer
+from .methods.opd import OPDConfig as OPDConfig
 from .methods.opd import OPDTrainer as OPDTrainer
-from .methods.opd_config import AOPDConfig as AOPDConfig
-from .methods.opd_config import OPDConfig as OPDConfig
 from .methods.prefix_rft import PrefixRFTConfig as PrefixRFTConfig
 from .methods.prefix_rft import PrefixRFTTrainer as PrefixRFTTrainer
 from .methods.relift import ReLIFTConfig as ReLIFTConfig

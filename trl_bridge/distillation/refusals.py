@@ -1,38 +1,30 @@
 """Which options of TRL the distillation trainers refuse, and why."""
 
-from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator
 
 from ..training.backends import backend_for
 from ..training.backends.refusals import refuse_spread
-from ..training.refusals import check_best_model
+from ..training.refusals import Rules, check_best_model, other_than, refuse
 
 
-def _is_set(value: Any) -> bool:
-    return value not in (None, False, "", [], {}, 0)
-
-
-# Field -> (when it is refused, why and what to do instead).
-REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+REFUSED: Rules = {
     "beta": (
-        lambda value: value != 1.0,
+        other_than(1.0),
         "the loss is that of sampled tokens, which has no interpolation. Leave it at 1, or use TRL's "
         "`DistillationTrainer`",
     ),
-    "use_liger_kernel": (_is_set, "it has not been tested here. Set it to False"),
-    "torch_compile": (_is_set, "it has not been tested here. Set it to False"),
+    "use_liger_kernel": "it has not been tested here. Set it to False",
+    "torch_compile": "it has not been tested here. Set it to False",
     "neftune_noise_alpha": (
-        _is_set,
-        "its noise would enter the student's log-probabilities and not the teacher's. Set it to None",
+        "its noise would enter the student's log-probabilities and not the teacher's. Set it to None"
     ),
-    "fp16": (_is_set, "a gradient scaler has not been tested here. Use `bf16=True`"),
-    "parallelism_config": (_is_set, "only data parallelism is built. Remove it, and launch with DDP (torchrun)"),
-    "auto_find_batch_size": (_is_set, "it would change the rollouts of an update half-way. Set it to False"),
+    "fp16": "a gradient scaler has not been tested here. Use `bf16=True`",
+    "parallelism_config": "only data parallelism is built. Remove it, and launch with DDP (torchrun)",
+    "auto_find_batch_size": "it would change the rollouts of an update half-way. Set it to False",
     "enable_jit_checkpoint": (
-        _is_set,
-        "it may save inside an update, which cannot be gone on with exactly. Save often (`save_steps`) in place of it",
+        "it may save inside an update, which cannot be gone on with exactly. Save often (`save_steps`) in place of it"
     ),
 }
 
@@ -61,9 +53,7 @@ def check_backend(accelerator: Accelerator, owner: str) -> None:
 
 def check_config(args: Any) -> None:
     """Refuse options that no distillation trainer supports."""
-    for name, (refuses, reason) in REFUSED.items():
-        if refuses(getattr(args, name)):
-            raise NotImplementedError(f"`{name}` is not supported by {type(args).__name__}: {reason}.")
+    refuse(args, REFUSED)
     check_best_model(args)
     kwargs = args.generation_kwargs or {}
     for name, neutral in _SAMPLING.items():

@@ -1,44 +1,31 @@
 """[`AlternatingTrainer`]: RL updates and SFT updates by turns."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from ..training.metrics import record
+from ..training.options import at_least, one_of, options
 from ..training.stream import DemonstrationTrainer
 from ..training.stream_config import DemonstrationConfig
 
 
-PHASES = ("sft", "rl")
-
-
-@dataclass
+@options
 class AlternatingConfig(DemonstrationConfig):
-    r"""
+    """
     Configuration of [`AlternatingTrainer`]: everything of [`~trl.GRPOConfig`], the demonstration stream of
-    [`DemonstrationConfig`](training.config.DemonstrationConfig), and the phases.
-
-    > Parameters that control the phases
-
-    Parameters:
-        rl_steps (`int`, *optional*, defaults to `1`):
-            Optimizer updates of an RL phase. A multiple of those that a generation batch lasts for,
-            `steps_per_generation * num_iterations / gradient_accumulation_steps`.
-        sft_steps (`int`, *optional*, defaults to `1`):
-            Optimizer updates of an SFT phase; the same multiple.
-        first (`str`, *optional*, defaults to `"sft"`):
-            Which phase goes first: `"sft"` or `"rl"`.
+    [`DemonstrationConfig`], and the phases.
     """
 
-    rl_steps: int = field(default=1, metadata={"help": "Optimizer updates of an RL phase."})
-    sft_steps: int = field(default=1, metadata={"help": "Optimizer updates of an SFT phase."})
-    first: str = field(
-        default="sft", metadata={"help": "Which phase goes first: 'sft' or 'rl'.", "choices": list(PHASES)}
-    )
+    rl_steps: int = field(default=1, metadata=at_least(1))
+    """Optimizer updates of an RL phase. A multiple of those that a generation batch lasts for,
+    `steps_per_generation * num_iterations / gradient_accumulation_steps`."""
+    sft_steps: int = field(default=1, metadata=at_least(1))
+    """Optimizer updates of an SFT phase; the same multiple."""
+    first: str = field(default="sft", metadata=one_of("sft", "rl"))
+    """Which phase goes first: 'sft' or 'rl'."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.first not in PHASES:
-            raise ValueError(f"`first` must be one of {', '.join(map(repr, PHASES))}, got {self.first!r}.")
         if self.sft_pairing == "prompt":
             raise ValueError(
                 "`sft_pairing='prompt'` cannot be had with alternating phases: an SFT update has no rollouts to pair "
@@ -56,8 +43,6 @@ class AlternatingConfig(DemonstrationConfig):
         updates = max(1, generation // accumulation)
         for name in ("rl_steps", "sft_steps"):
             value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
             if value % updates:
                 raise ValueError(
                     f"`{name}` ({value}) must be a multiple of {updates}, the updates that a generation batch lasts "

@@ -1,14 +1,63 @@
 """AOPD: imitation of the teacher's likeliest tokens where the student is too sure, on-policy distillation elsewhere."""
 
 import textwrap
-from typing import Any
+from dataclasses import field
+from typing import Any, ClassVar
 
 import torch
 
-from ..objectives.distill import imitation_gate, imitation_term, policy_term
+from ..objectives.distill import AGGREGATIONS, imitation_gate, imitation_term, policy_term
 from ..objectives.lm_head import StudentScores, TeacherScores
-from .opd import OPDTrainer
-from .opd_config import AOPDConfig
+from ..training.options import at_least, must, one_of, options
+from .opd import OPDConfig, OPDTrainer
+
+
+@options
+class AOPDConfig(OPDConfig):
+    """Configuration of [`AOPDTrainer`]."""
+
+    preset: str = field(default="code", metadata=one_of("code", "paper"))
+    """Fills fields left at `None`. 'code' is the released program, which the published numbers come from: sum over the K
+    tokens, mean over tokens, no imitation at the threshold itself. 'paper' is the printed formula: divided by K, mean
+    over completions, imitation at the threshold."""
+    aopd_tau: float = field(
+        default=0.0,
+        metadata=must("lie between -1 (OPD) and 1 (imitation alone)", lambda value: -1 <= value <= 1),
+    )
+    """Threshold on `P_T(y) - P_S(y)`: tokens below are imitated, others reinforced. -1 imitates none, which is OPD, and
+    1 all, which is distillation on the top K. The released scripts' `aopd_threshold` is its negative."""
+    aopd_top_k: int = field(default=32, metadata=at_least(1))
+    """`K`: the teacher's likeliest tokens that the imitation is over."""
+    aopd_weight: float = field(default=1.0, metadata=at_least(0))
+    """Weight of the imitation."""
+    aopd_normalize_by_k: bool | None = None
+    """Whether the imitation is divided by `K`. `None`: by the preset."""
+    aopd_imitate_ties: bool | None = None
+    """Whether tokens at the threshold are imitated. `None`: by the preset."""
+    aopd_generalized_kl: bool = False
+    """Whether `P_S - P_T` on the K tokens is added to the divergence, whose gradient then vanishes where the student has
+    the teacher's distribution. In neither source."""
+    aopd_allow_temperature: bool = False
+    """Whether a `temperature` other than 1 is accepted, at which gate and divergence are then taken."""
+    loss_aggregation: str | None = field(default=None, metadata=one_of(*AGGREGATIONS))  # type: ignore[assignment]
+    """'token': mean over the tokens of an update; 'sequence': mean over its completions of the mean over their tokens.
+    `None`: by the preset."""
+
+    presets: ClassVar[dict[str, dict[str, object]]] = {
+        "code": {"aopd_normalize_by_k": False, "aopd_imitate_ties": False, "loss_aggregation": "token"},
+        "paper": {"aopd_normalize_by_k": True, "aopd_imitate_ties": True, "loss_aggregation": "sequence"},
+    }
+
+    def __post_init__(self) -> None:
+        for name, value in self.presets.get(self.preset, {}).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        super().__post_init__()
+        if self.temperature != 1.0 and not self.aopd_allow_temperature:
+            raise ValueError(
+                f"`temperature={self.temperature}`: gate and divergence are defined at temperature 1, and would be taken at "
+                "this one. Set it to 1, or `aopd_allow_temperature=True` if that is what you want."
+            )
 
 
 class AOPDTrainer(OPDTrainer):

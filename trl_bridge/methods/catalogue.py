@@ -31,17 +31,14 @@ class Method(NamedTuple):
     summary: str
 
 
-def _ours(
-    name: str, prefix: str, family: str, summary: str, trainer_in: str | None = None, config_in: str | None = None
-) -> Method:
-    """A method of `methods/`: `{prefix}Trainer` and `{prefix}Config` of the file with its name, if no other is named."""
-    file = name.replace("-", "_")
-    trainer, config = (f"trl_bridge.methods.{module or file}.{prefix}" for module in (trainer_in, config_in))
-    return Method(name, f"{trainer}Trainer", f"{config}Config", family, summary)
+def _ours(name: str, prefix: str, family: str, summary: str) -> Method:
+    """A method of `methods/`: `{prefix}Trainer` and `{prefix}Config` of the file with its name."""
+    path = f"trl_bridge.methods.{name.replace('-', '_')}.{prefix}"
+    return Method(name, f"{path}Trainer", f"{path}Config", family, summary)
 
 
 _ALL = (
-    _ours("bridge", "Bridge", "bridge", "BRIDGE: SFT supervises RL", "bridge.trainer", "bridge.config"),
+    Method("bridge", "trl_bridge.methods.bridge.trainer.BridgeTrainer", "trl_bridge.methods.bridge.config.BridgeConfig", "bridge", "BRIDGE: SFT supervises RL"),
     _ours("naive-mix", "NaiveMix", "stream", "GRPO plus a weighted SFT loss"),
     _ours("alternating", "Alternating", "stream", "SFT updates and GRPO updates by turns"),
     _ours("chord", "CHORD", "stream", "CHORD: SFT as an auxiliary loss that fades"),
@@ -52,8 +49,8 @@ _ALL = (
     _ours("uft", "UFT", "group", "UFT: rollouts continue a hint that gets shorter, and learn its likelihood"),
     _ours("prefix-rft", "PrefixRFT", "group", "Prefix-RFT: one rollout of the group continues a prefix of the expert's"),
     _ours("actguide", "ActGuide", "group", "ActGuide: groups without a success are rolled out again with as little guidance as works"),
-    _ours("opd", "OPD", "distillation", "OPD: the log-ratio of teacher and student as the reward of each sampled token", config_in="opd_config"),
-    _ours("aopd", "AOPD", "distillation", "AOPD: OPD, and imitation of the teacher's likeliest tokens where the student is too sure", config_in="opd_config"),
+    _ours("opd", "OPD", "distillation", "OPD: the log-ratio of teacher and student as the reward of each sampled token"),
+    _ours("aopd", "AOPD", "distillation", "AOPD: OPD, and imitation of the teacher's likeliest tokens where the student is too sure"),
     _ours("two-stage", "TwoStage", "stream", "cold start: TRL's SFT, then TRL's GRPO, in one run"),
     _ours("lightning-opd", "LightningOPD", "scored", "Lightning OPD: distillation from a teacher that scored the student's rollouts once, before training"),
     Method("grpo", "trl.GRPOTrainer", "trl.GRPOConfig", "rl", "TRL's GRPO"),

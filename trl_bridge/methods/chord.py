@@ -1,7 +1,7 @@
 """[`CHORDTrainer`]: SFT as an auxiliary objective whose weight fades."""
 
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -9,85 +9,47 @@ import torch
 from ..objectives.schedules import chord_mu
 from ..objectives.weights import phi, token_likelihood
 from ..training.metrics import record
+from ..training.options import at_least, one_of, options, within
 from ..training.stream import DemonstrationTrainer
 from ..training.stream_config import DemonstrationConfig
 
 
-PRESETS = ("paper", "code")
 # The published settings of mu: warmup, decay, peak, valley.
 _CHORD_MU = {"mu_warmup_steps": 0, "mu_decay_steps": 200, "mu_peak": 0.9, "mu_valley": 0.05}
 _CHORD_PHI = {"mu_warmup_steps": 0, "mu_decay_steps": 0, "mu_peak": 0.1, "mu_valley": 0.1}
 _TRINITY = {"mu_warmup_steps": 200, "mu_decay_steps": 400, "mu_peak": 0.5, "mu_valley": 0.02}
 
 
-@dataclass
+@options
 class CHORDConfig(DemonstrationConfig):
-    r"""
+    """
     Configuration of [`CHORDTrainer`]: everything of [`~trl.GRPOConfig`], the demonstration stream of
-    [`DemonstrationConfig`](training.config.DemonstrationConfig), and the weights of CHORD (arXiv 2508.11408).
-
-    > Parameters that control the weight of SFT
-
-    Parameters:
-        preset (`str`, *optional*, defaults to `"paper"`):
-            Fills the fields below where they are `None`. `"paper"`: CHORD-mu (`enable_phi_function=False`, mu from 0.9
-            down to 0.05 over 200 updates), or with `enable_phi_function=True` CHORD-phi (mu 0.1 throughout). `"code"`,
-            the example that comes with the released code: `enable_phi_function=True`, mu from 0 up to 0.5 over 200
-            updates and down to 0.02 over 400 more.
-        mu_peak (`float`, *optional*):
-            Largest weight of SFT, in [0, 1]; RL has `1 - mu`.
-        mu_valley (`float`, *optional*):
-            Weight of SFT that the schedule ends at, in [0, `mu_peak`].
-        mu_warmup_steps (`int`, *optional*):
-            Updates in which mu rises from 0 to its peak, linearly.
-        mu_decay_steps (`int`, *optional*):
-            Updates in which mu falls from its peak to its valley, by half a cosine. With 0 of both, mu is its valley.
-
-    > Parameters that control the weights of tokens
-
-    Parameters:
-        enable_phi_function (`bool`, *optional*):
-            Weigh each demonstrated token by `p (1 - p)`, p the policy's own probability of it (CHORD-phi). Published
-            form, not normalised.
-        enable_is_function (`bool`, *optional*, defaults to `False`):
-            Weigh each demonstrated token by `p` (plain importance sampling). Not with `enable_phi_function`.
+    [`DemonstrationConfig`], and the weights of CHORD (arXiv 2508.11408).
     """
 
-    preset: str = field(
-        default="paper",
-        metadata={
-            "help": "Fills the mu_* fields and enable_phi_function where they are None: 'paper' (CHORD-mu, or CHORD-phi "
-            "with enable_phi_function) or 'code' (the released example).",
-            "choices": list(PRESETS),
-        },
-    )
-    mu_peak: float | None = field(default=None, metadata={"help": "Largest weight of SFT; RL has 1 - mu."})
-    mu_valley: float | None = field(default=None, metadata={"help": "Weight of SFT that the schedule ends at."})
-    mu_warmup_steps: int | None = field(
-        default=None, metadata={"help": "Updates in which mu rises from 0 to its peak, linearly."}
-    )
-    mu_decay_steps: int | None = field(
-        default=None, metadata={"help": "Updates in which mu falls from its peak to its valley, by half a cosine."}
-    )
-    enable_phi_function: bool | None = field(
-        default=None, metadata={"help": "Weigh each demonstrated token by p (1 - p) (CHORD-phi)."}
-    )
-    enable_is_function: bool = field(
-        default=False, metadata={"help": "Weigh each demonstrated token by p (plain importance sampling)."}
-    )
+    preset: str = field(default="paper", metadata=one_of("paper", "code"))
+    """Fills the `mu_*` fields and `enable_phi_function` where they are `None`. 'paper': CHORD-mu
+    (`enable_phi_function=False`, mu from 0.9 down to 0.05 over 200 updates), or with `enable_phi_function=True` CHORD-phi
+    (mu 0.1 throughout). 'code', the example that comes with the released code: `enable_phi_function=True`, mu from 0 up
+    to 0.5 over 200 updates and down to 0.02 over 400 more."""
+    mu_peak: float | None = field(default=None, metadata=within(0, 1))
+    """Largest weight of SFT, in [0, 1]; RL has `1 - mu`."""
+    mu_valley: float | None = field(default=None, metadata=within(0, 1))
+    """Weight of SFT that the schedule ends at, in [0, `mu_peak`]."""
+    mu_warmup_steps: int | None = field(default=None, metadata=at_least(0))
+    """Updates in which mu rises from 0 to its peak, linearly."""
+    mu_decay_steps: int | None = field(default=None, metadata=at_least(0))
+    """Updates in which mu falls from its peak to its valley, by half a cosine. With 0 of both, mu is its valley."""
+    enable_phi_function: bool | None = None
+    """Weigh each demonstrated token by `p (1 - p)`, p the policy's own probability of it (CHORD-phi). Published form, not
+    normalised."""
+    enable_is_function: bool = False
+    """Weigh each demonstrated token by `p` (plain importance sampling). Not with `enable_phi_function`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.preset not in PRESETS:
-            raise ValueError(f"`preset` must be one of {', '.join(map(repr, PRESETS))}, got {self.preset!r}.")
         self._fill_in()
-        peak, valley, warmup, decay = self._schedule
-        for name, steps in (("mu_warmup_steps", warmup), ("mu_decay_steps", decay)):
-            if steps < 0:
-                raise ValueError(f"`{name}` must not be negative, got {steps}.")
-        for name, weight in (("mu_peak", peak), ("mu_valley", valley)):
-            if not 0.0 <= weight <= 1.0:
-                raise ValueError(f"`{name}` must lie in [0, 1], got {weight}.")
+        peak, valley, *_ = self._schedule
         if valley > peak:
             raise ValueError(f"`mu_valley` ({valley}) must not lie above `mu_peak` ({peak}).")
         if self.enable_phi_function and self.enable_is_function:

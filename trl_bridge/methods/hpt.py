@@ -2,7 +2,7 @@
 
 import dataclasses
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from .._upstream import decode_completions
 from ..objectives.expert import group_advantages
 from ..training.group import ExpertPlan
 from ..training.metrics import record
+from ..training.options import at_least, one_of, options
 from ..training.randomness import forked_python_rng, forked_torch_rng
+from ..training.refusals import Rules, other_than, refuse
 from ..training.shaping import SHAPING_FIELDS, UNCLIPPED, ShapedConfig, ShapedTrainer
 from ..training.verdicts import ask_rewards
 
@@ -21,61 +23,39 @@ from ..training.verdicts import ask_rewards
 _ANY_REWARD = 1e-8
 
 
-@dataclass
+_SCALED_BY_GROUP: Rules = {
+    "scale_rewards": (
+        other_than("group", "none"),
+        "groups that leave the RL loss would still change the advantages of the others. Set it to 'none' or 'group'",
+    ),
+    "multi_objective_aggregation": (
+        other_than("sum_then_normalize"),
+        "groups that leave the RL loss would still change the advantages of the others. Set it to 'sum_then_normalize'",
+    ),
+}
+
+
+@options
 class HPTConfig(ShapedConfig):
-    r"""
-    Configuration of [`HPTTrainer`].
+    """Configuration of [`HPTTrainer`]. The shaping of [`LUFFYConfig`] is for traces of the second gate."""
 
-    Parameters:
-        preset (`str`, *optional*, defaults to `"paper"`):
-            `"paper"`, `"code"`, or `"superrl"` for SuperRL. Fills fields left at `None`.
-        gate (`int`, *optional*, defaults to `0`):
-            Groups with at most so many right rollouts are trained by SFT on their trace. -1 never fires, which is GRPO.
-        gate_off (`int`, *optional*):
-            Second gate: groups with more than `gate` and at most so many right rollouts have their trace in the place
-            of a rollout, by LUFFY's off-policy RL term. `None` switches it off, as the published runs do.
-        sft_loss_coef (`float`, *optional*, defaults to `1.0`):
-            Weight of the SFT term (the released scripts have 0.3 for Qwen2.5-Math-1.5B).
-        policy_shaping, policy_shaping_gamma, policy_shaping_exponent, rl_plus_exponent:
-            As in [`LUFFYConfig`], for traces of the second gate.
-        success_threshold (`float`, *optional*):
-            Reward from which a rollout counts as right. `None` takes 1.0, and 1e-8 (any reward) with
-            `preset="superrl"`.
-        loss_type (`str`, *optional*, defaults to `"dr_grpo"`):
-            As in [`~trl.GRPOConfig`]; `"grpo"`, `"dr_grpo"` or `"dapo"`.
-        scale_rewards (`str` or `bool`, *optional*):
-            As in [`~trl.GRPOConfig`]. `None` takes `"none"`, and `"group"` with `preset="superrl"`.
-        epsilon (`float`, *optional*):
-            As in [`~trl.GRPOConfig`], for own tokens. `None` takes 0.2, and no clipping with `preset="code"`.
-    """
-
-    gate: int = field(
-        default=0,
-        metadata={"help": "Groups with at most so many right rollouts are trained by SFT. -1 never fires."},
-    )
-    gate_off: int | None = field(
-        default=None,
-        metadata={
-            "help": "Groups with more than gate and at most so many right rollouts get their trace by an off-policy RL "
-            "term. None switches it off."
-        },
-    )
-    sft_loss_coef: float = field(default=1.0, metadata={"help": "Weight of the SFT term."})
-    success_threshold: float | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "Reward from which a rollout counts as right. None: 1.0, or 1e-8 (preset 'superrl')."},
-    )
-    loss_type: str = field(default="dr_grpo", metadata={"help": "GRPO's loss type: 'grpo', 'dr_grpo' or 'dapo'."})
-    scale_rewards: str | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "Scaling of advantages, as in GRPO. None: 'none', or 'group' (preset 'superrl')."},
-    )
-    epsilon: float | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "Clipping of own tokens' ratios. None: 0.2, or no clipping (preset 'code')."},
-    )
-
-    presets = ("paper", "code", "superrl")
+    preset: str = field(default="paper", metadata=one_of("paper", "code", "superrl"))
+    """'paper', 'code', or 'superrl' for SuperRL. Fills fields left at `None`."""
+    gate: int = 0
+    """Groups with at most so many right rollouts are trained by SFT on their trace. -1 never fires, which is GRPO."""
+    gate_off: int | None = None
+    """Second gate: groups with more than `gate` and at most so many right rollouts have their trace in the place of a
+    rollout, by LUFFY's off-policy RL term. `None` switches it off, as the published runs do."""
+    sft_loss_coef: float = field(default=1.0, metadata=at_least(0))
+    """Weight of the SFT term (the released scripts have 0.3 for Qwen2.5-Math-1.5B)."""
+    success_threshold: float | None = None  # type: ignore[assignment]
+    """Reward from which a rollout counts as right. `None` takes 1.0, and 1e-8 (any reward) with `preset='superrl'`."""
+    loss_type: str = "dr_grpo"
+    """GRPO's loss type: 'grpo', 'dr_grpo' or 'dapo'."""
+    scale_rewards: str | None = None  # type: ignore[assignment]
+    """Scaling of advantages, as in GRPO. `None` takes 'none', and 'group' with `preset='superrl'`."""
+    epsilon: float | None = None  # type: ignore[assignment]
+    """Clipping of own tokens' ratios, as in GRPO. `None` takes 0.2, and no clipping with `preset='code'`."""
 
     def __post_init__(self) -> None:
         superrl = self.preset == "superrl"
@@ -89,30 +69,15 @@ class HPTConfig(ShapedConfig):
         rows = int(self.num_generations or 1)
         if not -1 <= self.gate <= rows:
             raise ValueError(f"`gate` must lie between -1 (never) and `num_generations` ({rows}), got {self.gate}.")
-        if not self.sft_loss_coef >= 0:
-            raise ValueError(f"`sft_loss_coef` must not be negative, got {self.sft_loss_coef}.")
         if self.gate_off is not None and not self.gate <= self.gate_off <= rows:
             raise ValueError(
                 f"`gate_off` must lie between `gate` ({self.gate}) and `num_generations` ({rows}), got "
                 f"{self.gate_off}. Set it to None to switch it off."
             )
         if self.gate >= 0 or self.gate_off is not None:
-            self._refuse_scaling_across_groups()
+            refuse(self, _SCALED_BY_GROUP)
         if self.gate_off is None:
             self._refuse_shaping()
-
-    def _refuse_scaling_across_groups(self) -> None:
-        if self.scale_rewards not in ("group", "none"):
-            raise NotImplementedError(
-                f"`scale_rewards={self.scale_rewards!r}` is not supported by HPTConfig: groups that leave the RL loss "
-                "would still change the advantages of the others. Set it to 'none' or 'group'."
-            )
-        if self.multi_objective_aggregation != "sum_then_normalize":
-            raise NotImplementedError(
-                f"`multi_objective_aggregation={self.multi_objective_aggregation!r}` is not supported by HPTConfig: "
-                "groups that leave the RL loss would still change the advantages of the others. Set it to "
-                "'sum_then_normalize'."
-            )
 
     def _refuse_shaping(self) -> None:
         for shaped in dataclasses.fields(ShapedConfig):

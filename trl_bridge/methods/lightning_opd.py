@@ -1,7 +1,7 @@
 """Lightning OPD: on-policy distillation from a teacher that was asked once, before training."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -15,81 +15,60 @@ from ..distillation.refusals import check_backend
 from ..distillation.scored_rows import SCORES, ScoredCollator, rows_hash, scored_rows
 from ..objectives.distill import AGGREGATIONS, reference_weights, stored_teacher_terms
 from ..training.checkpoint.resume import Resumable
-from ..training.refusals import check_best_model
+from ..training.options import check_options, must, one_of, options
+from ..training.refusals import Rules, check_best_model, other_than, refuse
 
 
-# Field -> (value that it must have, why).
-_FIXED = {
-    "packing": (False, "scores belong to one sequence each"),
-    "eval_packing": ((None, False), "scores belong to one sequence each"),
-    "padding_free": (False, "the stored scores are padded with their rows"),
-    "assistant_only_loss": (False, "the completion's tokens are trained, all of them"),
-    "completion_only_loss": ((None, True), "the completion's tokens are trained, and no others have a score"),
-    "loss_type": ("nll", "the loss is Lightning OPD's"),
-    "label_smoothing_factor": (0.0, "the loss is Lightning OPD's"),
-    "neftune_noise_alpha": (None, "its noise would enter the log-probabilities that are compared with the teacher's"),
-    "parallelism_config": (None, "only data parallelism is built"),
-    "enable_jit_checkpoint": (False, "it may save inside an update, which cannot be gone on with exactly"),
+_REFUSED: Rules = {
+    "packing": "scores belong to one sequence each",
+    "eval_packing": "scores belong to one sequence each",
+    "padding_free": "the stored scores are padded with their rows",
+    "assistant_only_loss": "the completion's tokens are trained, all of them",
+    "completion_only_loss": (
+        other_than(None, True),
+        "the completion's tokens are trained, and no others have a score",
+    ),
+    "loss_type": (other_than("nll"), "the loss is Lightning OPD's"),
+    "label_smoothing_factor": "the loss is Lightning OPD's",
+    "neftune_noise_alpha": (
+        other_than(None),
+        "its noise would enter the log-probabilities that are compared with the teacher's",
+    ),
+    "parallelism_config": "only data parallelism is built",
+    "enable_jit_checkpoint": "it may save inside an update, which cannot be gone on with exactly",
 }
 
 
-@dataclass
+@options
 class LightningOPDConfig(SFTConfig):
-    r"""
+    """
     Configuration of [`LightningOPDTrainer`]: everything of [`~trl.SFTConfig`] that does not concern its loss, and the
-    fields below.
-
-    Parameters:
-        advantage_clip (`float`, *optional*, defaults to `10.0`):
-            Bound of a token's advantage, in nats. `None` sets none, as in the released program; 10 is what readers of the
-            paper's third version report.
-        loss_aggregation (`str`, *optional*, defaults to `"sequence"`):
-            `"sequence"` is the mean over sequences of each one's mean over its tokens (as published), `"token"` the mean
-            over all tokens.
-        require_same_teacher (`bool`, *optional*, defaults to `True`):
-            Whether to refuse scores of another model than the one that wrote the student's SFT data.
-
-    > [!NOTE]
-    > These parameters have default values different from [`~trl.SFTConfig`]:
-    > - `learning_rate`: Defaults to `2e-6` instead of `2e-5`.
-    > - `max_length`: Defaults to `None` instead of `1024`: rollouts have the length that they were sampled with.
+    fields below. `learning_rate` and `max_length` have other defaults than in [`~trl.SFTConfig`] (`2e-5` and `1024`).
     """
 
-    learning_rate: float = field(default=2e-6, metadata={"help": "The initial learning rate for AdamW."})
+    learning_rate: float = 2e-6
+    """The initial learning rate for AdamW."""
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Longest rollout in tokens, prompt included; longer ones lose their end. None: no limit."},
+        metadata=must("be at least 2 (a prompt's token and a trained one)", lambda value: value >= 2),
     )
+    """Longest rollout in tokens, prompt included; longer ones lose their end. `None`: no limit, since rollouts have the
+    length that they were sampled with."""
     advantage_clip: float | None = field(
-        default=10.0, metadata={"help": "Bound of a token's advantage, in nats. None sets none."}
+        default=10.0, metadata=must("be above 0, or None for no bound", lambda value: value > 0)
     )
-    loss_aggregation: str = field(
-        default="sequence",
-        metadata={
-            "help": "'sequence': mean over sequences of their means over tokens (as published). 'token': mean over tokens.",
-            "choices": list(AGGREGATIONS),
-        },
-    )
-    require_same_teacher: bool = field(
-        default=True,
-        metadata={"help": "Whether to refuse scores of another model than the one that wrote the student's SFT data."},
-    )
+    """Bound of a token's advantage, in nats. `None` sets none, as in the released program; 10 is what readers of the
+    paper's third version report."""
+    loss_aggregation: str = field(default="sequence", metadata=one_of(*AGGREGATIONS))
+    """'sequence': mean over sequences of each one's mean over its tokens (as published). 'token': mean over all
+    tokens."""
+    require_same_teacher: bool = True
+    """Whether to refuse scores of another model than the one that wrote the student's SFT data."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.advantage_clip is not None and self.advantage_clip <= 0:
-            raise ValueError(f"`advantage_clip` must be above 0, or None for no bound, got {self.advantage_clip}.")
-        if self.loss_aggregation not in AGGREGATIONS:
-            known = " or ".join(map(repr, AGGREGATIONS))
-            raise ValueError(f"`loss_aggregation` must be {known}, got {self.loss_aggregation!r}.")
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(
-                f"`max_length` must be at least 2 (a prompt's token and a trained one), got {self.max_length}."
-            )
-        for name, (allowed, reason) in _FIXED.items():
-            value = getattr(self, name)
-            if value not in (allowed if isinstance(allowed, tuple) else (allowed,)):
-                raise NotImplementedError(f"`{name}={value!r}` is not supported by LightningOPDConfig: {reason}.")
+        check_options(self)
+        refuse(self, _REFUSED)
         if self.truncation_mode != "keep_start":
             raise NotImplementedError(
                 "`truncation_mode` must be 'keep_start': a rollout without its prompt has no score."

@@ -1,50 +1,26 @@
 """LUFFY: an expert trace as one rollout of the group."""
 
 import textwrap
-from dataclasses import dataclass, field
 from typing import Any
 
 from ..training.group import ExpertPlan
+from ..training.options import options
 from ..training.shaping import UNCLIPPED, ShapedConfig, ShapedTrainer
 
 
-@dataclass
+@options
 class LUFFYConfig(ShapedConfig):
-    r"""
-    Configuration of [`LUFFYTrainer`].
+    """Configuration of [`LUFFYTrainer`]."""
 
-    Parameters:
-        num_experts (`int`, *optional*, defaults to `1`):
-            Rows of each group that the expert takes; below `num_generations`.
-        policy_shaping (`str`, *optional*, defaults to `"p_div_p"`):
-            Shaping of the expert's probability: `"p_div_p"`, `"none"`, `"logp"`, `"p_logp"`, `"square_root"`, `"pow"`
-            or `"rl_plus"` (see [`objectives.expert.shaped_probability`]).
-        policy_shaping_gamma (`float`, *optional*, defaults to `0.1`):
-            Constant of `"p_div_p"`.
-        policy_shaping_exponent (`float`, *optional*, defaults to `0.5`):
-            Exponent of `"pow"`.
-        rl_plus_exponent (`float`, *optional*, defaults to `0.0`):
-            The expert's advantage is multiplied by the detached `(1 - p)^exponent` (RL-PLUS, whose released code has
-            0.5). 0 leaves it.
-        loss_type (`str`, *optional*, defaults to `"dr_grpo"`):
-            As in [`~trl.GRPOConfig`]; `"grpo"`, `"dr_grpo"` or `"dapo"`.
-        scale_rewards (`str` or `bool`, *optional*):
-            As in [`~trl.GRPOConfig`]. `None` takes `"group"` with `preset="paper"` and `"none"` with `"code"`.
-        epsilon (`float`, *optional*):
-            As in [`~trl.GRPOConfig`], for own tokens. `None` takes 0.2 with `preset="paper"`, and no clipping with
-            `"code"`.
-    """
-
-    num_experts: int = field(default=1, metadata={"help": "Rows of each group that the expert takes."})
-    loss_type: str = field(default="dr_grpo", metadata={"help": "GRPO's loss type: 'grpo', 'dr_grpo' or 'dapo'."})
-    scale_rewards: str | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "Scaling of advantages, as in GRPO. None: 'group' (preset 'paper') or 'none' ('code')."},
-    )
-    epsilon: float | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "Clipping of own tokens' ratios. None: 0.2 (preset 'paper') or no clipping ('code')."},
-    )
+    num_experts: int = 1
+    """Rows of each group that the expert takes; below `num_generations`."""
+    loss_type: str = "dr_grpo"
+    """GRPO's loss type: 'grpo', 'dr_grpo' or 'dapo'."""
+    scale_rewards: str | None = None  # type: ignore[assignment]
+    """Scaling of advantages, as in GRPO. `None` takes 'group' with `preset='paper'` and 'none' with 'code'."""
+    epsilon: float | None = None  # type: ignore[assignment]
+    """Clipping of own tokens' ratios, as in GRPO. `None` takes 0.2 with `preset='paper'`, and no clipping with
+    'code'."""
 
     reads_success_threshold = False
 

@@ -1,46 +1,34 @@
 """[`NaiveMixTrainer`]: the sum of both losses."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from ..objectives.schedules import linear_ramp
 from ..training.metrics import record
+from ..training.options import at_least, must, options
 from ..training.stream import DemonstrationTrainer
 from ..training.stream_config import DemonstrationConfig
 
 
-@dataclass
+_FINITE = must("be at least 0 and finite", lambda value: 0.0 <= value < float("inf"))
+
+
+@options
 class NaiveMixConfig(DemonstrationConfig):
-    r"""
+    """
     Configuration of [`NaiveMixTrainer`]: everything of [`~trl.GRPOConfig`], the demonstration stream of
-    [`DemonstrationConfig`](training.config.DemonstrationConfig), and the weight of its loss.
-
-    > Parameters that control the mixture
-
-    Parameters:
-        sft_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the SFT loss; RL has weight 1. At exactly 0 the SFT pass is left out.
-        sft_weight_start (`float`, *optional*):
-            Value that the weight is ramped from, linearly. `None` keeps it constant.
-        sft_weight_warmup_steps (`int`, *optional*, defaults to `0`):
-            Updates until the ramp reaches `sft_weight`.
+    [`DemonstrationConfig`], and the weight of its loss.
     """
 
-    sft_weight: float = field(default=1.0, metadata={"help": "Weight of the SFT loss; RL has weight 1."})
-    sft_weight_start: float | None = field(
-        default=None,
-        metadata={"help": "Value that the weight is ramped from, linearly. None keeps it constant."},
-    )
-    sft_weight_warmup_steps: int = field(default=0, metadata={"help": "Updates until the ramp reaches sft_weight."})
+    sft_weight: float = field(default=1.0, metadata=_FINITE)
+    """Weight of the SFT loss; RL has weight 1. At exactly 0 the SFT pass is left out."""
+    sft_weight_start: float | None = field(default=None, metadata=_FINITE)
+    """Value that the weight is ramped from, linearly. `None` keeps it constant."""
+    sft_weight_warmup_steps: int = field(default=0, metadata=at_least(0))
+    """Updates until the ramp reaches `sft_weight`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("sft_weight", "sft_weight_start"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value < float("inf"):
-                raise ValueError(f"`{name}` must be at least 0 and finite, got {value}.")
-        if self.sft_weight_warmup_steps < 0:
-            raise ValueError(f"`sft_weight_warmup_steps` must not be negative, got {self.sft_weight_warmup_steps}.")
         if (self.sft_weight_start is None) != (self.sft_weight_warmup_steps == 0):
             raise ValueError(
                 "A ramp needs both `sft_weight_start` and `sft_weight_warmup_steps` above 0, got "

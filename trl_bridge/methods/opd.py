@@ -1,19 +1,57 @@
 """OPD: on-policy distillation by sampled tokens."""
 
 from collections.abc import Callable
+from dataclasses import field
 from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
-from trl import DistillationTrainer
+from trl import DistillationConfig, DistillationTrainer
 
-from ..distillation.refusals import check_backend
+from ..distillation.refusals import check_backend, check_config
 from ..distillation.teacher import TeacherServer, check_tokenizers, head_of, scores_in
-from ..objectives.distill import aggregate, policy_term
+from ..objectives.distill import AGGREGATIONS, aggregate, policy_term
 from ..objectives.lm_head import StudentScores, TeacherScores, student_scores, teacher_scores
 from ..training.checkpoint.resume import BufferResumable
-from .opd_config import OPDConfig
+from ..training.options import at_least, check_options, must, one_of, options
+
+
+@options
+class OPDConfig(DistillationConfig):
+    """Configuration of [`OPDTrainer`]: everything of [`~trl.DistillationConfig`], and the loss of sampled tokens."""
+
+    teacher_model_server_url: str | None = None
+    """Base URL of a vLLM server with the teacher, in place of a local one."""
+    teacher_model_server_timeout: float = 60.0
+    """Seconds to wait for the teacher's server at the start."""
+    opd_weight: float = field(default=1.0, metadata=at_least(0))
+    """Weight of the sampled-token loss."""
+    advantage_clip: float | None = field(
+        default=None, metadata=must("be above 0 (None switches it off)", lambda value: value > 0)
+    )
+    """`c`: advantages `log P_T - log P_S` are clamped to `[-c, c]`. `None` leaves them."""
+    loss_aggregation: str = field(default="token", metadata=one_of(*AGGREGATIONS))
+    """'token': mean over the tokens of an update; 'sequence': mean over its completions of the mean over their
+    tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_options(self)
+        check_config(self)
+        if self.teacher_model_server_url is not None:
+            self._check_server()
+
+    def _check_server(self) -> None:
+        if self.teacher_model_name_or_path is not None:
+            raise ValueError(
+                "`teacher_model_server_url` and `teacher_model_name_or_path` name two teachers. Remove one of them."
+            )
+        if self.temperature != 1.0:
+            raise NotImplementedError(
+                f"`temperature={self.temperature}` with `teacher_model_server_url` is not supported: whether a server scores "
+                "at that temperature depends on how it was started, and cannot be seen from here. Set it to 1."
+            )
 
 
 class OPDTrainer(BufferResumable, DistillationTrainer):

@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -10,65 +10,50 @@ import torch
 from ..objectives.expert import CONTINUATIONS, most_uncertain, prefix_advantages
 from ..objectives.schedules import cosine_decay
 from ..training.group import ExpertPlan, ExpertTrainer
-from ..training.group_config import ExpertConfig, require_choice, require_room
+from ..training.group_config import ExpertConfig, require_room
 from ..training.metrics import record
+from ..training.options import at_least, one_of, options, within
 from ..training.policy import Scores
+from ..training.refusals import Rules, other_than, refuse
 
 
 # Purpose of a group's random number.
 _LENGTH = 2
 
 
-@dataclass
+_REFUSED: Rules = {
+    "scale_rewards": (
+        other_than("group", "none"),
+        "pure rows are scaled among themselves. Set it to 'group' or 'none'",
+    ),
+    "multi_objective_aggregation": (
+        other_than("sum_then_normalize"),
+        "its advantages are formed from raw rewards. Set it to 'sum_then_normalize'",
+    ),
+}
+
+
+@options
 class PrefixRFTConfig(ExpertConfig):
-    r"""
-    Configuration of [`PrefixRFTTrainer`].
+    """Configuration of [`PrefixRFTTrainer`]."""
 
-    Parameters:
-        prefix_high (`float`, *optional*, defaults to `0.95`):
-            Largest share of the trace that a prefix has, below 1.
-        prefix_low (`float`, *optional*, defaults to `0.05`):
-            What the smallest share decays to, from `prefix_high`.
-        prefix_steps (`int`, *optional*):
-            Updates of the decay. `None` is the whole run.
-        prefix_entropy_quantile (`float`, *optional*, defaults to `0.2`):
-            Share of prefix tokens that learn: those of highest entropy.
-        continuation_advantage (`str`, *optional*):
-            Advantage of the hybrid row's own tokens: `"reward"` (its raw reward) or `"none"` (0). `None` takes
-            `"reward"` with `preset="paper"` and `"none"` with `"code"`.
-        loss_type (`str`, *optional*, defaults to `"dr_grpo"`):
-            As in [`~trl.GRPOConfig`]; `"grpo"`, `"dr_grpo"` or `"dapo"`.
-        scale_rewards (`str` or `bool`, *optional*, defaults to `"none"`):
-            As in [`~trl.GRPOConfig`], for pure rows; `"group"` or `"none"`.
-        delta (`float`, *optional*, defaults to `3.0`):
-            As in [`~trl.GRPOConfig`]: largest ratio where the advantage is negative (dual clip).
-    """
-
-    prefix_high: float = field(default=0.95, metadata={"help": "Largest share of the trace that a prefix has."})
-    prefix_low: float = field(
-        default=0.05, metadata={"help": "What the smallest share of a prefix decays to, from prefix_high."}
-    )
-    prefix_steps: int | None = field(
-        default=None, metadata={"help": "Updates of the decay of the smallest share. None is the whole run."}
-    )
-    prefix_entropy_quantile: float = field(
-        default=0.2, metadata={"help": "Share of prefix tokens that learn: those of highest entropy."}
-    )
-    continuation_advantage: str | None = field(
-        default=None,
-        metadata={
-            "help": "Advantage of the hybrid row's own tokens: 'reward' or 'none'. None: 'reward' (preset 'paper') or "
-            "'none' ('code').",
-            "choices": list(CONTINUATIONS),
-        },
-    )
-    loss_type: str = field(default="dr_grpo", metadata={"help": "GRPO's loss type: 'grpo', 'dr_grpo' or 'dapo'."})
-    scale_rewards: str = field(
-        default="none", metadata={"help": "Scaling of pure rows' advantages, as in GRPO: 'group' or 'none'."}
-    )
-    delta: float | None = field(
-        default=3.0, metadata={"help": "Largest ratio where the advantage is negative, as in GRPO (dual clip)."}
-    )
+    prefix_high: float = 0.95
+    """Largest share of the trace that a prefix has, below 1."""
+    prefix_low: float = 0.05
+    """What the smallest share decays to, from `prefix_high`."""
+    prefix_steps: int | None = field(default=None, metadata=at_least(0))
+    """Updates of the decay of the smallest share. `None` is the whole run."""
+    prefix_entropy_quantile: float = field(default=0.2, metadata=within(0, 1))
+    """Share of prefix tokens that learn: those of highest entropy."""
+    continuation_advantage: str | None = field(default=None, metadata=one_of(*CONTINUATIONS))
+    """Advantage of the hybrid row's own tokens: 'reward' (its raw reward) or 'none' (0). `None` takes 'reward' with
+    `preset='paper'` and 'none' with 'code'."""
+    loss_type: str = "dr_grpo"
+    """GRPO's loss type: 'grpo', 'dr_grpo' or 'dapo'."""
+    scale_rewards: str = "none"
+    """Scaling of pure rows' advantages, as in GRPO: 'group' or 'none'."""
+    delta: float | None = 3.0
+    """Largest ratio where the advantage is negative, as in GRPO (dual clip)."""
 
     reads_success_threshold = False
 
@@ -76,26 +61,12 @@ class PrefixRFTConfig(ExpertConfig):
         if self.continuation_advantage is None:
             self.continuation_advantage = "reward" if self.preset == "paper" else "none"
         super().__post_init__()
-        require_choice("continuation_advantage", self.continuation_advantage, CONTINUATIONS)
         if not 0.0 <= self.prefix_low <= self.prefix_high < 1.0:
             raise ValueError(
                 f"`prefix_low` and `prefix_high` must lie in [0, 1) and in this order, got {self.prefix_low} and "
                 f"{self.prefix_high}."
             )
-        if self.prefix_steps is not None and self.prefix_steps < 0:
-            raise ValueError(f"`prefix_steps` must not be negative, got {self.prefix_steps}.")
-        if not 0.0 <= self.prefix_entropy_quantile <= 1.0:
-            raise ValueError(f"`prefix_entropy_quantile` must lie in [0, 1], got {self.prefix_entropy_quantile}.")
-        if self.scale_rewards not in ("group", "none"):
-            raise NotImplementedError(
-                f"`scale_rewards={self.scale_rewards!r}` is not supported by PrefixRFTConfig: pure rows are scaled "
-                "among themselves. Set it to 'group' or 'none'."
-            )
-        if self.multi_objective_aggregation != "sum_then_normalize":
-            raise NotImplementedError(
-                f"`multi_objective_aggregation={self.multi_objective_aggregation!r}` is not supported by "
-                "PrefixRFTConfig: its advantages are formed from raw rewards. Set it to 'sum_then_normalize'."
-            )
+        refuse(self, _REFUSED)
         require_room(self)
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -12,85 +12,43 @@ from ..training.checkpoint.sharded_state import RowState
 from ..training.group import ExpertPlan, ExpertTrainer
 from ..training.group_config import ExpertConfig
 from ..training.metrics import record
+from ..training.options import at_least, options
 from ..training.rates import rate_factor
 from ..training.refusals import SIDE_OPTIMIZERS
 from ..training.shaping import UNCLIPPED
 from .relift_sft_step import SFTPass
 
 
-@dataclass
+@options
 class ReLIFTConfig(ExpertConfig):
-    r"""
-    Configuration of [`ReLIFTTrainer`].
+    """Configuration of [`ReLIFTTrainer`]."""
 
-    Parameters:
-        buffer_size (`int`, *optional*, defaults to `128`):
-            Unsolved questions that start an SFT step, and that it trains on.
-        buffer_max_age (`int`, *optional*):
-            Generation batches after which a question leaves the buffer untrained. `None` keeps it for ever, as
-            published.
-        separate_optimizer (`bool`, *optional*, defaults to `True`):
-            Whether SFT steps have an optimizer (of the kind `optim`) and a state of their own. Otherwise they are
-            additional steps of the student's.
-        sft_learning_rate (`float`, *optional*):
-            Base rate of the SFT steps' own optimizer. `None` takes `learning_rate`. It follows the schedule of
-            `lr_scheduler_type`; with `"constant"` it is the published constant rate.
-        sft_max_grad_norm (`float`, *optional*):
-            Norm to which the gradient of an SFT step is clipped; 0 is no clipping. `None` takes `max_grad_norm`.
-        sft_per_device_train_batch_size (`int`, *optional*):
-            Demonstrations in each micro-batch of an SFT step on each device. `None` takes
-            `per_device_train_batch_size`. It does not change the result.
-        loss_type (`str`, *optional*, defaults to `"dr_grpo"`):
-            As in [`~trl.GRPOConfig`]; `"grpo"`, `"dr_grpo"` or `"dapo"`.
-        scale_rewards (`str` or `bool`, *optional*, defaults to `"none"`):
-            As in [`~trl.GRPOConfig`].
-        epsilon (`float`, *optional*):
-            As in [`~trl.GRPOConfig`]. `None` takes 0.2 with `preset="paper"`, and no clipping with `"code"`.
-    """
-
-    buffer_size: int = field(
-        default=128, metadata={"help": "Unsolved questions that start an SFT step, and that it trains on."}
-    )
-    buffer_max_age: int | None = field(
-        default=None,
-        metadata={"help": "Generation batches after which a question leaves the buffer untrained. None keeps it."},
-    )
-    separate_optimizer: bool = field(
-        default=True, metadata={"help": "Whether SFT steps have an optimizer and a state of their own."}
-    )
-    sft_learning_rate: float | None = field(
-        default=None, metadata={"help": "Base rate of the SFT steps' own optimizer. None takes learning_rate."}
-    )
-    sft_max_grad_norm: float | None = field(
-        default=None,
-        metadata={"help": "Norm to which the gradient of an SFT step is clipped. None takes max_grad_norm."},
-    )
-    sft_per_device_train_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Demonstrations in each micro-batch of an SFT step on each device. None takes "
-            "per_device_train_batch_size."
-        },
-    )
-    loss_type: str = field(default="dr_grpo", metadata={"help": "GRPO's loss type: 'grpo', 'dr_grpo' or 'dapo'."})
-    scale_rewards: str = field(default="none", metadata={"help": "Scaling of advantages, as in GRPO."})
-    epsilon: float | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "Clipping of ratios. None: 0.2 (preset 'paper') or no clipping ('code')."},
-    )
+    buffer_size: int = field(default=128, metadata=at_least(1))
+    """Unsolved questions that start an SFT step, and that it trains on."""
+    buffer_max_age: int | None = field(default=None, metadata=at_least(1))
+    """Generation batches after which a question leaves the buffer untrained. `None` keeps it for ever, as published."""
+    separate_optimizer: bool = True
+    """Whether SFT steps have an optimizer (of the kind `optim`) and a state of their own. Otherwise they are additional
+    steps of the student's."""
+    sft_learning_rate: float | None = field(default=None, metadata=at_least(0))
+    """Base rate of the SFT steps' own optimizer. `None` takes `learning_rate`. It follows the schedule of
+    `lr_scheduler_type`; with 'constant' it is the published constant rate."""
+    sft_max_grad_norm: float | None = field(default=None, metadata=at_least(0))
+    """Norm to which the gradient of an SFT step is clipped; 0 is no clipping. `None` takes `max_grad_norm`."""
+    sft_per_device_train_batch_size: int | None = field(default=None, metadata=at_least(1))
+    """Demonstrations in each micro-batch of an SFT step on each device. `None` takes `per_device_train_batch_size`. It
+    does not change the result."""
+    loss_type: str = "dr_grpo"
+    """GRPO's loss type: 'grpo', 'dr_grpo' or 'dapo'."""
+    scale_rewards: str = "none"
+    """Scaling of advantages, as in GRPO."""
+    epsilon: float | None = None  # type: ignore[assignment]
+    """Clipping of ratios, as in GRPO. `None` takes 0.2 with `preset='paper'`, and no clipping with 'code'."""
 
     def __post_init__(self) -> None:
         if self.epsilon is None:
             self.epsilon = UNCLIPPED if self.preset == "code" else 0.2
         super().__post_init__()
-        for name in ("buffer_size", "buffer_max_age", "sft_per_device_train_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        for name in ("sft_learning_rate", "sft_max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"`{name}` must not be negative, got {value}.")
         if self.loss_scale != "trl":
             raise ValueError(
                 f"`loss_scale={self.loss_scale!r}` has no effect in ReLIFT, whose SFT is a step of its own. Set it to "

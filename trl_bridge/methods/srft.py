@@ -1,46 +1,38 @@
 """SRFT: LUFFY's expert term, SFT on the expert and self-exploration, weighted by entropy."""
 
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
 
 from ..objectives.expert import entropy_weight, sequence_entropy, verdict_advantages
 from ..training.group import ExpertPlan
+from ..training.options import at_least, must, options
 from ..training.policy import Scores
+from ..training.refusals import other_than, refuse
 from .luffy import LUFFYConfig, LUFFYTrainer
 
 
-@dataclass
+@options
 class SRFTConfig(LUFFYConfig):
-    r"""
+    """
     Configuration of [`SRFTTrainer`]: everything of [`LUFFYConfig`], of which `epsilon` and `epsilon_high` have no
     effect (own tokens have no ratio).
-
-    Parameters:
-        sft_weight (`float`, *optional*, defaults to `0.5`):
-            Weight of the SFT term on a trace whose tokens have entropy 0.
-        sft_entropy_sign (`int`, *optional*):
-            -1: `exp(-H)`, less SFT on a trace that the policy is unsure of; 1: `exp(H)`, more of it. `None` takes -1
-            with `preset="paper"` and 1 with `"code"`.
-        rl_weight (`float`, *optional*, defaults to `0.1`):
-            Weight of a right own sample whose tokens have entropy 0; `exp(H)` multiplies it. Wrong ones have 1.
-        wrong_log_prob_floor (`float`, *optional*, defaults to `-10.0`):
-            Tokens of wrong samples with a log-probability below it are not pushed further down. `None` removes the
-            guard: the term then has no lower bound.
     """
 
-    sft_weight: float = field(default=0.5, metadata={"help": "Weight of the SFT term at entropy 0."})
-    sft_entropy_sign: int | None = field(
-        default=None,
-        metadata={"help": "Sign of the entropy in the SFT weight. None: -1 (preset 'paper') or 1 ('code')."},
-    )
-    rl_weight: float = field(default=0.1, metadata={"help": "Weight of right own samples at entropy 0."})
+    sft_weight: float = field(default=0.5, metadata=at_least(0))
+    """Weight of the SFT term on a trace whose tokens have entropy 0."""
+    sft_entropy_sign: int | None = field(default=None, metadata=must("be -1 or 1", lambda value: value in (-1, 1)))
+    """Sign of the entropy H in the SFT weight. -1: `exp(-H)`, less SFT on a trace that the policy is unsure of; 1:
+    `exp(H)`, more of it. `None` takes -1 with `preset='paper'` and 1 with 'code'."""
+    rl_weight: float = field(default=0.1, metadata=at_least(0))
+    """Weight of a right own sample whose tokens have entropy 0; `exp(H)` multiplies it. Wrong ones have 1."""
     wrong_log_prob_floor: float | None = field(
-        default=-10.0,
-        metadata={"help": "Wrong tokens with a log-probability below it are not pushed further down. None: no floor."},
+        default=-10.0, metadata=must("be below 0 (it is a log-probability)", lambda value: value < 0)
     )
+    """Tokens of wrong samples with a log-probability below it are not pushed further down. `None` removes the guard: the
+    term then has no lower bound."""
 
     reads_success_threshold = True
 
@@ -48,19 +40,7 @@ class SRFTConfig(LUFFYConfig):
         if self.sft_entropy_sign is None:
             self.sft_entropy_sign = -1 if self.preset == "paper" else 1
         super().__post_init__()
-        for name in ("sft_weight", "rl_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
-        if self.sft_entropy_sign not in (-1, 1):
-            raise ValueError(f"`sft_entropy_sign` must be -1 or 1, got {self.sft_entropy_sign}.")
-        if self.wrong_log_prob_floor is not None and not self.wrong_log_prob_floor < 0:
-            raise ValueError(
-                f"`wrong_log_prob_floor` must be below 0 (it is a log-probability), got {self.wrong_log_prob_floor}."
-            )
-        if self.delta is not None:
-            raise NotImplementedError(
-                "`delta` is not supported by SRFTConfig: own tokens have no ratio. Set it to None."
-            )
+        refuse(self, {"delta": (other_than(None), "own tokens have no ratio. Set it to None")})
         if self.beta and self.use_bias_correction_kl and self._rollouts_get_stale():
             raise NotImplementedError(
                 "`use_bias_correction_kl=True` is not supported by SRFTConfig where rollouts outlive an update "

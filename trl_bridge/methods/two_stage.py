@@ -5,7 +5,6 @@ import dataclasses
 import gc
 import json
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from ..training.backends import backend_for
 from ..training.backends.refusals import refuse_quantised
 from ..training.checkpoint import folder as checkpoints
 from ..training.checkpoint.resume import ResumableTrainer
+from ..training.options import options
 
 
 FOLDERS = ("sft", "grpo")
@@ -50,9 +50,9 @@ _OVERRIDES = (
 )
 
 
-@dataclass
+@options
 class TwoStageConfig(GRPOConfig):
-    r"""
+    """
     Configuration of [`TwoStageTrainer`]: everything of [`~trl.GRPOConfig`] for the second stage, and `sft_*` for the
     first.
 
@@ -60,81 +60,39 @@ class TwoStageConfig(GRPOConfig):
     are each stage's own (`learning_rate`, `num_train_epochs`, `max_steps`, `warmup_steps`: TRL's defaults of SFT where
     `sft_*` does not say otherwise). All other keys that the two have in common (`seed`, `bf16`, `report_to`,
     `logging_steps`, ...) serve both stages. Evaluation and the hub are the second stage's.
-
-    > Parameters that control the first stage (SFT)
-
-    Parameters:
-        sft_learning_rate (`float`, *optional*, defaults to `2e-5`):
-            Initial learning rate.
-        sft_num_train_epochs (`float`, *optional*, defaults to `3.0`):
-            Epochs over the demonstrations.
-        sft_max_steps (`int`, *optional*, defaults to `-1`):
-            Updates; above 0 it goes before `sft_num_train_epochs`.
-        sft_warmup_steps (`float`, *optional*, defaults to `0.0`):
-            Updates of the learning rate's warmup, or below 1 their share.
-        sft_per_device_train_batch_size (`int`, *optional*):
-            Demonstrations in each micro-batch on each device. `None` takes `per_device_train_batch_size`.
-        sft_gradient_accumulation_steps (`int`, *optional*):
-            Micro-batches of an update. `None` takes `gradient_accumulation_steps`.
-        sft_lr_scheduler_type (`str`, *optional*):
-            Schedule of the learning rate. `None` takes `lr_scheduler_type`.
-        sft_weight_decay (`float`, *optional*):
-            Weight decay. `None` takes `weight_decay`.
-        sft_max_grad_norm (`float`, *optional*):
-            Gradient clipping. `None` takes `max_grad_norm`.
-        sft_save_steps (`float`, *optional*):
-            Updates between checkpoints, or below 1 their share. `None` takes `save_steps`.
-        sft_max_length (`int`, *optional*, defaults to `1024`):
-            Longest demonstration in tokens, prompt and completion together; longer ones are cut. `None` sets no limit.
-        sft_packing (`bool`, *optional*, defaults to `False`):
-            Whether to pack demonstrations into sequences of `sft_max_length`.
-        sft_completion_only_loss (`bool`, *optional*):
-            Whether to train on completions alone. `None` does so for prompt-completion rows.
-        sft_assistant_only_loss (`bool`, *optional*, defaults to `False`):
-            Whether to train on the assistant's turns alone.
-        sft_loss_type (`str`, *optional*, defaults to `"nll"`):
-            Loss of [`~trl.SFTTrainer`].
     """
 
-    sft_learning_rate: float = field(default=2e-5, metadata={"help": "SFT: initial learning rate."})
-    sft_num_train_epochs: float = field(default=3.0, metadata={"help": "SFT: epochs over the demonstrations."})
-    sft_max_steps: int = field(
-        default=-1, metadata={"help": "SFT: updates; above 0 it goes before sft_num_train_epochs."}
-    )
-    sft_warmup_steps: float = field(
-        default=0.0, metadata={"help": "SFT: updates of the learning rate's warmup, or below 1 their share."}
-    )
-    sft_per_device_train_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "SFT: demonstrations in a micro-batch. None takes per_device_train_batch_size."},
-    )
-    sft_gradient_accumulation_steps: int | None = field(
-        default=None, metadata={"help": "SFT: micro-batches of an update. None takes gradient_accumulation_steps."}
-    )
-    sft_lr_scheduler_type: str | None = field(
-        default=None, metadata={"help": "SFT: schedule of the learning rate. None takes lr_scheduler_type."}
-    )
-    sft_weight_decay: float | None = field(
-        default=None, metadata={"help": "SFT: weight decay. None takes weight_decay."}
-    )
-    sft_max_grad_norm: float | None = field(
-        default=None, metadata={"help": "SFT: gradient clipping. None takes max_grad_norm."}
-    )
-    sft_save_steps: float | None = field(
-        default=None, metadata={"help": "SFT: updates between checkpoints. None takes save_steps."}
-    )
-    sft_max_length: int | None = field(
-        default=1024, metadata={"help": "SFT: longest demonstration in tokens; longer ones are cut."}
-    )
-    sft_packing: bool = field(default=False, metadata={"help": "SFT: pack demonstrations into full sequences."})
-    sft_completion_only_loss: bool | None = field(
-        default=None,
-        metadata={"help": "SFT: train on completions alone. None does so for prompt-completion rows."},
-    )
-    sft_assistant_only_loss: bool = field(
-        default=False, metadata={"help": "SFT: train on the assistant's turns alone."}
-    )
-    sft_loss_type: str = field(default="nll", metadata={"help": "SFT: loss of TRL's SFT trainer."})
+    sft_learning_rate: float = 2e-5
+    """SFT: initial learning rate."""
+    sft_num_train_epochs: float = 3.0
+    """SFT: epochs over the demonstrations."""
+    sft_max_steps: int = -1
+    """SFT: updates; above 0 it goes before `sft_num_train_epochs`."""
+    sft_warmup_steps: float = 0.0
+    """SFT: updates of the learning rate's warmup, or below 1 their share."""
+    sft_per_device_train_batch_size: int | None = None
+    """SFT: demonstrations in each micro-batch on each device. `None` takes `per_device_train_batch_size`."""
+    sft_gradient_accumulation_steps: int | None = None
+    """SFT: micro-batches of an update. `None` takes `gradient_accumulation_steps`."""
+    sft_lr_scheduler_type: str | None = None
+    """SFT: schedule of the learning rate. `None` takes `lr_scheduler_type`."""
+    sft_weight_decay: float | None = None
+    """SFT: weight decay. `None` takes `weight_decay`."""
+    sft_max_grad_norm: float | None = None
+    """SFT: gradient clipping. `None` takes `max_grad_norm`."""
+    sft_save_steps: float | None = None
+    """SFT: updates between checkpoints, or below 1 their share. `None` takes `save_steps`."""
+    sft_max_length: int | None = 1024
+    """SFT: longest demonstration in tokens, prompt and completion together; longer ones are cut. `None` sets no
+    limit."""
+    sft_packing: bool = False
+    """SFT: whether to pack demonstrations into sequences of `sft_max_length`."""
+    sft_completion_only_loss: bool | None = None
+    """SFT: whether to train on completions only. `None` does so for prompt-completion rows."""
+    sft_assistant_only_loss: bool = False
+    """SFT: whether to train on the assistant's turns only."""
+    sft_loss_type: str = "nll"
+    """SFT: loss of TRL's SFT trainer."""
 
     def first_stage(self) -> SFTConfig:
         """Configuration of the SFT stage."""

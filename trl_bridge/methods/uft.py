@@ -1,7 +1,7 @@
 """UFT: rollouts that begin with a hint, and a likelihood term on the hint."""
 
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -9,75 +9,44 @@ import torch
 from ..demonstrations.steps import piece_ends
 from ..objectives.expert import hint_probability, hint_stage
 from ..training.group import ExpertPlan, ExpertTrainer
-from ..training.group_config import ExpertConfig, require_choice, require_room
+from ..training.group_config import ExpertConfig, require_room
 from ..training.metrics import record
+from ..training.options import at_least, one_of, options
 
-
-HINT_SCHEDULES = ("cosine", "uniform", "stage")
 
 # Purposes of a group's random numbers: one for each piece, from here on.
 _PIECE = 2
 
 
-@dataclass
+@options
 class UFTConfig(ExpertConfig):
-    r"""
-    Configuration of [`UFTTrainer`].
+    """Configuration of [`UFTTrainer`]."""
 
-    Parameters:
-        hint_schedule (`str`, *optional*, defaults to `"cosine"`):
-            How many pieces of the solution are shown: `"cosine"` (each with a probability that decays), `"uniform"`
-            (any number of them, equally likely, in the whole run: R3) or `"stage"` (a fixed staircase from all to
-            none).
-        hint_steps (`int`, *optional*, defaults to `300`):
-            Updates with hints; then there are none. Not for `"uniform"`. 0 is plain GRPO.
-        hint_high (`float`, *optional*, defaults to `0.95`):
-            Probability of a piece at the start, for `"cosine"`.
-        hint_low (`float`, *optional*, defaults to `0.05`):
-            Probability of a piece in the last update with hints, for `"cosine"`.
-        hint_pieces (`int`, *optional*, defaults to `5`):
-            Largest number of pieces that a solution is cut into.
-        hint_coef (`float`, *optional*):
-            Weight of the hint's likelihood. `None` takes 0.001, or 0 with `hint_schedule="uniform"`.
-        loss_type (`str`, *optional*, defaults to `"dapo"`):
-            As in [`~trl.GRPOConfig`]; `"grpo"`, `"dr_grpo"` or `"dapo"`.
-        beta (`float`, *optional*, defaults to `0.001`):
-            As in [`~trl.GRPOConfig`]: weight of the KL term, which needs a reference model. The paper has one number
-            for `beta` and `hint_coef`.
-    """
-
-    hint_schedule: str = field(
-        default="cosine",
-        metadata={
-            "help": "How many pieces of the solution are shown: 'cosine' (each with a probability that decays), "
-            "'uniform' (any number) or 'stage' (a fixed staircase).",
-            "choices": list(HINT_SCHEDULES),
-        },
-    )
-    hint_steps: int = field(default=300, metadata={"help": "Updates with hints; then there are none."})
-    hint_high: float = field(default=0.95, metadata={"help": "Probability of a piece at the start."})
-    hint_low: float = field(default=0.05, metadata={"help": "Probability of a piece in the last hinted update."})
-    hint_pieces: int = field(default=5, metadata={"help": "Largest number of pieces that a solution is cut into."})
-    hint_coef: float | None = field(
-        default=None,
-        metadata={"help": "Weight of the hint's likelihood. None: 0.001, or 0 with hint_schedule 'uniform'."},
-    )
-    loss_type: str = field(default="dapo", metadata={"help": "GRPO's loss type: 'grpo', 'dr_grpo' or 'dapo'."})
-    beta: float = field(default=0.001, metadata={"help": "Weight of the KL term, as in GRPO."})
+    hint_schedule: str = field(default="cosine", metadata=one_of("cosine", "uniform", "stage"))
+    """How many pieces of the solution are shown: 'cosine' (each with a probability that decays), 'uniform' (any number
+    of them, equally likely, in the whole run: R3) or 'stage' (a fixed staircase from all to none)."""
+    hint_steps: int = field(default=300, metadata=at_least(0))
+    """Updates with hints; then there are none. Not for 'uniform'. 0 is plain GRPO."""
+    hint_high: float = 0.95
+    """Probability of a piece at the start, for 'cosine'."""
+    hint_low: float = 0.05
+    """Probability of a piece in the last update with hints, for 'cosine'."""
+    hint_pieces: int = field(default=5, metadata=at_least(1))
+    """Largest number of pieces that a solution is cut into."""
+    hint_coef: float | None = field(default=None, metadata=at_least(0))
+    """Weight of the hint's likelihood. `None` takes 0.001, or 0 with `hint_schedule='uniform'`."""
+    loss_type: str = "dapo"
+    """GRPO's loss type: 'grpo', 'dr_grpo' or 'dapo'."""
+    beta: float = 0.001
+    """Weight of the KL term, as in GRPO, which needs a reference model. The paper has one number for `beta` and
+    `hint_coef`."""
 
     reads_success_threshold = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("hint_schedule", self.hint_schedule, HINT_SCHEDULES)
         if self.hint_coef is None:
             self.hint_coef = 0.0 if self.hint_schedule == "uniform" else 0.001
-        if self.hint_coef < 0:
-            raise ValueError(f"`hint_coef` must not be negative, got {self.hint_coef}.")
-        if self.hint_steps < 0:
-            raise ValueError(f"`hint_steps` must not be negative, got {self.hint_steps}.")
-        if self.hint_pieces < 1:
-            raise ValueError(f"`hint_pieces` must be at least 1, got {self.hint_pieces}.")
         if not 0.0 <= self.hint_low <= self.hint_high <= 1.0:
             raise ValueError(
                 f"`hint_low` and `hint_high` must lie in [0, 1] and in this order, got {self.hint_low} and "

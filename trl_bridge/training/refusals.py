@@ -1,6 +1,6 @@
 """Which options of TRL the trainers refuse, and why. `docs/support.md` has all fields."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import SchedulerType
@@ -24,77 +24,72 @@ SIDE_OPTIMIZERS = frozenset(
 )
 
 
-def _is_set(value: Any) -> bool:
+# Why an option is refused where it is set, and what to do instead; or when else it is refused, and why.
+Rules = Mapping[str, str | tuple[Callable[[Any], bool], str]]
+
+
+def is_set(value: Any) -> bool:
+    """Whether an option asks for something."""
     return value not in (None, False, "", [], {}, 0)
 
 
-# Field -> (when it is refused, why and what to do instead).
-REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "fp16": (
-        _is_set,
-        "a gradient scaler would skip updates after the parts beside the student have moved. Use `bf16=True`",
-    ),
-    "neftune_noise_alpha": (
-        _is_set,
-        "its noise would enter the RL log-probabilities and their ratios. Set it to None",
-    ),
+def other_than(*allowed: Any) -> Callable[[Any], bool]:
+    """Whether an option has a value that is not allowed."""
+    return lambda value: value not in allowed
+
+
+def refuse(args: Any, rules: Rules) -> None:
+    """Refuse options by their rules."""
+    for name, rule in rules.items():
+        refuses, reason = (is_set, rule) if isinstance(rule, str) else rule
+        value = getattr(args, name)
+        if refuses(value):
+            shown = f"{name}={getattr(value, 'value', value)!r}" if isinstance(value, str) else name
+            raise NotImplementedError(f"`{shown}` is not supported by {type(args).__name__}: {reason}.")
+
+
+REFUSED: Rules = {
+    "fp16": "a gradient scaler would skip updates after the parts beside the student have moved. Use `bf16=True`",
+    "neftune_noise_alpha": "its noise would enter the RL log-probabilities and their ratios. Set it to None",
     "use_liger_kernel": (
-        _is_set,
         "its kernels cannot be carried to the model copies in a tested way. Set it to False, or use "
-        "`model_init_kwargs={'use_kernels': True}`",
+        "`model_init_kwargs={'use_kernels': True}`"
     ),
-    "torch_compile": (
-        _is_set,
-        "a compiled forward does not know the demonstration head. Set it to False",
-    ),
+    "torch_compile": "a compiled forward does not know the demonstration head. Set it to False",
     "lr_scheduler_type": (
         lambda value: value in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY),
         "it keeps no initial rate, and the coordinator's and the shadow's rates follow the rate relative to it. Use "
         "another schedule",
     ),
     "max_grad_norm": (lambda value: value is None, "transformers compares it with 0. Set it to 0 for no clipping"),
-    "sync_ref_model": (
-        _is_set,
-        "the KL reference is a frozen copy of the initial policy. Set it to False",
-    ),
-    "parallelism_config": (_is_set, "only data parallelism is built. Remove it, and launch with DDP (torchrun)"),
+    "sync_ref_model": "the KL reference is a frozen copy of the initial policy. Set it to False",
+    "parallelism_config": "only data parallelism is built. Remove it, and launch with DDP (torchrun)",
     "ddp_static_graph": (
-        _is_set,
-        "a micro-batch runs several passes, so its graph is not the one that DDP recorded. Set it to False",
+        "a micro-batch runs several passes, so its graph is not the one that DDP recorded. Set it to False"
     ),
     "bf16_full_eval": (
-        _is_set,
-        "evaluation outside of training would cast the student's own weights to bfloat16. Use `bf16=True`",
+        "evaluation outside of training would cast the student's own weights to bfloat16. Use `bf16=True`"
     ),
     "fp16_full_eval": (
-        _is_set,
-        "evaluation outside of training would cast the student's own weights to float16. Use `bf16=True`",
+        "evaluation outside of training would cast the student's own weights to float16. Use `bf16=True`"
     ),
     "use_transformers_paged": (
-        _is_set,
-        "TRL casts the student's own weights for it where `bf16=True`. Set it to False, or use `use_vllm=True`",
+        "TRL casts the student's own weights for it where `bf16=True`. Set it to False, or use `use_vllm=True`"
     ),
     "use_transformers_continuous_batching": (
-        _is_set,
-        "TRL casts the student's own weights for it where `bf16=True`. Set it to False, or use `use_vllm=True`",
+        "TRL casts the student's own weights for it where `bf16=True`. Set it to False, or use `use_vllm=True`"
     ),
-    "router_aux_loss_coef": (
-        _is_set,
-        "the shadow and the gain have no load-balancing term. Set it to 0",
-    ),
+    "router_aux_loss_coef": "the shadow and the gain have no load-balancing term. Set it to 0",
     "enable_jit_checkpoint": (
-        _is_set,
         "it saves between the coordinator's step and the student's, and a resumed run would take one of them twice. "
-        "Save often (`save_steps`) in place of it",
+        "Save often (`save_steps`) in place of it"
     ),
 }
 
 
 def check_config(args: Any) -> None:
     """Refuse options that no trainer with a demonstration stream supports."""
-    for name, (refuses, reason) in REFUSED.items():
-        if refuses(getattr(args, name)):
-            raise NotImplementedError(f"`{name}` is not supported by {type(args).__name__}: {reason}.")
+    refuse(args, REFUSED)
     check_best_model(args)
 
 

@@ -1,13 +1,14 @@
 """What LUFFY, SRFT and HPT share: expert tokens in the RL loss, with a shaped probability in place of a ratio."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
 
 from ..objectives.expert import SHAPINGS, shaped_probability
 from .group import ExpertTrainer
-from .group_config import ExpertConfig, require_choice
+from .group_config import ExpertConfig
+from .options import above, at_least, one_of, options
 
 
 # On-policy ratios are not clipped in the released codes: a range that no ratio leaves.
@@ -15,43 +16,19 @@ UNCLIPPED = 1e6
 SHAPING_FIELDS = ("policy_shaping", "policy_shaping_gamma", "policy_shaping_exponent", "rl_plus_exponent")
 
 
-@dataclass
+@options
 class ShapedConfig(ExpertConfig):
-    r"""
-    Configuration of [`ShapedTrainer`].
+    """Configuration of [`ShapedTrainer`]."""
 
-    Parameters:
-        policy_shaping (`str`, *optional*, defaults to `"p_div_p"`):
-            Shaping of the expert's probability: `"p_div_p"`, `"none"`, `"logp"`, `"p_logp"`, `"square_root"`, `"pow"`
-            or `"rl_plus"` (see [`objectives.expert.shaped_probability`]).
-        policy_shaping_gamma (`float`, *optional*, defaults to `0.1`):
-            Constant of `"p_div_p"`.
-        policy_shaping_exponent (`float`, *optional*, defaults to `0.5`):
-            Exponent of `"pow"`.
-        rl_plus_exponent (`float`, *optional*, defaults to `0.0`):
-            The expert's advantage is multiplied by the detached `(1 - p)^exponent` (RL-PLUS, whose released code has
-            0.5). 0 leaves it.
-    """
-
-    policy_shaping: str = field(
-        default="p_div_p",
-        metadata={"help": "Shaping of the expert's probability.", "choices": list(SHAPINGS)},
-    )
-    policy_shaping_gamma: float = field(default=0.1, metadata={"help": "Constant of the shaping 'p_div_p'."})
-    policy_shaping_exponent: float = field(default=0.5, metadata={"help": "Exponent of the shaping 'pow'."})
-    rl_plus_exponent: float = field(
-        default=0.0, metadata={"help": "The expert's advantage is multiplied by (1 - p)^exponent (RL-PLUS)."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_choice("policy_shaping", self.policy_shaping, SHAPINGS)
-        if self.policy_shaping_gamma <= 0:
-            raise ValueError(f"`policy_shaping_gamma` must be above 0, got {self.policy_shaping_gamma}.")
-        if self.policy_shaping_exponent <= 0:
-            raise ValueError(f"`policy_shaping_exponent` must be above 0, got {self.policy_shaping_exponent}.")
-        if self.rl_plus_exponent < 0:
-            raise ValueError(f"`rl_plus_exponent` must not be negative, got {self.rl_plus_exponent}.")
+    policy_shaping: str = field(default="p_div_p", metadata=one_of(*SHAPINGS))
+    """Shaping of the expert's probability (see `objectives.expert.shaped_probability`)."""
+    policy_shaping_gamma: float = field(default=0.1, metadata=above(0))
+    """Constant of the shaping 'p_div_p'."""
+    policy_shaping_exponent: float = field(default=0.5, metadata=above(0))
+    """Exponent of the shaping 'pow'."""
+    rl_plus_exponent: float = field(default=0.0, metadata=at_least(0))
+    """The expert's advantage is multiplied by the detached `(1 - p)^exponent` (RL-PLUS, whose released code has 0.5).
+    0 leaves it."""
 
 
 class ShapedTrainer(ExpertTrainer):

@@ -1,6 +1,6 @@
 """Arguments of [`BridgeTrainer`]."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -8,182 +8,92 @@ from transformers.training_args import OptimizerNames
 
 from ...objectives.schedules import linear_ramp
 from ...training.backends import Storage
+from ...training.options import above, at_least, must, one_of, options, within
 from ...training.refusals import check_side_optimizer
 from ...training.stream_config import DemonstrationConfig
 
 
-PRESETS = ("paper", "selective")
-
-
-@dataclass
+@options
 class BridgeConfig(DemonstrationConfig):
-    r"""
+    """
     Configuration of [`BridgeTrainer`]: everything of [`~trl.GRPOConfig`], the demonstration stream of
-    [`DemonstrationConfig`](training.config.DemonstrationConfig), and the cooperative update of BRIDGE (arXiv
-    2509.06948). Where the paper leaves a value open, the default is a choice of ours; `docs/bridge.md` lists them.
-
-    > Parameters that control the update
-
-    Parameters:
-        bridge_lambda (`float`, *optional*, defaults to `0.5`):
-            Weight of RL in the fused objective; SFT has `1 - bridge_lambda`.
-        bridge_lambda_start (`float`, *optional*):
-            Value that the weight is ramped from, linearly. `None` keeps it constant.
-        bridge_lambda_warmup_steps (`int`, *optional*, defaults to `0`):
-            Updates until the ramp reaches `bridge_lambda`.
-        preset (`str`, *optional*, defaults to `"paper"`):
-            Fills the two fields below where they are `None`. `"paper"`: `cooperative_gain=True`,
-            `sft_weighting="none"`. `"selective"` (ours, not the paper's): `cooperative_gain=False`,
-            `sft_weighting="judge_verdict"`, or `"judge"` where the demonstrations lack the columns that the reward
-            functions need.
-        cooperative_gain (`bool`, *optional*):
-            Whether the coordinator's gradient carries the cooperative-gain term. Without it no shadow is built: the
-            coordinator then follows the fused gradient.
-        coordinator_learning_rate (`float`, *optional*):
-            Learning rate of the coordinator `w`. `None` takes `10 * learning_rate`: at equal rates a LoRA is nearly
-            inert beside fully trained weights under AdamW. With `lean=True`, where theta is a LoRA too, `None` takes
-            `learning_rate`. The paper never prints its rate.
-
-    > Parameters that control the RL-only shadow
-
-    Parameters:
-        shadow_learning_rate (`float`, *optional*):
-            Learning rate of the shadow. `None` takes `learning_rate`.
-        shadow_optim (`str`, *optional*):
-            Optimizer of the shadow. `None` takes `optim`.
-        shadow_importance_sampling (`bool`, *optional*, defaults to `True`):
-            Whether the shadow's loss carries the ratio of its probabilities to those that the rollouts were sampled
-            with (clipped as GRPO clips). The paper does not say.
-        shadow_reset_steps (`int`, *optional*):
-            Every so many updates the shadow is set back to the base weights and its optimizer state is cleared. `None`
-            never resets, as in the paper.
-
-    > Parameters that trade exactness of the shadow for cost (`docs/bridge.md` has the error of each)
-
-    Parameters:
-        shadow_offload (`bool`, *optional*, defaults to `False`):
-            Whether the shadow's weights, gradients and optimizer state are on the CPU between its passes, where it also
-            steps. Exact.
-        shadow_dtype (`str`, *optional*):
-            What the shadow's passes compute with: `"bfloat16"`, or `None`, as the student's. Its float32 weights stand
-            beside the ones in bfloat16 and take every step.
-        shadow_rollout_fraction (`float`, *optional*, defaults to `1.0`):
-            Part of the rollouts that the shadow is trained on, in whole groups (rounded, at least one of each
-            generation batch). Its gradient is scaled to that of all rollouts.
-        shadow_update_steps (`int`, *optional*, defaults to `1`):
-            The shadow runs and steps in every so many-th update. Between them the coordinator's gradient takes the
-            projection of the shadow's last gradient; before the first one the bracket is zero.
-        shadow_overlap (`bool`, *optional*, defaults to `False`):
-            Whether the shadow runs on an update's rollouts while the vLLM server generates the next ones, in which time
-            the trainer's GPUs have nothing else to do. Its part of the coordinator's gradient is then one batch of
-            rollouts old. Needs `use_vllm=True` with `vllm_mode="server"`.
-
-    > Parameters that control lean mode (ours, not the paper's: `docs/bridge.md`)
-
-    Parameters:
-        lean (`bool`, *optional*, defaults to `False`):
-            Freeze the base, which may be in 16 bits or quantised, and hold theta, w and theta_hat as slices of LoRA
-            adapters on it. Costs little more than LoRA GRPO; `save_model` then saves an adapter.
-        lean_lora_r (`int`, *optional*, defaults to `64`):
-            Rank of theta and of theta_hat.
-        lean_lora_alpha (`float`, *optional*):
-            Their alpha. `None` takes `lean_lora_r`, so that the scaling is 1.
-
-    > Parameters that control logging
-
-    Parameters:
-        log_gradient_stats (`bool`, *optional*, defaults to `False`):
-            Whether to log the norms of the SFT and RL gradients over the base weights and the cosine between them. Costs
-            one more copy of the gradient.
+    [`DemonstrationConfig`], and the cooperative update of BRIDGE (arXiv 2509.06948). Where the paper leaves a value open,
+    the default is a choice of ours; `docs/bridge.md` lists them.
     """
 
-    bridge_lambda: float = field(
-        default=0.5, metadata={"help": "Weight of RL in the fused objective; SFT has 1 - bridge_lambda."}
-    )
-    bridge_lambda_start: float | None = field(
-        default=None,
-        metadata={"help": "Value that the weight is ramped from, linearly. None keeps it constant."},
-    )
-    bridge_lambda_warmup_steps: int = field(
-        default=0, metadata={"help": "Updates until the ramp reaches bridge_lambda."}
-    )
-    preset: str = field(
-        default="paper",
-        metadata={
-            "help": "Fills cooperative_gain and sft_weighting where they are None: 'paper' (gain on, no weighting) or "
-            "'selective' (gain off, demonstrations weighted by judge and verdict; ours).",
-            "choices": list(PRESETS),
-        },
-    )
-    cooperative_gain: bool | None = field(
-        default=None,
-        metadata={"help": "Whether the coordinator's gradient carries the cooperative-gain term (builds the shadow)."},
-    )
-    coordinator_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of the coordinator. None takes 10 x learning_rate (1 x with lean=True)."},
-    )
-    shadow_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the shadow. None takes learning_rate."}
-    )
-    shadow_optim: str | None = field(default=None, metadata={"help": "Optimizer of the shadow. None takes optim."})
-    shadow_importance_sampling: bool = field(
-        default=True,
-        metadata={"help": "Whether the shadow's loss carries the importance ratio to the sampling policy."},
-    )
-    shadow_reset_steps: int | None = field(
-        default=None,
-        metadata={"help": "Set the shadow back to the base weights every so many updates. None never does."},
-    )
-    shadow_offload: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether the shadow's weights, gradients and optimizer state are on the CPU between passes."
-        },
-    )
+    bridge_lambda: float = field(default=0.5, metadata=within(0, 1))
+    """Weight of RL in the fused objective; SFT has `1 - bridge_lambda`."""
+    bridge_lambda_start: float | None = field(default=None, metadata=within(0, 1))
+    """Value that the weight is ramped from, linearly. `None` keeps it constant."""
+    bridge_lambda_warmup_steps: int = field(default=0, metadata=at_least(0))
+    """Updates until the ramp reaches `bridge_lambda`."""
+    preset: str = field(default="paper", metadata=one_of("paper", "selective"))
+    """Fills `cooperative_gain` and `sft_weighting` where they are `None`. 'paper': `cooperative_gain=True`,
+    `sft_weighting='none'`. 'selective' (ours, not the paper's): `cooperative_gain=False`,
+    `sft_weighting='judge_verdict'`, or 'judge' where the demonstrations lack the columns that the reward functions
+    need."""
+    cooperative_gain: bool | None = None
+    """Whether the coordinator's gradient carries the cooperative-gain term. Without it no shadow is built: the
+    coordinator then follows the fused gradient."""
+    coordinator_learning_rate: float | None = field(default=None, metadata=at_least(0))
+    """Learning rate of the coordinator `w`. `None` takes `10 * learning_rate`: at equal rates a LoRA is nearly inert
+    beside fully trained weights under AdamW. With `lean=True`, where theta is a LoRA too, `None` takes
+    `learning_rate`. The paper never prints its rate."""
+
+    # The RL-only shadow
+
+    shadow_learning_rate: float | None = field(default=None, metadata=at_least(0))
+    """Learning rate of the shadow. `None` takes `learning_rate`."""
+    shadow_optim: str | None = None
+    """Optimizer of the shadow. `None` takes `optim`."""
+    shadow_importance_sampling: bool = True
+    """Whether the shadow's loss carries the ratio of its probabilities to those that the rollouts were sampled with
+    (clipped as GRPO clips). The paper does not say."""
+    shadow_reset_steps: int | None = field(default=None, metadata=at_least(1))
+    """Every so many updates the shadow is set back to the base weights and its optimizer state is cleared. `None` never
+    resets, as in the paper."""
+
+    # Less exact or slower, and cheaper: `docs/bridge.md` has the error of each
+
+    shadow_offload: bool = False
+    """Whether the shadow's weights, gradients and optimizer state are on the CPU between its passes, where it also
+    steps. Exact."""
     shadow_dtype: str | None = field(
         default=None,
-        metadata={
-            "help": "Precision of the shadow's passes: 'bfloat16' (with a float32 master), None as the student."
-        },
+        metadata=must(
+            "be None (as the student) or 'bfloat16' (float16 would need a gradient scaler)",
+            lambda value: value == "bfloat16",
+        ),
     )
-    shadow_rollout_fraction: float = field(
-        default=1.0,
-        metadata={"help": "Part of the rollouts that the shadow is trained on, in whole groups. 1 is exact."},
-    )
-    shadow_update_steps: int = field(
-        default=1,
-        metadata={"help": "The shadow runs in every so many-th update; its last gradient serves between. 1 is exact."},
-    )
-    shadow_overlap: bool = field(
-        default=False,
-        metadata={"help": "Run the shadow on the last rollouts while the vLLM server generates the next ones."},
-    )
-    lean: bool = field(
-        default=False,
-        metadata={"help": "Hold theta, w and the shadow as LoRA adapters on one frozen base (not the paper's form)."},
-    )
-    lean_lora_r: int = field(default=64, metadata={"help": "Rank of theta and of the shadow with lean=True."})
-    lean_lora_alpha: float | None = field(
-        default=None, metadata={"help": "Their alpha with lean=True. None takes lean_lora_r."}
-    )
-    log_gradient_stats: bool = field(
-        default=False,
-        metadata={"help": "Log norms and cosine of the SFT and RL gradients (one more copy of the gradient)."},
-    )
+    """What the shadow's passes compute with: 'bfloat16', or `None`, as the student's. Its float32 weights stand beside
+    the ones in bfloat16 and take every step."""
+    shadow_rollout_fraction: float = field(default=1.0, metadata=must("lie in (0, 1]", lambda value: 0 < value <= 1))
+    """Part of the rollouts that the shadow is trained on, in whole groups (rounded, at least one of each generation
+    batch). Its gradient is scaled to that of all rollouts. 1 is exact."""
+    shadow_update_steps: int = field(default=1, metadata=at_least(1))
+    """The shadow runs and steps in every so many-th update. Between them the coordinator's gradient takes the projection
+    of the shadow's last gradient; before the first one the bracket is zero. 1 is exact."""
+    shadow_overlap: bool = False
+    """Whether the shadow runs on an update's rollouts while the vLLM server generates the next ones, in which time the
+    trainer's GPUs have nothing else to do. Its part of the coordinator's gradient is then one batch of rollouts old.
+    Needs `use_vllm=True` with `vllm_mode='server'`."""
+
+    # Lean mode (ours, not the paper's: `docs/bridge.md`)
+
+    lean: bool = False
+    """Freeze the base, which may be in 16 bits or quantised, and hold theta, w and theta_hat as slices of LoRA adapters
+    on it (not the paper's form). Costs little more than LoRA GRPO; `save_model` then saves an adapter."""
+    lean_lora_r: int = field(default=64, metadata=at_least(1))
+    """Rank of theta and of theta_hat with `lean=True`."""
+    lean_lora_alpha: float | None = field(default=None, metadata=above(0))
+    """Their alpha with `lean=True`. `None` takes `lean_lora_r`, so that the scaling is 1."""
+
+    log_gradient_stats: bool = False
+    """Whether to log the norms of the SFT and RL gradients over the base weights and the cosine between them. Costs one
+    more copy of the gradient."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.preset not in PRESETS:
-            raise ValueError(f"`preset` must be one of {', '.join(map(repr, PRESETS))}, got {self.preset!r}.")
-        for name in ("bridge_lambda", "bridge_lambda_start"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value <= 1.0:
-                raise ValueError(f"`{name}` must lie in [0, 1], got {value}.")
-        if self.bridge_lambda_warmup_steps < 0:
-            raise ValueError(
-                f"`bridge_lambda_warmup_steps` must not be negative, got {self.bridge_lambda_warmup_steps}."
-            )
         if (self.bridge_lambda_start is None) != (self.bridge_lambda_warmup_steps == 0):
             raise ValueError(
                 "A ramp needs both `bridge_lambda_start` and `bridge_lambda_warmup_steps` above 0, got "
@@ -194,12 +104,6 @@ class BridgeConfig(DemonstrationConfig):
                 f"`learning_rate` must be above 0, got {self.learning_rate}: the coordinator's and the shadow's rates "
                 "follow its schedule."
             )
-        for name in ("coordinator_learning_rate", "shadow_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"`{name}` must not be negative, got {value}.")
-        if self.shadow_reset_steps is not None and self.shadow_reset_steps < 1:
-            raise ValueError(f"`shadow_reset_steps` must be at least 1 or None, got {self.shadow_reset_steps}.")
         self._check_lean()
         if self.cooperative_gain is None:
             self.cooperative_gain = self.preset == "paper"
@@ -216,10 +120,6 @@ class BridgeConfig(DemonstrationConfig):
             )
 
     def _check_lean(self) -> None:
-        if self.lean_lora_r < 1:
-            raise ValueError(f"`lean_lora_r` must be at least 1, got {self.lean_lora_r}.")
-        if self.lean_lora_alpha is not None and not self.lean_lora_alpha > 0:
-            raise ValueError(f"`lean_lora_alpha` must be above 0, got {self.lean_lora_alpha}.")
         changed = [name for name, default in COST_OPTIONS.items() if getattr(self, name) != default]
         refused = [name for name in changed if name not in LEAN_COST_OPTIONS]
         if self.lean and refused:
@@ -283,8 +183,6 @@ _CPU_OPTIMIZERS = frozenset(
 def check_cost_options(args: Any) -> None:
     """Refuse cost options of the shadow that cannot be had."""
     fraction = args.shadow_rollout_fraction
-    if not 0.0 < fraction <= 1.0:
-        raise ValueError(f"`shadow_rollout_fraction` must lie in (0, 1], got {fraction}.")
     groups = int(args.generation_batch_size) // int(args.num_generations)
     if fraction < 1.0 and round(fraction * groups, 6) < 1:
         raise ValueError(
@@ -296,8 +194,6 @@ def check_cost_options(args: Any) -> None:
             "`shadow_rollout_fraction` below 1 is not supported with `top_entropy_quantile`: which tokens are of high "
             "entropy is known of all rollouts alone. Set `top_entropy_quantile=1.0`, or `shadow_rollout_fraction=1.0`."
         )
-    if args.shadow_update_steps < 1:
-        raise ValueError(f"`shadow_update_steps` must be at least 1, got {args.shadow_update_steps}.")
     reset = args.shadow_reset_steps
     if reset is not None and args.shadow_update_steps > 1 and args.shadow_update_steps % reset == 0:
         raise ValueError(
@@ -306,11 +202,6 @@ def check_cost_options(args: Any) -> None:
         )
     if args.shadow_overlap:
         _check_overlap(args)
-    if args.shadow_dtype not in (None, "bfloat16"):
-        raise ValueError(
-            f"`shadow_dtype` must be None (as the student) or 'bfloat16', got {args.shadow_dtype!r}. float16 would need a "
-            "gradient scaler."
-        )
     if args.shadow_dtype is not None and args.cast_lm_head_to_fp32:
         raise NotImplementedError(
             "`shadow_dtype` is not supported with `cast_lm_head_to_fp32`: the shadow's head has the shadow's precision. "

@@ -46,9 +46,7 @@ def refuse_fsdp(plugin: Any) -> None:
         ),
         "fsdp_ignored_modules": (plugin.ignored_modules is not None, "every weight is trained. Remove it"),
     }
-    for name, (refused, reason) in refusals.items():
-        if refused:
-            raise NotImplementedError(f"`{name}` of the FSDP configuration is not supported: {reason}.")
+    _refuse(refusals, "of the FSDP configuration")
 
 
 def refuse_deepspeed(stage: int, config: dict[str, Any]) -> None:
@@ -80,6 +78,10 @@ def refuse_deepspeed(stage: int, config: dict[str, Any]) -> None:
         "zero_optimization.mics_shard_size": (zero.get("mics_shard_size", -1) > 0, "remove it"),
         "zero_optimization.zero_hpz_partition_size": (zero.get("zero_hpz_partition_size", 1) > 1, "remove it"),
     }
+    _refuse(refusals, "in the DeepSpeed configuration")
+
+
+def _refuse(refusals: dict[str, tuple[bool, str]], where: str) -> None:
     for name, (refused, reason) in refusals.items():
         if refused:
-            raise NotImplementedError(f"`{name}` in the DeepSpeed configuration is not supported: {reason}.")
+            raise NotImplementedError(f"`{name}` {where} is not supported: {reason}.")
