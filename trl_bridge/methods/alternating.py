@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..training.metrics import record
 from ..training.stream import DemonstrationTrainer
 from ..training.stream_config import DemonstrationConfig
 
@@ -126,7 +125,7 @@ class AlternatingTrainer(DemonstrationTrainer):
         return not self.policy_due()
 
     def end_of_window(self) -> None:
-        record(self, {"alternating/rl_update": float(self.policy_due())})
+        self.record({"alternating/rl_update": float(self.policy_due())})
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         if self.model.training and not self.policy_due():

@@ -10,7 +10,6 @@ from ..demonstrations.steps import piece_ends
 from ..objectives.expert import hint_probability, hint_stage
 from ..training.group import ExpertPlan, ExpertTrainer
 from ..training.group_config import ExpertConfig, require_choice, require_room
-from ..training.metrics import record
 
 
 HINT_SCHEDULES = ("cosine", "uniform", "stage")
@@ -186,7 +185,7 @@ class UFTTrainer(ExpertTrainer):
             values["uft/hint_pieces"] = shown / rows
         if self.args.hint_schedule == "cosine":
             values["uft/hint_probability"] = self.hint_probability()
-        record(self, values)
+        self.record(values)
 
     def sft_coefficient(self) -> float:
         return self.args.hint_coef
