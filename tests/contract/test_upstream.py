@@ -28,6 +28,7 @@ from trl_bridge._upstream import isolated_bookkeeping, policy_term_only, scored_
 from trl_bridge.methods.catalogue import METHODS
 from trl_bridge.training.checkpoint.resume import BufferResumable, Resumable, ResumableTrainer
 from trl_bridge.training.demonstrations import Demonstrations
+from trl_bridge.training.policy import PolicyLoss
 from trl_bridge.training.shaping import ShapedTrainer
 from trl_bridge.training.stream import DemonstrationTrainer
 from trl_bridge.training.student import StudentTrainer
@@ -290,7 +291,7 @@ def test_loss_asks_once_for_scores_and_reads_the_model_nowhere_else():
     tree = ast.parse(source_of(GRPOTrainer._compute_loss))
     asked = [n for n in ast.walk(tree) if getattr(n, "attr", "") == "_get_per_token_logps_and_entropies"]
     read = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == "model"]
-    assert len(asked) == len(read) == 1
+    assert len(asked) == len(read) == 1, place_of(PolicyLoss.loss_of)
 
 
 def test_scores_from_elsewhere_reach_the_loss_only_inside(grpo):
