@@ -59,7 +59,7 @@ OWN_NAMES = {
     "_set_initial_mean",
     "_sft_share",
     "_sft_term",
-    "_shadow_gradient",
+    "_shadow_part",
     "_shadow_is_due",
     "_step_coordinator",
     "_sum_over_ranks",

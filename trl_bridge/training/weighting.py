@@ -199,7 +199,7 @@ class DemonstrationWeighting:
 
     def note_mean(self, mean: float) -> None:
         """
-        Warn where `judge_window` windows in a row have left next to nothing of the demonstrations: RL alone, at the
+        Warn where `judge_window` windows in a row have left next to nothing of the demonstrations: RL only, at the
         price of both.
         """
         if not (self.needs_rollouts or self.needs_verdicts):

@@ -286,7 +286,7 @@ class BridgeTrainer(DemonstrationTrainer):
     def end_of_window(self) -> None:
         weight = self.policy_weight()
         student = self.student_gradient.full()  # dL/dw of the fused loss, F
-        shadow = self._shadow_gradient(weight)  # dL_RL/dw at the shadow, G_hat
+        shadow = self._shadow_part(weight)  # dL_RL/dw at the shadow, G_hat
         self._log_update(weight, student, shadow)
         self._move_coordinator(student, shadow, weight)
         if self._shadow_is_due:
@@ -321,7 +321,7 @@ class BridgeTrainer(DemonstrationTrainer):
         scores = self._shadow_pass.run(self.shadow, batch)
         self._gain.observe(batch.shared, batch.scores, scores, self._share.weight_of(batch.inputs))
 
-    def _shadow_gradient(self, weight: float) -> Projection | None:
+    def _shadow_part(self, weight: float) -> Projection | None:
         """What the gain gradient subtracts; `None` without a shadow. Collective."""
         if self.shadow_gradient is None:
             return None
