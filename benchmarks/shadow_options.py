@@ -64,10 +64,12 @@ class Playback(BridgeTrainer):
             output = super()._generate_and_score_completions(inputs)
             self.batches.append(copy.deepcopy(output))
             return output
-        self._shadow_overlap.during(lambda: None)  # what is put off has its turn here
+        if self._overlap.waits:
+            self._overlap.run(self._run_shadow)  # what is put off has its turn here
         output = copy.deepcopy(self.given[len(self.batches)])
         self.batches.append(None)
-        return {**output, **self._shadow_pass.share.mark(len(inputs))}
+        places = self.places(len(inputs))
+        return {**output, **self._share.mark(places, len(inputs) // self.num_generations, self.generation)}
 
 
 def run(changes, options, batches):

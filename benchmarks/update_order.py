@@ -14,7 +14,6 @@ from pathlib import Path
 from trl_bridge import BridgeTrainer
 from trl_bridge.cli.compare import main
 from trl_bridge.methods.catalogue import METHODS
-from trl_bridge.training.rates import rate_factor
 
 
 class SequentialBridgeTrainer(BridgeTrainer):
@@ -33,12 +32,12 @@ class SequentialBridgeTrainer(BridgeTrainer):
         if not self._moves_w:
             self.student_gradient.clear()
             self.shadow_gradient.clear()
-            self.shadow.step(rate_factor(self.optimizer))
+            self.shadow.step(self.rate_factor())
             return
         weight = self.policy_weight()
-        fused, shadow = self.student_gradient.whole(), self.shadow_gradient.whole()
-        self._log_update(weight, fused, shadow)
-        self._move_coordinator(fused, shadow, weight)
+        student, shadow = self.student_gradient.full(), self.shadow_gradient.full()
+        self._log_update(weight, student, shadow)
+        self._move_coordinator(student, shadow, weight)
         self.shadow.clear_gradients()
         # AdamW passes over what has no gradient: neither its moments nor theta move.
         self.model.zero_grad(set_to_none=True)

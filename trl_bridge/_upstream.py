@@ -9,7 +9,7 @@ import copy
 import functools
 import types
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -32,6 +32,8 @@ __all__ = [
     "isolated_bookkeeping",
     "optimizer_for",
     "plain_copy",
+    "policy_term_only",
+    "scored_by",
     "served_log_probs",
     "set_up_again",
     "teacher_client",
@@ -177,20 +179,27 @@ def decay_groups(
     ]
 
 
-def policy_objective(trainer: GRPOTrainer, inputs: dict[str, Any], scores: Any) -> torch.Tensor:
-    """
-    The parent's RL loss of scores already computed, without KL, entropy and auxiliary terms and without a forward.
-    """
+@contextlib.contextmanager
+def scored_by(trainer: GRPOTrainer, score: Callable[..., Any]) -> Iterator[None]:
+    """While inside, TRL's loss asks this function for scores in place of `_get_per_token_logps_and_entropies`."""
+    attributes = vars(trainer)
+    attributes["_get_per_token_logps_and_entropies"] = score  # before the class's own
+    try:
+        yield
+    finally:
+        del attributes["_get_per_token_logps_and_entropies"]
+
+
+@contextlib.contextmanager
+def policy_term_only(trainer: GRPOTrainer) -> Iterator[None]:
+    """While inside, TRL's loss is its RL term, without KL, entropy and auxiliary terms."""
     terms = {"beta": 0.0, "_entropy_bonus_enabled": False, "aux_loss_enabled": False}
     kept = {name: getattr(trainer, name) for name in terms}
-    trainer.rollouts.replayed = scores
     vars(trainer).update(terms)
     try:
-        with torch.no_grad(), isolated_bookkeeping(trainer):
-            return trainer._compute_loss(trainer.model, inputs)
+        yield
     finally:
         vars(trainer).update(kept)
-        trainer.rollouts.replayed = None
 
 
 @contextlib.contextmanager

@@ -24,10 +24,11 @@ import trl_bridge
 from tests.helpers.contract import OWN_ATTRIBUTES, OWN_NAMES, assert_in_order, place_of, readers_of, source_of
 from tests.helpers.training import small_config, small_model, small_trainer
 from trl_bridge import BridgeTrainer, ExpertTrainer, LightningOPDTrainer
-from trl_bridge._upstream import isolated_bookkeeping, policy_objective, set_up_again
+from trl_bridge._upstream import isolated_bookkeeping, policy_term_only, scored_by, set_up_again
 from trl_bridge.methods.catalogue import METHODS
 from trl_bridge.training.checkpoint.resume import BufferResumable, Resumable, ResumableTrainer
 from trl_bridge.training.demonstrations import Demonstrations
+from trl_bridge.training.policy import PolicyLoss
 from trl_bridge.training.shaping import ShapedTrainer
 from trl_bridge.training.stream import DemonstrationTrainer
 from trl_bridge.training.student import StudentTrainer
@@ -289,10 +290,25 @@ def test_isolation_puts_everything_back(grpo):
     assert all(getattr(grpo, name) is value for name, value in kept.items())
 
 
+def test_loss_asks_once_for_scores_and_reads_the_model_nowhere_else():
+    # Scores that are given stand for the forward, whatever the model.
+    tree = ast.parse(source_of(GRPOTrainer._compute_loss))
+    asked = [n for n in ast.walk(tree) if getattr(n, "attr", "") == "_get_per_token_logps_and_entropies"]
+    read = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == "model"]
+    assert len(asked) == len(read) == 1, place_of(PolicyLoss.loss_of)
+
+
+def test_scores_from_elsewhere_reach_the_loss_only_inside(grpo):
+    own = grpo._get_per_token_logps_and_entropies
+    with scored_by(grpo, lambda *args, **kwargs: "given"):
+        assert grpo._get_per_token_logps_and_entropies() == "given"
+    assert grpo._get_per_token_logps_and_entropies == own
+
+
 def test_terms_that_the_gain_leaves_out_are_read_by_the_loss():
     for name in ("beta", "_entropy_bonus_enabled", "aux_loss_enabled"):
-        assert_in_order(GRPOTrainer._compute_loss, f"self.{name}", ours=policy_objective)
-        assert f'"{name}"' in source_of(policy_objective)
+        assert_in_order(GRPOTrainer._compute_loss, f"self.{name}", ours=policy_term_only)
+        assert f'"{name}"' in source_of(policy_term_only)
 
 
 # Rollouts and scores

@@ -67,10 +67,10 @@ def recording(trainer_class):
             self.start = self.snapshot()  # now alike on all ranks, whatever each has initialised an adapter with
             return prepared
 
-        def _compute_loss(self, model, inputs):
+        def compute_loss(self, model, inputs, *args, **kwargs):
             if self.model.training:
                 self._open.append(clone(inputs))
-            return super()._compute_loss(model, inputs)
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
         def training_step(self, *args, **kwargs):
             loss = super().training_step(*args, **kwargs)

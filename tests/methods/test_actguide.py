@@ -343,8 +343,7 @@ def test_clipping_of_tokens_that_only_guidance_makes_likely(tmp_path, advantage,
         "completion_mask": torch.ones(1, 1, dtype=torch.long),
         "num_items_in_batch": torch.tensor(float(trainer.args.steps_per_generation)),
     }
-    with trainer.rollouts.replay(scores):
-        loss = GRPOTrainer._compute_loss(trainer, trainer.model, trainer.policy_inputs(inputs, scores))
+    loss = trainer.policy.loss_of(scores, trainer.policy_inputs(inputs, scores))
     loss.backward()
     assert log_probs.grad.item() == pytest.approx(gradient)
 

@@ -165,7 +165,7 @@ def test_switching_a_group_is_removing_it(tmp_path, loss_type):
                 continue
             rest = {k: v[kept] if isinstance(v, torch.Tensor) and v.dim() else v for k, v in batch.items()}
             rest = {k: v for k, v in rest.items() if k not in ("tool_mask", "expert_mask", "sft_mask")}
-            ours = _gradient(trainer, trainer._compute_loss(trainer.model, batch))
+            ours = _gradient(trainer, trainer.compute_loss(trainer.model, batch))
             theirs = _gradient(trainer, GRPOTrainer._compute_loss(trainer, trainer.model, rest))
             # Dr. GRPO divides by the number of rows, which removal would make smaller.
             scale = 1.0 if loss_type == "dapo" else kept.sum().item() / kept.numel()

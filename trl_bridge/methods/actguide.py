@@ -7,12 +7,13 @@ from dataclasses import field
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
+from .._upstream import decode_completions, isolated_bookkeeping
 from ..training.group import ExpertPlan, ExpertTrainer
 from ..training.group_config import ExpertConfig
-from ..training.metrics import record
 from ..training.options import at_least, one_of, options
 from ..training.policy import Scores
 from .actguide_rollouts import Guidance, GuidedRollouts
@@ -148,10 +149,10 @@ class ActGuideTrainer(ExpertTrainer):
             return generated
         prompt_ids, completion_ids, tool_mask, completions, log_probs, *rest = generated
         known = self._calculate_rewards(plan.inputs, prompts, completions, completion_ids)
-        rollouts = GuidedRollouts(self, plan)
+        rollouts = self._guided_rollouts(plan)
         guidance = rollouts.find()
         if guidance.lengths:
-            known = rollouts.rewards(known, guidance.samples)
+            known = self._reward_guided(known, rollouts, guidance)
             self._guided_prompts = [list(ids) for ids in prompt_ids]
             for row, (ids, values) in guidance.samples.items():
                 completion_ids[row] = ids
@@ -162,6 +163,48 @@ class ActGuideTrainer(ExpertTrainer):
             self._old_log_probs_due = self._parent_scores_old_policy()
         self._guidance, self._known_rewards = guidance, known
         return prompt_ids, completion_ids, tool_mask, completions, log_probs, *rest
+
+    def _guided_rollouts(self, plan: ExpertPlan) -> GuidedRollouts:
+        args = self.args
+        size: Any = self.num_generations
+        return GuidedRollouts(
+            plan,
+            self.experts,
+            self.rollouts.total_rewards().view(-1, size),
+            hard_threshold=args.hard_threshold,
+            show_last_step=args.show_last_step,
+            probe_rounds=args.probe_rounds,
+            probe_rollouts=args.probe_rollouts,
+            template=args.guidance_template,
+            tokenizer=self._tokenizer,
+            tokenize=lambda prompt: list(self._tokenize_prompts([prompt])[0][0]),
+            decode=lambda prompt, prompt_ids, ids: decode_completions(self, [prompt], [prompt_ids], [ids])[0],
+            sample=self.sample_apart,
+            ask=self.ask_rewards,
+        )
+
+    def _reward_guided(self, known: torch.Tensor, rollouts: GuidedRollouts, guidance: Guidance) -> torch.Tensor:
+        """Rewards of all rows, the guided rollouts' in the place of those that they replace. Collective."""
+        rows, batch = list(guidance.samples), len(rollouts.plan.groups)
+        examples = [rollouts.example(row, guidance.samples[row][0]) for row in rows]
+        # TRL gathers, which needs the same number of rows on each rank.
+        size = max(gather_object([len(rows)]))
+        examples += [rollouts.filler()] * (size - len(rows))
+        names = ("inputs", "prompt", "completion", "completion_ids")
+        with isolated_bookkeeping(self):
+            scored = self._calculate_rewards(*([example[name] for example in examples] for name in names))
+            logged = {name: list(values) for name, values in self._pending_extra_logs.items()}
+        # Columns of the completions' table; what the unguided rollouts had there is replaced with them.
+        for name, values in logged.items():
+            kept = self._pending_extra_logs.get(name, [])
+            if len(kept) == batch and len(values) == size:
+                for row, value in zip(rows, values, strict=False):
+                    kept[row] = value
+        first = self.accelerator.process_index * batch
+        rewards = known.clone()
+        for rank, places in enumerate(gather_object([[first + row for row in rows]])):
+            rewards[places] = scored[rank * size : rank * size + len(places)]
+        return rewards
 
     def sample_apart(self, prompt_ids: list[list[int]], count: int) -> tuple[Any, Any]:
         """Sample beside the generation batch."""
@@ -177,7 +220,7 @@ class ActGuideTrainer(ExpertTrainer):
         known, self._known_rewards = self._known_rewards, None
         if known is None:
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self.rollouts.keep(known)
+        self.rollouts.keep(known, self.reward_weights)
         return known
 
     def _parent_scores_old_policy(self) -> bool:
@@ -266,7 +309,7 @@ class ActGuideTrainer(ExpertTrainer):
         if guidance.lengths:
             rewards = self.rollouts.total_rewards().view_as(guidance.own)
             values["expert/reward"] = rewards[list(guidance.lengths)].nanmean().item()
-        record(self, {name: value for name, value in values.items() if value == value})
+        self.record({name: value for name, value in values.items() if value == value})
 
     def _record_guidance(self, guidance: Guidance) -> None:
         groups, lengths = len(guidance.own), guidance.lengths
@@ -286,7 +329,7 @@ class ActGuideTrainer(ExpertTrainer):
                 "actguide/rescued_rate": (best > self.args.hard_threshold).double().mean().item(),
                 "actguide/mention_rate": mentions / rewards.numel(),
             }
-        record(self, values)
+        self.record(values)
 
     def window_metrics(self, totals: dict[str, float]) -> dict[str, float]:
         values = super().window_metrics(totals)

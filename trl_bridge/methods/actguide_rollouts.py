@@ -2,14 +2,16 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from transformers import PreTrainedTokenizerBase
 
-from .._upstream import decode_completions, isolated_bookkeeping
+from ..demonstrations.group import Experts
 from ..training.group import ExpertPlan
-from ..training.verdicts import ask_rewards
+from ..training.verdicts import AskRewards
 
 
 class GuidanceSearch:
@@ -93,33 +95,65 @@ class GuidedRollouts:
     neighbours (vLLM's server is asked for each prompt once).
     """
 
-    def __init__(self, trainer: Any, plan: ExpertPlan):
-        self.trainer = trainer
+    def __init__(
+        self,
+        plan: ExpertPlan,
+        experts: Experts,
+        own: torch.Tensor,
+        *,
+        hard_threshold: float,
+        show_last_step: bool,
+        probe_rounds: int,
+        probe_rollouts: int,
+        template: str,
+        tokenizer: PreTrainedTokenizerBase,
+        tokenize: Callable[[Any], list[int]],
+        decode: Callable[[Any, list[int], list[int]], Any],
+        sample: Callable[[list[list[int]], int], tuple[Any, Any]],
+        ask: AskRewards,
+    ):
+        """
+        `own` has the rewards of the batch's own rollouts. `tokenize` takes a prompt, `decode` a prompt, its tokens and a
+        completion's, `sample` prompts' tokens and the number of neighbours that are of one prompt.
+
+        Shapes: own (groups over all ranks, G).
+        """
         self.plan = plan
+        self.own = own
+        self._experts = experts
+        self._hard_threshold = hard_threshold
+        self._show_last_step = show_last_step
+        self._probe_rounds = probe_rounds
+        self._probe_rollouts = probe_rollouts
+        self._template = template
+        self._tokenizer = tokenizer
+        self._tokenize = tokenize
+        self._decode = decode
+        self._sampler = sample
+        self._ask = ask
         self._first_rows = {group: row for row, group in enumerate(plan.groups) if plan.members[row] == 0}
 
     def find(self) -> Guidance:
-        """Guidance for the batch, once its own rollouts are rewarded."""
-        args, size = self.trainer.args, self.trainer.num_generations
-        own = self.trainer.rollouts.total_rewards().view(-1, size)
+        """Guidance for the batch."""
+        own, threshold = self.own, self._hard_threshold
         unknown = torch.isnan(own)
         # A group that nobody could score is not known to be hard.
-        hard = (own.masked_fill(unknown, -torch.inf).amax(dim=1) <= args.hard_threshold) & ~unknown.all(dim=1)
+        hard = (own.masked_fill(unknown, -torch.inf).amax(dim=1) <= threshold) & ~unknown.all(dim=1)
         counts = [
             (group, count)
             for group, row in self._first_rows.items()
-            if hard[group] and (count := len(self._step_ends(row)) - (not args.show_last_step)) > 0
+            if hard[group] and (count := len(self._step_ends(row)) - (not self._show_last_step)) > 0
         ]
         found = Guidance(own, hard, steps=dict(sorted(gather_object(counts))))
-        searches = {group: GuidanceSearch(count, args.probe_rounds) for group, count in found.steps.items()}
+        searches = {group: GuidanceSearch(count, self._probe_rounds) for group, count in found.steps.items()}
         while jobs := {group: s.probe for group, s in searches.items() if s.probe is not None}:
             best = self._probe(jobs)
             found.probes += len(jobs)
             for group in jobs:
-                searches[group].tell(best[group] > args.hard_threshold)
+                searches[group].tell(best[group] > threshold)
         found.lengths = {group: s.found for group, s in searches.items() if s.found is not None}
         if found.lengths:
-            samples = dict(gather_object(list(self._sample(found.lengths, size).items())))
+            samples = dict(gather_object(list(self._sample(found.lengths, own.size(1)).items())))
             found.samples = {
                 row: samples[group][member]
                 for row, (group, member) in enumerate(zip(self.plan.groups, self.plan.members, strict=True))
@@ -131,60 +165,44 @@ class GuidedRollouts:
         """Tokens of a row's prompt with guidance."""
         trace = self.plan.experts[row] or []
         shown = trace[: self._step_ends(row)[steps - 1]]
-        text = self.trainer._tokenizer.decode(shown, skip_special_tokens=True).strip()
-        prompt = guided_prompt(self.plan.inputs[row]["prompt"], text, self.trainer.args.guidance_template)
-        return self._tokens(prompt)
+        text = self._tokenizer.decode(shown, skip_special_tokens=True).strip()
+        return self._tokenize(guided_prompt(self.plan.inputs[row]["prompt"], text, self._template))
 
     def decode(self, row: int, completion_ids: list[int]) -> Any:
         """A completion of a row's prompt as reward functions see it."""
         prompt = self.plan.inputs[row]["prompt"]
-        return decode_completions(self.trainer, [prompt], [self._tokens(prompt)], [completion_ids])[0]
+        return self._decode(prompt, self._tokenize(prompt), completion_ids)
 
-    def rewards(self, known: torch.Tensor, samples: dict[int, Sample]) -> torch.Tensor:
-        """Rewards of all rows, the guided rollouts' in the place of those that they replace."""
-        trainer, plan = self.trainer, self.plan
-        rows = list(samples)
-        examples = [self._example(row, samples[row][0]) for row in rows]
-        # The parent gathers, which needs the same number of rows on each rank.
-        size = max(gather_object([len(rows)]))
-        examples += [self._filler()] * (size - len(rows))
-        names = ("inputs", "prompt", "completion", "completion_ids")
-        with isolated_bookkeeping(trainer):
-            scored = trainer._calculate_rewards(*([example[name] for example in examples] for name in names))
-            logged = {name: list(values) for name, values in trainer._pending_extra_logs.items()}
-        # Columns of the completions' table; what the unguided rollouts had there is replaced with them.
-        for name, values in logged.items():
-            kept = trainer._pending_extra_logs.get(name, [])
-            if len(kept) == len(plan.groups) and len(values) == size:
-                for row, value in zip(rows, values, strict=False):
-                    kept[row] = value
-        first = trainer.accelerator.process_index * len(plan.groups)
-        places = gather_object([[first + row for row in rows]])
-        rewards = known.clone()
-        for rank, indices in enumerate(places):
-            rewards[indices] = scored[rank * size : rank * size + len(indices)]
-        return rewards
+    def example(self, row: int, ids: list[int]) -> dict[str, Any]:
+        """A completion of a row's prompt with what the reward functions are asked with."""
+        inputs = self.plan.inputs[row]
+        return {
+            "inputs": inputs,
+            "prompt": inputs["prompt"],
+            "completion": self.decode(row, ids),
+            "completion_ids": ids,
+        }
+
+    def filler(self) -> dict[str, Any]:
+        """An example for a rank that has fewer of them than another."""
+        return self.example(0, [self._tokenizer.eos_token_id])
 
     def _step_ends(self, row: int) -> list[int]:
         trace = self.plan.experts[row]
         if trace is None:
             return []
-        ends = self.trainer.experts.step_ends(
-            self.plan.inputs[row]["prompt"], self.plan.generation, self.plan.groups[row]
-        )
+        prompt = self.plan.inputs[row]["prompt"]
+        ends = self._experts.step_ends(prompt, self.plan.generation, self.plan.groups[row])
         return [end for end in ends if end <= len(trace)]
-
-    def _tokens(self, prompt: Any) -> list[int]:
-        return list(self.trainer._tokenize_prompts([prompt])[0][0])
 
     def _sample(self, lengths: dict[int, int], count: int) -> dict[int, list[Sample]]:
         """`count` rollouts of each group whose first row this rank has, under guidance of these lengths."""
         mine = [group for group in lengths if group in self._first_rows]
         size = max(gather_object([len(mine)]))
         prompts = [self.prompt_ids(self._first_rows[group], lengths[group]) for group in mine]
-        prompts += [self._tokens(self.plan.inputs[0]["prompt"])] * (size - len(mine))
+        prompts += [self._tokenize(self.plan.inputs[0]["prompt"])] * (size - len(mine))
         repeated = [ids for ids in prompts for _ in range(count)]
-        completion_ids, log_probs = self.trainer.sample_apart(repeated, count)
+        completion_ids, log_probs = self._sampler(repeated, count)
         samples = [
             (list(ids), None if log_probs is None else list(log_probs[place]))
             for place, ids in enumerate(completion_ids)
@@ -193,25 +211,13 @@ class GuidedRollouts:
 
     def _probe(self, jobs: dict[int, int]) -> dict[int, float]:
         """Best reward of a probe of each group, on every rank; minus infinity where nobody could score it."""
-        samples = self._sample(jobs, self.trainer.args.probe_rollouts)
+        samples = self._sample(jobs, self._probe_rollouts)
         groups = [group for group, rollouts in samples.items() for _ in rollouts]
         examples = [
-            self._example(self._first_rows[group], ids) for group, rollouts in samples.items() for ids, _ in rollouts
+            self.example(self._first_rows[group], ids) for group, rollouts in samples.items() for ids, _ in rollouts
         ]
-        asked = ask_rewards(self.trainer, examples, self._filler())
+        asked = self._ask(examples, self.filler())
         best = dict.fromkeys(jobs, -torch.inf)
         for group, reward in gather_object(list(zip(groups, asked, strict=True))):
             best[group] = max(best[group], reward if reward == reward else -torch.inf)
         return best
-
-    def _filler(self) -> dict[str, Any]:
-        return self._example(0, [self.trainer._tokenizer.eos_token_id])
-
-    def _example(self, row: int, ids: list[int]) -> dict[str, Any]:
-        inputs = self.plan.inputs[row]
-        return {
-            "inputs": inputs,
-            "prompt": inputs["prompt"],
-            "completion": self.decode(row, ids),
-            "completion_ids": ids,
-        }

@@ -3,7 +3,6 @@
 from dataclasses import field
 from typing import Any
 
-from ..training.metrics import record
 from ..training.options import at_least, one_of, options
 from ..training.stream import DemonstrationTrainer
 from ..training.stream_config import DemonstrationConfig
@@ -103,7 +102,7 @@ class AlternatingTrainer(DemonstrationTrainer):
         return not self.policy_due()
 
     def end_of_window(self) -> None:
-        record(self, {"alternating/rl_update": float(self.policy_due())})
+        self.record({"alternating/rl_update": float(self.policy_due())})
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         if self.model.training and not self.policy_due():

@@ -8,7 +8,6 @@ import torch
 
 from ..objectives.schedules import chord_mu
 from ..objectives.weights import phi, token_likelihood
-from ..training.metrics import record
 from ..training.options import at_least, one_of, options, within
 from ..training.stream import DemonstrationTrainer
 from ..training.stream_config import DemonstrationConfig
@@ -161,4 +160,4 @@ class CHORDTrainer(DemonstrationTrainer):
         return own if weights is None else own * weights
 
     def end_of_window(self) -> None:
-        record(self, {"chord/mu": self.demonstration_weight()})
+        self.record({"chord/mu": self.demonstration_weight()})

@@ -11,12 +11,10 @@ from accelerate.utils import gather_object
 from .._upstream import decode_completions
 from ..objectives.expert import group_advantages
 from ..training.group import ExpertPlan
-from ..training.metrics import record
 from ..training.options import at_least, one_of, options
 from ..training.randomness import forked_python_rng, forked_torch_rng
 from ..training.refusals import Rules, other_than, refuse
 from ..training.shaping import SHAPING_FIELDS, UNCLIPPED, ShapedConfig, ShapedTrainer
-from ..training.verdicts import ask_rewards
 
 
 # SuperRL calls a rollout right from any reward that is not zero.
@@ -166,7 +164,7 @@ class HPTTrainer(ShapedTrainer):
             "hpt/solve_none": counts.count(0),
             "hpt/solve_all": counts.count(size),
         }
-        record(self, {name: number / len(counts) for name, number in numbers.items()})
+        self.record({name: number / len(counts) for name, number in numbers.items()})
 
     def _put_among_rollouts(
         self, output: dict[str, Any], plan: ExpertPlan, rewards: torch.Tensor, rows: list[int], written: list[int]
@@ -176,14 +174,14 @@ class HPTTrainer(ShapedTrainer):
         traces = [self._as_rollout(output, plan, row, plan.experts[row] or []) for row in written]
         # A reward function may draw random numbers; RL's own go on as if it had not been asked.
         with forked_torch_rng(self.accelerator.device), forked_python_rng():
-            asked = ask_rewards(self, traces, filler)
+            asked = self.ask_rewards(traces, filler)
         graded = gather_object([(plan.groups[row], reward) for row, reward in zip(written, asked, strict=True)])
         if not graded:  # the same on every rank
             return
         rewards = rewards.clone()
         for group, reward in graded:
             rewards[group, -1] = reward
-        record(self, {"expert/reward": rewards[[group for group, _ in graded], -1].nanmean().item()})
+        self.record({"expert/reward": rewards[[group for group, _ in graded], -1].nanmean().item()})
         advantages = group_advantages(rewards, self.scale_rewards)
         for row in rows:
             output["advantages"][row] = advantages[plan.groups[row], plan.members[row]]

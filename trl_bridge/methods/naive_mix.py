@@ -4,7 +4,6 @@ from dataclasses import field
 from typing import Any
 
 from ..objectives.schedules import linear_ramp
-from ..training.metrics import record
 from ..training.options import at_least, must, options
 from ..training.stream import DemonstrationTrainer
 from ..training.stream_config import DemonstrationConfig
@@ -89,4 +88,4 @@ class NaiveMixTrainer(DemonstrationTrainer):
         return self.demonstration_weight() > 0
 
     def end_of_window(self) -> None:
-        record(self, {"naive_mix/sft_weight": self.demonstration_weight()})
+        self.record({"naive_mix/sft_weight": self.demonstration_weight()})

@@ -11,7 +11,6 @@ from ..objectives.expert import CONTINUATIONS, most_uncertain, prefix_advantages
 from ..objectives.schedules import cosine_decay
 from ..training.group import ExpertPlan, ExpertTrainer
 from ..training.group_config import ExpertConfig, require_room
-from ..training.metrics import record
 from ..training.options import at_least, one_of, options, within
 from ..training.policy import Scores
 from ..training.refusals import Rules, other_than, refuse
@@ -168,7 +167,7 @@ class PrefixRFTTrainer(ExpertTrainer):
                 "hybrid_reward": rewards[:, -1].nanmean().item(),
                 "pure_reward": rewards[:, :-1].nanmean().item(),
             }
-        record(self, {f"prefix_rft/{name}": value for name, value in values.items() if not math.isnan(value)})
+        self.record({f"prefix_rft/{name}": value for name, value in values.items() if not math.isnan(value)})
 
     def policy_inputs(self, inputs: dict[str, Any], scores: Scores) -> dict[str, Any]:
         if inputs["advantages"].dim() == 1:

@@ -5,15 +5,17 @@ import textwrap
 from dataclasses import field
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
+from torch import nn
 from transformers.training_args import OptimizerNames
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from .._upstream import decay_groups, optimizer_for
 from ..training.checkpoint.sharded_state import RowState
 from ..training.group import ExpertPlan, ExpertTrainer
 from ..training.group_config import ExpertConfig
-from ..training.metrics import record
 from ..training.options import at_least, options
-from ..training.rates import rate_factor
 from ..training.refusals import SIDE_OPTIMIZERS
 from ..training.shaping import UNCLIPPED
 from .relift_sft_step import SFTPass
@@ -142,12 +144,24 @@ class ReLIFTTrainer(ExpertTrainer):
     def sft_pass(self) -> SFTPass:
         """The SFT step, from the student as `train` has prepared it."""
         args = self.args
+        model: Any = self.model
         return SFTPass(
-            self,
+            model,
+            self.model_wrapped,
+            self.backend,
+            DataCollatorForLanguageModeling(
+                pad_token_id=self._tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
+            ),
             batch_size=args.sft_per_device_train_batch_size or args.per_device_train_batch_size,
             max_grad_norm=args.max_grad_norm if args.sft_max_grad_norm is None else args.sft_max_grad_norm,
-            learning_rate=args.sft_rate if args.separate_optimizer else None,
+            own_optimizer=self._build_sft_optimizer if args.separate_optimizer else None,
         )
+
+    def _build_sft_optimizer(self, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+        args = self.args
+        model: Any = self.model
+        groups = decay_groups(self, model, parameters, args.weight_decay)
+        return optimizer_for(self, groups, args.sft_rate, args.optim)
 
     # SFT steps done.
     sft_steps = 0
@@ -168,7 +182,7 @@ class ReLIFTTrainer(ExpertTrainer):
             oldest = plan.generation - self.args.buffer_max_age
             self.buffer[:] = [entry for entry in self.buffer if entry[0] >= oldest]
         shares = {"relift/solve_none": counts.count(0), "relift/solve_all": counts.count(size)}
-        record(self, {name: number / len(counts) for name, number in shares.items()})
+        self.record({name: number / len(counts) for name, number in shares.items()})
 
     def after_step(self) -> None:
         # Between two updates on the same rollouts it would move the policy away from the one that wrote them.
@@ -176,16 +190,19 @@ class ReLIFTTrainer(ExpertTrainer):
         if used_up and len(self.buffer) >= self.args.buffer_size:
             newest = self.buffer[-self.args.buffer_size :]
             del self.buffer[-self.args.buffer_size :]
-            values = self.sft_pass.run([(prompt, trace) for _, prompt, trace in newest])
+            rate = self.args.sft_rate * self.rate_factor() if self.args.separate_optimizer else None
+            optimizer: Any = self.optimizer
+            demonstrations = [(prompt, trace) for _, prompt, trace in newest]
+            values = self.sft_pass.run(self.model_wrapped, demonstrations, optimizer, rate)
             self.sft_steps += 1
-            record(self, {"sft/loss": values["loss"], "relift/sft_grad_norm": values["grad_norm"]})
-        record(self, {"relift/buffer_size": len(self.buffer), "relift/sft_steps": self.sft_steps})
+            self.record({"sft/loss": values["loss"], "relift/sft_grad_norm": values["grad_norm"]})
+        self.record({"relift/buffer_size": len(self.buffer), "relift/sft_steps": self.sft_steps})
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         _ = self.sft_pass  # before any forward
         if self.args.separate_optimizer:
-            rate_factor(self.optimizer)
+            self.rate_factor()
         return prepared
 
     # Saving and resuming

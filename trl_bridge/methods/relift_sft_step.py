@@ -1,23 +1,19 @@
 """An optimizer step of SFT between two RL updates."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .._upstream import decay_groups, optimizer_for
 from ..objectives.sft import demonstration_loss
+from ..training.backends import Backend
 from ..training.checkpoint.sharded_state import RowState
 from ..training.engine_steps import EngineSteps
 from ..training.randomness import forked_torch_rng
-from ..training.rates import rate_factor
 
-
-if TYPE_CHECKING:
-    from ..training.student import StudentTrainer
 
 # Tokens of a prompt and of its completion.
 Demonstration = tuple[list[int], list[int]]
@@ -28,32 +24,37 @@ class SFTPass:
     Trains the student on a set of demonstrations, in one optimizer step.
 
     The loss is the mean NLL at temperature 1 over the completions' tokens, of all ranks together. Gradients are zero
-    before and after; random numbers of RL go on as if there had been no pass.
+    before and after; random numbers of RL go on as if there had been no pass. `own_optimizer` builds the pass's own
+    optimizer of named parameters; without one the steps are additional ones of the student's.
     """
 
     def __init__(
-        self, trainer: "StudentTrainer", *, batch_size: int, max_grad_norm: float, learning_rate: float | None
+        self,
+        model: nn.Module,
+        wrapped: nn.Module,
+        backend: Backend,
+        collator: DataCollatorForLanguageModeling,
+        *,
+        batch_size: int,
+        max_grad_norm: float,
+        own_optimizer: Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer] | None,
     ):
-        self.trainer: Any = trainer
+        self._backend = backend
+        self._collator = collator
         self.batch_size = batch_size
         self.max_grad_norm = max_grad_norm
-        self.learning_rate = learning_rate
         self.optimizer: torch.optim.Optimizer | None = None
-        args: Any = self.trainer.args
-        backend = self.trainer.backend
-        self._engine = EngineSteps(self.trainer.model_wrapped) if backend.steps_in_backward else None
-        model: Any = self.trainer.model
+        self._engine = EngineSteps(wrapped) if backend.steps_in_backward else None
+        self._engine_state_is_own = own_optimizer is not None
+        self._parameters = list(model.parameters())
         # Kept from here on: forwards hide the weights that FSDP holds behind gathered ones.
         self._held = backend.weights(model)
         self._leaves: dict[str, nn.Parameter] = {}
-        if learning_rate is not None and self._engine is None:
+        if own_optimizer is not None and self._engine is None:
             self._leaves = self._held.leaves()
-            trained = {n: leaf for n, leaf in self._leaves.items() if self._held.parameters[n].requires_grad}
-            groups = decay_groups(self.trainer, model, trained, args.weight_decay)
-            self.optimizer = optimizer_for(self.trainer, groups, learning_rate, args.optim)
-        self._collator = DataCollatorForLanguageModeling(
-            pad_token_id=self.trainer._tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
-        )
+            self.optimizer = own_optimizer(
+                {n: leaf for n, leaf in self._leaves.items() if self._held.parameters[n].requires_grad}
+            )
 
     @property
     def saved(self) -> RowState | None:
@@ -64,37 +65,44 @@ class SFTPass:
 
     def engine_state_dict(self) -> dict[Any, Any] | None:
         """What this rank's engine has of the pass's own optimizer; `None` where none has."""
-        return None if self._engine is None or self.learning_rate is None else self._engine.state_dict()
+        return self._engine.state_dict() if self._engine is not None and self._engine_state_is_own else None
 
     def load_engine_state_dict(self, state: dict[Any, Any] | None) -> None:
         """Take over what `engine_state_dict` returned."""
         if self._engine is not None and state is not None:
             self._engine.load_state_dict(state)
 
-    def run(self, demonstrations: Sequence[Demonstration]) -> dict[str, float]:
-        """Take the step. Collective: every rank calls, with the same demonstrations."""
-        trainer = self.trainer
-        world_size, rank = trainer.backend.world_size, trainer.backend.rank
+    def run(
+        self,
+        model: nn.Module,
+        demonstrations: Sequence[Demonstration],
+        student_optimizer: torch.optim.Optimizer,
+        rate: float | None,
+    ) -> dict[str, float]:
+        """
+        Take the step, at the own optimizer's rate or with the student's. Collective: every rank calls, with the same
+        demonstrations.
+        """
+        world_size, rank, device = self._backend.world_size, self._backend.rank, self._backend.device
         share = demonstrations[rank::world_size]
         # As many passes as the rank with the largest share needs.
         passes = -(-len(demonstrations) // (world_size * self.batch_size))
         num_tokens = sum(len(completion) for _, completion in demonstrations)
-        model = trainer.model_wrapped
         model.zero_grad()
-        total = torch.zeros((), dtype=torch.float64, device=trainer.accelerator.device)
-        with forked_torch_rng(trainer.accelerator.device):
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        with forked_torch_rng(device):
             for index in range(passes):
                 rows = share[index * self.batch_size : (index + 1) * self.batch_size]
                 if index < passes - 1:
-                    with trainer.backend.earlier_pass(model):
+                    with self._backend.earlier_pass(model):
                         loss, sums = self._loss(model, rows, demonstrations[:1], num_tokens)
-                        trainer.backend.backward(loss)
+                        self._backend.backward(loss)
                 else:
                     loss, sums = self._loss(model, rows, demonstrations[:1], num_tokens)
-                    grad_norm = self._step(loss)
+                    grad_norm = self._step(loss, student_optimizer, rate)
                 total += sums["nll_sum"]
         model.zero_grad()
-        return {"loss": trainer.accelerator.reduce(total).item() / num_tokens, "grad_norm": grad_norm}
+        return {"loss": self._backend.accelerator.reduce(total).item() / num_tokens, "grad_norm": grad_norm}
 
     def _score(self, model: nn.Module, rows: Sequence[Demonstration]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and mask of trained tokens, (B, T - 1) each."""
@@ -103,9 +111,8 @@ class SFTPass:
             for prompt, completion in rows
         ]
         batch = dict(self._collator(features))
-        device = self.trainer.accelerator.device
-        inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
-        with self.trainer.accelerator.autocast():
+        inputs = {name: batch[name].to(self._backend.device) for name in ("input_ids", "attention_mask", "labels")}
+        with self._backend.accelerator.autocast():
             outputs = model(**inputs, use_cache=False, demonstration_head=True)
         return outputs.log_probs, outputs.label_mask
 
@@ -115,23 +122,19 @@ class SFTPass:
         log_probs, mask = self._score(model, rows or filler)
         # A rank that has run out of demonstrations runs a pass that trains on nothing.
         mask = mask & bool(rows)
-        return demonstration_loss(log_probs, mask, None, num_tokens, self.trainer.backend.world_size)
+        return demonstration_loss(log_probs, mask, None, num_tokens, self._backend.world_size)
 
-    def _step(self, loss: torch.Tensor) -> float:
+    def _step(self, loss: torch.Tensor, student_optimizer: torch.optim.Optimizer, rate: float | None) -> float:
         """Last backward and step; the norm of the gradient before clipping."""
-        rate = None
-        if self.learning_rate is not None:
-            rate = self.learning_rate * rate_factor(self.trainer.optimizer)
         if self._engine is not None:
             with self._engine.instead(self.max_grad_norm, rate):
-                self.trainer.backend.last_backward(loss)
+                self._backend.last_backward(loss)
             return float(self._engine.engine.get_global_grad_norm())
-        self.trainer.backend.last_backward(loss)
-        parameters = [p for p in self.trainer.model.parameters() if p.grad is not None]
+        self._backend.last_backward(loss)
         limit = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
-        grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
+        grad_norm = nn.utils.clip_grad_norm_([p for p in self._parameters if p.grad is not None], limit)
         if self.optimizer is None:
-            self.trainer.optimizer.step()
+            student_optimizer.step()
         else:
             self._held.refresh(self._leaves)
             for group in self.optimizer.param_groups:

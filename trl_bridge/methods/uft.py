@@ -10,7 +10,6 @@ from ..demonstrations.steps import piece_ends
 from ..objectives.expert import hint_probability, hint_stage
 from ..training.group import ExpertPlan, ExpertTrainer
 from ..training.group_config import ExpertConfig, require_room
-from ..training.metrics import record
 from ..training.options import at_least, one_of, options
 
 
@@ -152,7 +151,7 @@ class UFTTrainer(ExpertTrainer):
             values["uft/hint_pieces"] = shown / rows
         if self.args.hint_schedule == "cosine":
             values["uft/hint_probability"] = self.hint_probability()
-        record(self, values)
+        self.record(values)
 
     def sft_coefficient(self) -> float:
         return self.args.hint_coef

@@ -1,66 +1,49 @@
-"""The demonstration stream as a trainer holds it: rendered rows, the order they come in, and their batches."""
+"""The demonstration stream: rendered rows, the order they come in, and their batches."""
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..demonstrations.render import render_demonstrations
 from ..demonstrations.rows import prompt_key
 from ..demonstrations.stream import DemonstrationStream, PromptIndex, fingerprint
 
 
-if TYPE_CHECKING:
-    from .stream import DemonstrationTrainer
-
-
 class Demonstrations:
-    """Rendered demonstrations and their order."""
+    """Rendered demonstrations and their order: by prompt where RL's prompts are given, else a shuffled stream."""
 
-    def __init__(self, trainer: "DemonstrationTrainer", dataset: Dataset):
-        self.trainer = trainer
-        self.source = dataset
-        args: Any = trainer.args
-        tokenizer: Any = trainer.processing_class
-        template_kwargs: Any = trainer.chat_template_kwargs
-        own_eos = trainer._tokenizer.eos_token_id
-        # The main process renders first, so that the others read its cache.
-        with trainer.accelerator.main_process_first():
-            self.rendered = render_demonstrations(
-                dataset,
-                tokenizer,
-                chat_template=trainer.chat_template,
-                chat_template_kwargs=template_kwargs,
-                eos_token_id=[own_eos, *(eos for eos in trainer.eos_token_ids if eos != own_eos)],
-                max_length=args.sft_max_length,
-                overlong=args.sft_overlong,
-            )
-        self.paired = args.sft_pairing == "prompt"
-        self.stream = DemonstrationStream(len(self.rendered), args.seed)
-        self.fingerprint = fingerprint(self.rendered)
+    def __init__(
+        self,
+        source: Dataset,
+        rendered: Dataset,
+        *,
+        seed: int,
+        collator: DataCollatorForLanguageModeling,
+        device: torch.device,
+        prompts: Iterable[Any] | None = None,
+    ):
+        self.source = source
+        self.rendered = rendered
+        self.paired = prompts is not None
+        self.stream = DemonstrationStream(len(rendered), seed)
+        self.fingerprint = fingerprint(rendered)
         self.tokens_seen = 0
         self._draws = 0
-        self._source_rows = self.rendered["row"][:]
+        self._source_rows = rendered["row"][:]
         self._index_of_row = {row: index for index, row in enumerate(self._source_rows)}
-        labels = self.rendered["labels"]
+        labels = rendered["labels"]
         self._num_tokens = [sum(label != -100 for label in row) for row in labels]
         self._lengths = [len(row) for row in labels]
-        self._collator = DataCollatorForLanguageModeling(
-            pad_token_id=trainer._tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
-        )
-        self._index = self._index_prompts() if self.paired else None
+        self._collator = collator
+        self._device = device
+        self._index = None if prompts is None else self._index_prompts(prompts, seed)
 
-    def _index_prompts(self) -> PromptIndex:
-        train_dataset: Any = self.trainer.train_dataset
-        if isinstance(train_dataset, IterableDataset):
-            raise NotImplementedError(
-                "`sft_pairing='prompt'` needs a `train_dataset` that can be looked through beforehand, not an iterable "
-                "one. Use `sft_pairing='independent'`."
-            )
-        index = PromptIndex(self.rendered["prompt_key"][:], self.trainer.args.seed)
-        missing = index.missing(prompt_key(prompt) for prompt in train_dataset["prompt"])
+    def _index_prompts(self, prompts: Iterable[Any], seed: int) -> PromptIndex:
+        index = PromptIndex(self.rendered["prompt_key"][:], seed)
+        missing = index.missing(prompt_key(prompt) for prompt in prompts)
         if missing:
             raise ValueError(
                 f"`sft_pairing='prompt'`: `sft_dataset` has no demonstration for {len(missing)} of the prompts in "
@@ -90,24 +73,22 @@ class Demonstrations:
         """Epochs of demonstrations that have been drawn."""
         return self._draws / len(self.rendered) if self.paired else self.stream.epoch
 
-    def pair(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def pair(
+        self, prompts: Sequence[Any], places: Sequence[tuple[int, int]], generation: int, num_groups: int
+    ) -> dict[str, torch.Tensor]:
         """
-        For each row of a generation batch, the demonstration that it brings along with `sft_pairing="prompt"`.
+        For each row of a generation batch, by its group and place in it, the demonstration that it brings along.
 
         Shapes: returns (rows,).
         """
         if self._index is None:
             return {}
-        trainer: Any = self.trainer
-        generation = trainer._step // (trainer.args.steps_per_generation * trainer.num_iterations)
-        first_row = trainer.accelerator.process_index * len(inputs)
-        indices = []
-        for row, example in enumerate(inputs, start=first_row):
-            group, member = divmod(row, trainer.num_generations)
-            key = prompt_key(example["prompt"])
-            indices.append(self._index.draw(key, generation, group) if member == 0 else -1)
-        self._draws += trainer.args.generation_batch_size // trainer.num_generations
-        return {"demonstration_index": torch.tensor(indices, device=trainer.accelerator.device)}
+        indices = [
+            self._index.draw(prompt_key(prompt), generation, group) if member == 0 else -1
+            for prompt, (group, member) in zip(prompts, places, strict=True)
+        ]
+        self._draws += num_groups
+        return {"demonstration_index": torch.tensor(indices, device=self._device)}
 
     def batch(self, share: list[int]) -> dict[str, torch.Tensor]:
         """
@@ -121,15 +102,14 @@ class Demonstrations:
         batch = dict(self._collator(features))
         if not share:
             batch["labels"] = torch.full_like(batch["labels"], -100)
-        device = self.trainer.accelerator.device
-        return {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
+        return {name: batch[name].to(self._device) for name in ("input_ids", "attention_mask", "labels")}
 
     def state_dict(self) -> dict[str, Any]:
         """Position of the stream and running counts."""
         return {"stream": self.stream.state_dict(), "tokens_seen": self.tokens_seen, "draws": self._draws}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved position."""
+        """Continue from a saved position."""
         self.stream.load_state_dict(state["stream"])
         self.tokens_seen = state["tokens_seen"]
         self._draws = state["draws"]

@@ -15,7 +15,6 @@ from ..objectives.expert import reduce_tokens
 from ..objectives.sft import demonstration_loss
 from ..objectives.weights import trapo
 from .group_config import ExpertConfig
-from .metrics import record
 from .policy import Scores
 from .randomness import forked_torch_rng
 from .student import StudentTrainer
@@ -215,10 +214,7 @@ class ExpertTrainer(StudentTrainer):
         return output
 
     def _draw(self, inputs: list[dict[str, Any]]) -> ExpertPlan:
-        generation = self._step // (self.args.steps_per_generation * self.num_iterations)
-        # Groups are contiguous over the ranks' rows, and may straddle two ranks.
-        first = self.accelerator.process_index * len(inputs)
-        places = [divmod(first + row, self.num_generations) for row in range(len(inputs))]
+        generation, places = self.generation, self.places(len(inputs))
         experts = [
             self.experts.draw(example["prompt"], generation, group, self.args.expert_probability)
             for example, (group, _) in zip(inputs, places, strict=True)
@@ -299,17 +295,18 @@ class ExpertTrainer(StudentTrainer):
         written = self.accelerator.gather(heads) > 0
         own, expert = rewards[~written].nanmean().item(), rewards[written].nanmean().item()
         values = {"rollouts/reward": own, "expert/reward": expert}
-        record(self, {name: value for name, value in values.items() if not math.isnan(value)})
+        self.record({name: value for name, value in values.items() if not math.isnan(value)})
 
     # The loss
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        if not self.model.training:
-            return super()._compute_loss(model, inputs)
-        scores = self._score_completions(model, inputs)
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        if return_outputs or not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        scores = self.policy.score(model, inputs)
         policy_inputs = self.policy_inputs(_neutral(inputs, scores[0].detach()), scores)
-        with self.rollouts.replay(scores):
-            loss = super()._compute_loss(model, policy_inputs)
+        loss = self.policy.loss_of(scores, policy_inputs)
         self._add_up(**{"rl/loss": loss.detach()})
         if self.has_expert_loss():
             loss = loss + self._expert_term(policy_inputs, scores)
@@ -324,16 +321,6 @@ class ExpertTrainer(StudentTrainer):
             expert_prob=scores[0].detach().exp().masked_fill(~expert, 0.0).sum(),
         )
         return loss
-
-    def _score_completions(self, model: nn.Module, inputs: dict[str, Any]) -> Scores:
-        """The forward that the parent's loss would run: log-probabilities and entropies (B, T), with graph."""
-        return self._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            inputs["completion_ids"].size(1),
-            compute_entropy=True,
-        )
 
     def _window_share(self, items: torch.Tensor) -> torch.Tensor:
         """Items of one window on one rank, on average, from the count over the generation batch (as for DAPO)."""
@@ -413,7 +400,7 @@ class ExpertTrainer(StudentTrainer):
             names = sorted(self._sums)
             totals = self.accelerator.reduce(torch.stack([self._sums[n] for n in names]), reduction="sum")
             self._sums, self._sft_items = {}, None
-            record(self, self.window_metrics(dict(zip(names, totals.tolist(), strict=True))))
+            self.record(self.window_metrics(dict(zip(names, totals.tolist(), strict=True))))
         return loss
 
     def window_metrics(self, totals: dict[str, float]) -> dict[str, float]:

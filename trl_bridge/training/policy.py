@@ -1,117 +1,88 @@
-"""What the parent's loss knows of the rollouts: their scores, rewards, and the loss over scores already computed."""
+"""TRL's RL loss as a function of a model, a micro-batch of rollouts and, where they are given, its scores."""
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from trl import GRPOTrainer
 
+from .._upstream import isolated_bookkeeping, policy_term_only, scored_by
+from .randomness import forked_torch_rng
 
-if TYPE_CHECKING:
-    from .stream import DemonstrationTrainer
 
 # Log-probabilities (B, T), entropies (B, T) or None, auxiliary loss or None.
 Scores = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
-class RolloutRecord:
-    """Keeps what passes through the parent's methods, so that nothing is computed twice."""
+class Snapshot(NamedTuple):
+    """What a pass of the loss starts from beside weights and rollouts."""
+
+    rng: list[torch.Tensor]  # of torch's generators: the CPU's, and the device's
+    entropy_control: tuple[float, float]  # coefficient, and last entropy over all ranks
+
+
+class PolicyLoss:
+    """The loss of a [`~trl.GRPOTrainer`], with the scores that it was formed of, or of scores already computed."""
 
     def __init__(self, trainer: GRPOTrainer):
-        self.trainer: Any = trainer
-        self.replayed: Scores | None = None
-        self._scores: Scores | None = None
-        self._rewards_per_func: torch.Tensor | None = None
+        self._trainer: Any = trainer
 
-    @property
-    def scores(self) -> Scores:
-        """Scores of the last pass of the parent's loss, detached."""
-        if self._scores is None:
-            raise RuntimeError("No pass of the policy has been scored yet.")
-        return self._scores
-
-    @scores.setter
-    def scores(self, scores: Scores) -> None:
-        log_probs, entropies, aux_loss = scores[0], scores[1], scores[2]
-        self._scores = (
-            log_probs.detach(),
-            None if entropies is None else entropies.detach(),
-            None if aux_loss is None else aux_loss.detach(),
+    def score(self, model: nn.Module, inputs: dict[str, Any]) -> Scores:
+        """The forward that the loss would run, with its graph."""
+        return self._trainer._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].size(1),
+            compute_entropy=True,
         )
 
+    def loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Scores]:
+        """The loss at a model, with its graph, and the detached scores that it was formed of."""
+        taken: list[Scores] = []
+        score = self._trainer._get_per_token_logps_and_entropies
+
+        def taking(*args: Any, **kwargs: Any) -> Scores:
+            taken.append(score(*args, **kwargs))
+            return taken[-1]
+
+        with scored_by(self._trainer, taking):
+            loss = self._trainer._compute_loss(model, inputs)
+        (scores,) = taken
+        return loss, detached(scores)
+
+    def loss_of(self, scores: Scores, inputs: dict[str, Any]) -> torch.Tensor:
+        """The same loss from scores already computed; their graph is kept."""
+        with scored_by(self._trainer, lambda *args, **kwargs: scores):
+            return self._trainer._compute_loss(self._trainer.model, inputs)
+
+    def objective(self, inputs: dict[str, Any], scores: Scores) -> torch.Tensor:
+        """Value of the RL term only, without KL, entropy and auxiliary terms: no gradient, no trace in TRL's books."""
+        with torch.no_grad(), isolated_bookkeeping(self._trainer), policy_term_only(self._trainer):
+            return self.loss_of(scores, inputs)
+
+    def snapshot(self) -> Snapshot:
+        """What the pass that comes next starts from."""
+        device = self._trainer.accelerator.device
+        rng = [torch.get_rng_state()]
+        if device.type == "cuda":
+            rng.append(torch.cuda.get_rng_state(device))
+        return Snapshot(rng, (self._trainer.entropy_coef, self._trainer._last_world_entropy))
+
     @contextlib.contextmanager
-    def replay(self, scores: Scores) -> Iterator[None]:
-        """While inside, the parent's loss takes these scores in place of a forward; their graph is kept."""
-        self.replayed = scores
-        try:
+    def isolated(self, start: Snapshot) -> Iterator[None]:
+        """A pass inside starts from a snapshot, and leaves no trace in TRL's books and random numbers."""
+        device = self._trainer.accelerator.device
+        with forked_torch_rng(device), isolated_bookkeeping(self._trainer, start.entropy_control):
+            torch.set_rng_state(start.rng[0])
+            if len(start.rng) > 1:
+                torch.cuda.set_rng_state(start.rng[1], device)
             yield
-        finally:
-            self.replayed = None
-
-    def keep(self, rewards_per_func: torch.Tensor) -> None:
-        """Keep the rewards of a generation batch, (rows over all ranks, reward functions)."""
-        self._rewards_per_func = rewards_per_func
-
-    @contextlib.contextmanager
-    def set_aside(self) -> Iterator[None]:
-        """While inside, rewards of other completions may be kept; afterwards those of the rollouts are back."""
-        kept = self._rewards_per_func
-        try:
-            yield
-        finally:
-            self._rewards_per_func = kept
-
-    def total_rewards(self) -> torch.Tensor:
-        """
-        Weighted sum of the kept rewards, as the parent forms it.
-
-        Shapes: returns (rows over all ranks,).
-        """
-        rewards = self._rewards_per_func
-        if rewards is None:
-            raise RuntimeError("No rewards have been computed yet.")
-        total = (rewards * self.trainer.reward_weights.to(rewards.device)).nansum(dim=1)
-        return total.masked_fill(torch.isnan(rewards).all(dim=1), torch.nan)
 
 
-class RolloutObserver(RolloutRecord):
-    """Tells the judge of `sft_weighting` what the rollouts are worth, and how likely the policy finds them."""
-
-    def __init__(self, trainer: "DemonstrationTrainer"):
-        super().__init__(trainer)
-
-    def rewards(self, output: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """
-        Rewards of a generation batch for the judge.
-
-        Shapes: returns (rows,).
-        """
-        if not self.trainer.weighting.needs_rollouts:
-            return {}
-        rows = output["completion_ids"].size(0)
-        first = self.trainer.accelerator.process_index * rows
-        rewards = self.total_rewards()[first : first + rows]
-        if "old_per_token_logps" in output:
-            self._tell_judge({**output, "rollout_reward": rewards}, output["old_per_token_logps"])
-            return {}
-        return {"rollout_reward": rewards}
-
-    def observe(self, inputs: dict[str, Any]) -> None:
-        """Tell the judge of a micro-batch that the policy has just scored for the first time."""
-        trainer = self.trainer
-        iteration = (trainer._step // trainer.args.steps_per_generation) % trainer.num_iterations
-        if "rollout_reward" in inputs and iteration == 0:
-            self._tell_judge(inputs, self.scores[0])
-
-    def _tell_judge(self, inputs: dict[str, Any], log_probs: torch.Tensor) -> None:
-        ids, mask = inputs["completion_ids"], inputs["completion_mask"]
-        lengths = mask.sum(dim=1)
-        last = ids.gather(1, (lengths - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
-        eos = torch.tensor(self.trainer.eos_token_ids, device=ids.device)
-        # A rollout that was cut off has no likelihood as a whole; one that nobody could score has no reward.
-        usable = (lengths > 0) & torch.isin(last, eos) & ~torch.isnan(inputs["rollout_reward"])
-        own = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
-        sums = self.trainer.weighting.judged((log_probs.double() * own).sum(dim=1), own.sum(dim=1))[usable]
-        right = (inputs["rollout_reward"][usable] >= self.trainer.args.success_threshold).double()
-        self.trainer.weighting.observe_rollouts(list(zip(sums.tolist(), right.tolist(), strict=True)))
+def detached(scores: Scores) -> Scores:
+    """Scores without their graph."""
+    log_probs, entropies, aux_loss = (None if part is None else part.detach() for part in scores)
+    return log_probs, entropies, aux_loss  # type: ignore[return-value]

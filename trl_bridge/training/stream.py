@@ -14,17 +14,18 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from ..demonstrations.render import render_demonstrations
 from ..demonstrations.stream import window_share
 from ..objectives.sft import demonstration_loss
 from .demonstrations import Demonstrations
-from .metrics import record
-from .policy import RolloutObserver
+from .policy import Scores
 from .randomness import forked_python_rng, forked_torch_rng
 from .stream_config import DemonstrationConfig
 from .student import StudentTrainer
 from .verdicts import collect_verdicts, missing_columns
-from .weighting import DemonstrationWeighting
+from .weighting import DemonstrationWeighting, RolloutObserver
 
 
 @dataclasses.dataclass
@@ -50,7 +51,7 @@ class DemonstrationTrainer(StudentTrainer):
     A training micro-batch runs `policy_pass`, `between_passes`, `demonstration_pass`, one graph alive at a time; after
     the window's last one `end_of_window` runs, and after the optimizer's step `after_step`. Subclasses fill these and
     set the two weights; they may leave one of the two passes out of an update, which then costs what the other one
-    does. Evaluation takes the parent's path.
+    does. Evaluation takes the path of TRL's trainer.
 
     Args:
         sft_dataset ([`~datasets.Dataset`]):
@@ -105,7 +106,7 @@ class DemonstrationTrainer(StudentTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
-        self.demonstrations = Demonstrations(self, sft_dataset)
+        self.demonstrations = self._build_demonstrations(sft_dataset)
         self.weighting = DemonstrationWeighting(
             self.resolve_weighting(sft_dataset),
             judge_window=args.judge_window,
@@ -116,7 +117,7 @@ class DemonstrationTrainer(StudentTrainer):
         )
         if self.weighting.needs_verdicts:
             self._check_verdict_columns(sft_dataset)
-        self.rollouts = RolloutObserver(self)
+        self._observer = RolloutObserver(self.weighting, self.eos_token_ids, args.success_threshold)
         self._window: Window | None = None
 
     # Arguments
@@ -140,6 +141,42 @@ class DemonstrationTrainer(StudentTrainer):
             )
         if len(sft_dataset) == 0:
             raise ValueError("`sft_dataset` is empty.")
+
+    def _build_demonstrations(self, sft_dataset: Any) -> Demonstrations:
+        args: Any = self.args
+        tokenizer: Any = self.processing_class
+        template_kwargs: Any = self.chat_template_kwargs
+        own_eos = self._tokenizer.eos_token_id
+        # The main process renders first, so that the others read its cache.
+        with self.accelerator.main_process_first():
+            rendered = render_demonstrations(
+                sft_dataset,
+                tokenizer,
+                chat_template=self.chat_template,
+                chat_template_kwargs=template_kwargs,
+                eos_token_id=[own_eos, *(eos for eos in self.eos_token_ids if eos != own_eos)],
+                max_length=args.sft_max_length,
+                overlong=args.sft_overlong,
+            )
+        return Demonstrations(
+            sft_dataset,
+            rendered,
+            seed=args.seed,
+            collator=DataCollatorForLanguageModeling(
+                pad_token_id=self._tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
+            ),
+            device=self.accelerator.device,
+            prompts=self._paired_prompts() if args.sft_pairing == "prompt" else None,
+        )
+
+    def _paired_prompts(self) -> Any:
+        train_dataset: Any = self.train_dataset
+        if isinstance(train_dataset, IterableDataset):
+            raise NotImplementedError(
+                "`sft_pairing='prompt'` needs a `train_dataset` that can be looked through beforehand, not an iterable "
+                "one. Use `sft_pairing='independent'`."
+            )
+        return train_dataset["prompt"]
 
     def resolve_weighting(self, sft_dataset: Dataset) -> str:
         """Kind of `sft_weighting` that is used."""
@@ -194,43 +231,54 @@ class DemonstrationTrainer(StudentTrainer):
 
     # The template
 
-    def policy_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    def policy_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Scores]:
         """
-        The parent's RL loss times the term's weight, with its graph.
+        TRL's RL loss times the term's weight, with its graph.
 
         Args:
             model (`nn.Module`):
                 The wrapped student.
             inputs (`dict[str, Any]`):
-                The micro-batch, as the parent's `_prepare_inputs` returns it.
+                The micro-batch, as TRL's `_prepare_inputs` returns it.
 
         Returns:
-            `torch.Tensor`: the weighted scalar loss.
+            `tuple`: the weighted scalar loss, and the detached scores that it was formed of: log-probabilities
+            `(B, T)` in nats at the sampling temperature, entropies `(B, T)` or `None`, auxiliary loss or `None`.
         """
-        loss = super().compute_loss(model, inputs)
+        loss, scores = self.policy.loss(model, inputs)
         self._window.add({"rl_loss": loss.detach()})
-        return self.policy_weight() * loss
+        return self.policy_weight() * loss, scores
 
-    def policy_pass(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    def policy_pass(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Scores]:
         """
-        The parent's RL loss and its backward, where an SFT pass follows.
+        TRL's RL loss and its backward, where an SFT pass follows.
 
         Args:
             model (`nn.Module`):
                 The wrapped student.
             inputs (`dict[str, Any]`):
-                The micro-batch, as the parent's `_prepare_inputs` returns it.
+                The micro-batch, as TRL's `_prepare_inputs` returns it.
 
         Returns:
-            `torch.Tensor`: the weighted loss, detached.
+            `tuple`: the weighted loss, detached, and the scores of `policy_loss`.
         """
         with self.backend.earlier_pass(model):
-            loss = self.policy_loss(model, inputs)
+            loss, scores = self.policy_loss(model, inputs)
             self.backend.backward(loss)
-        return loss.detach()
+        return loss.detach(), scores
 
-    def between_passes(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """After the policy's backward, before the demonstrations' forward, where both are due. Nothing here."""
+    def between_passes(self, model: nn.Module, inputs: dict[str, Any], scores: Scores) -> None:
+        """
+        After the policy's backward, before the demonstrations' forward, where both are due. Nothing here.
+
+        Args:
+            model (`nn.Module`):
+                The wrapped student.
+            inputs (`dict[str, Any]`):
+                The micro-batch.
+            scores (`tuple`):
+                The policy's scores of it, as `policy_pass` returned them.
+        """
 
     def demonstration_pass(self, model: nn.Module, window: Window) -> torch.Tensor:
         """
@@ -256,9 +304,9 @@ class DemonstrationTrainer(StudentTrainer):
         return loss
 
     def end_of_window(self) -> None:
-        """After the window's last backward, before the parent clips and steps. Nothing here."""
+        """After the window's last backward, before TRL's trainer clips and steps. Nothing here."""
 
-    # The parent's methods
+    # TRL's trainer
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -266,28 +314,33 @@ class DemonstrationTrainer(StudentTrainer):
         if return_outputs or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._window is None or self._window.micro_batch == len(self._window.shares):
-            # The latter where an iterable dataset's epoch ended inside a window: the parent goes on in the next epoch
-            # and scales both parts by themselves.
+            # The latter where an iterable dataset's epoch ended inside a window: TRL's trainer continues in the next
+            # epoch and scales both parts by themselves.
             self._window = self._begin_window(model, self._window)
         loss = self._run_passes(model, inputs, self._window)
         self._window.micro_batch += 1
         return loss
 
     def _run_passes(self, model: nn.Module, inputs: dict[str, Any], window: Window) -> torch.Tensor:
-        """The micro-batch's passes; the loss that comes back is detached but for the last one, left to the parent."""
+        """The micro-batch's passes; the loss that comes back has the graph of the last one, whose backward is TRL's."""
         if not self.demonstrations_due():
-            loss = self.policy_loss(model, inputs)
-            self.rollouts.observe(inputs)
+            loss, scores = self.policy_loss(model, inputs)
+            self._observe(inputs, scores)
             return loss
         done: torch.Tensor | float = 0.0
         if self.policy_due():
-            done = self.policy_pass(model, inputs)
-            self.rollouts.observe(inputs)
-            self.between_passes(model, inputs)
+            done, scores = self.policy_pass(model, inputs)
+            self._observe(inputs, scores)
+            self.between_passes(model, inputs, scores)
         # The stream's randomness (dropout) is its own: RL samples as if it were not there.
         with forked_torch_rng(self.accelerator.device):
             loss = self.demonstration_weight() * self.demonstration_pass(model, window)
         return loss + done
+
+    def _observe(self, inputs: dict[str, Any], scores: Scores) -> None:
+        iteration = (self._step // self.args.steps_per_generation) % self.num_iterations
+        if iteration == 0:
+            self._observer.observe(inputs, scores[0])
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.backend.before_micro_batch(model)
@@ -299,7 +352,7 @@ class DemonstrationTrainer(StudentTrainer):
         return loss
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        # A window that an exception cut off in an earlier call of `train` is not gone on with.
+        # A window that an exception cut off in an earlier call of `train` is not continued.
         self._window = None
         self.weighting.discard_window()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -309,8 +362,13 @@ class DemonstrationTrainer(StudentTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         if self.model.training:
-            output.update(self.demonstrations.pair(inputs))
-            output.update(self.rollouts.rewards(output))
+            places = self.places(len(inputs))
+            num_groups = self.args.generation_batch_size // self.num_generations
+            prompts = [example["prompt"] for example in inputs]
+            output.update(self.demonstrations.pair(prompts, places, self.generation, num_groups))
+            first = self.accelerator.process_index * len(inputs)
+            rewards = self.rollouts.total_rewards()[first : first + len(inputs)]
+            output.update(self._observer.take(output, rewards))
         return output
 
     # The window
@@ -325,7 +383,14 @@ class DemonstrationTrainer(StudentTrainer):
         if self.weighting.needs_verdicts:
             # A reward function may draw random numbers; RL's own go on as if it had not been asked.
             with forked_torch_rng(self.accelerator.device), forked_python_rng():
-                collect_verdicts(self, [index for share in shares for index in share])
+                collect_verdicts(
+                    self.ask_rewards,
+                    self.weighting,
+                    self.demonstrations,
+                    [index for share in shares for index in share],
+                    rank=self.backend.rank,
+                    success_threshold=self.args.success_threshold,
+                )
         self.weighting.begin_window()
         if self.weighting.needs_initial_mean:
             self._set_initial_mean(model, shares)
@@ -378,7 +443,7 @@ class DemonstrationTrainer(StudentTrainer):
                 values["sft/weight_mean"] = total["weight_sum"] / tokens
                 values["sft/weight_zero_fraction"] = total["zero_sum"] / tokens
                 self.weighting.note_mean(values["sft/weight_mean"])
-        record(self, {**values, **(self.weighting.metrics() if self.demonstrations_due() else {})})
+        self.record({**values, **(self.weighting.metrics() if self.demonstrations_due() else {})})
 
     # Saving and resuming
 

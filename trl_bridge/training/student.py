@@ -1,10 +1,11 @@
 """What every trainer of ours adds to GRPO's plain student, whatever its objective."""
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, is_peft_model
+from accelerate.utils import DistributedType, gather_object, is_peft_model
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -15,12 +16,14 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import IntervalStrategy
 from trl import GRPOConfig
 
-from .._upstream import add_demonstration_head, plain_copy, without_reference_model
+from .._upstream import add_demonstration_head, isolated_bookkeeping, plain_copy, without_reference_model
 from .backends.refusals import is_spread, refuse_quantised, refuse_spread
 from .checkpoint.resume import ResumableTrainer
-from .policy import RolloutRecord
+from .policy import PolicyLoss
+from .verdicts import RolloutRewards
 
 
 class _AfterStep(TrainerCallback):
@@ -40,7 +43,7 @@ class StudentTrainer(ResumableTrainer):
     GRPO whose student can also be scored on demonstrations: the base of all our trainers.
 
     It gives the student a head at temperature 1 (see [`_upstream.add_demonstration_head`]), a KL reference of its own
-    for a model made in memory, and keeps scores and rewards that pass through the parent's methods.
+    for a model made in memory, TRL's loss as a function (`policy`), and the rewards of the rollouts (`rollouts`).
     """
 
     config_class: type[GRPOConfig] = GRPOConfig
@@ -89,7 +92,8 @@ class StudentTrainer(ResumableTrainer):
         if own_reference:
             self.beta = args.beta
             self.ref_model: Any = self._frozen_copy()
-        self.rollouts: Any = RolloutRecord(self)
+        self.policy = PolicyLoss(self)
+        self.rollouts = RolloutRewards()
         # First in the list, so that user callbacks and saving see the parts as `after_step` leaves them.
         self.callback_handler.callbacks.insert(0, _AfterStep(self))
 
@@ -121,30 +125,80 @@ class StudentTrainer(ResumableTrainer):
         return self.accelerator.unwrap_model(self.model)
 
     def _frozen_copy(self) -> nn.Module:
-        twin = plain_copy(self._plain_model, self.temperature, self.args.cast_lm_head_to_fp32, entropy=False)
+        copy = plain_copy(self._plain_model, self.temperature, self.args.cast_lm_head_to_fp32, entropy=False)
         # TRL's own reference comes fresh from `from_pretrained`, without dropout.
-        twin.requires_grad_(False).eval()
-        return self.backend.prepare_reference(twin)
+        copy.requires_grad_(False).eval()
+        return self.backend.prepare_reference(copy)
 
     def _sum_over_ranks(self, value: float) -> float:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
         return self.accelerator.reduce(tensor, reduction="sum").item()
 
-    # The parent's methods
+    # The update and the generation batch under way
+
+    @property
+    def is_logged_update(self) -> bool:
+        """Whether the update will be logged at its end, so that metrics which cost extra are worth computing."""
+        update = self.state.global_step + 1
+        if self.args.logging_strategy == IntervalStrategy.EPOCH:
+            return True
+        if self.args.logging_strategy != IntervalStrategy.STEPS:
+            return False
+        return update % self.state.logging_steps == 0 or (update == 1 and self.args.logging_first_step)
+
+    def record(self, values: Mapping[str, float]) -> None:
+        """Append one value of each metric to TRL's training metrics; TRL averages them over a logging interval."""
+        for name, value in values.items():
+            self._metrics["train"][name].append(value)
+
+    def rate_factor(self) -> float:
+        """Where the student's learning rate stands in its schedule, for the rates that follow it."""
+        for group in self.optimizer.param_groups:
+            if group.get("initial_lr", 0) > 0:
+                return group["lr"] / group["initial_lr"]
+        raise ValueError(
+            "`optimizers`: the rates of what is trained beside the student follow the student's schedule, but no "
+            "parameter group has an `initial_lr` above 0. Pass a scheduler that sets it (those of "
+            "torch.optim.lr_scheduler but ReduceLROnPlateau), or none."
+        )
+
+    @property
+    def generation(self) -> int:
+        """Number of the generation batch."""
+        return self._step // self.generation_cycle
+
+    def places(self, rows: int) -> list[tuple[int, int]]:
+        """Group and place in it of this rank's rows of a generation batch."""
+        # Groups are contiguous over the ranks' rows, and may straddle two ranks.
+        first = self.accelerator.process_index * rows
+        return [divmod(first + row, self.num_generations) for row in range(rows)]
+
+    def ask_rewards(self, examples: list[dict[str, Any]], filler: dict[str, Any]) -> list[float]:
+        """
+        Total rewards of completions that are no rollouts. Collective: every rank calls.
+
+        The rollouts' rewards, metrics and logs are left as they are.
+        """
+        # TRL gathers the rewards, which needs the same number of rows on each rank.
+        size = max(gather_object([len(examples)]))
+        if size == 0:  # the same on every rank
+            return []
+        padded = examples + [filler] * (size - len(examples))
+        names = ("inputs", "prompt", "completion", "completion_ids")
+        with isolated_bookkeeping(self), self.rollouts.set_aside():
+            self._calculate_rewards(*([example[name] for example in padded] for name in names))
+            rewards = self.rollouts.total_rewards()
+        first = self.accelerator.process_index * size
+        return rewards[first : first + len(examples)].tolist()
+
+    # TRL's trainer
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> torch.Tensor:
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self.rollouts.keep(rewards_per_func)
+        self.rollouts.keep(rewards_per_func, self.reward_weights)
         return rewards_per_func
-
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        if self.rollouts.replayed is not None:
-            return self.rollouts.replayed
-        scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self.rollouts.scores = scores
-        return scores
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(

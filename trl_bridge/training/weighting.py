@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -199,7 +199,7 @@ class DemonstrationWeighting:
 
     def note_mean(self, mean: float) -> None:
         """
-        Warn where `judge_window` windows in a row have left next to nothing of the demonstrations: RL alone, at the
+        Warn where `judge_window` windows in a row have left next to nothing of the demonstrations: RL only, at the
         price of both.
         """
         if not (self.needs_rollouts or self.needs_verdicts):
@@ -284,3 +284,42 @@ class DemonstrationWeighting:
     def _counts(self, rows: list[int]) -> tuple[list[int], list[int]]:
         counts = [self._verdicts.get(row, (0, 0)) for row in rows]
         return [calls for calls, _ in counts], [right for _, right in counts]
+
+
+class RolloutObserver:
+    """Tells the judge what the rollouts are worth, and how likely the policy finds them."""
+
+    def __init__(self, weighting: DemonstrationWeighting, eos_token_ids: Sequence[int], success_threshold: float):
+        self._weighting = weighting
+        self._eos_token_ids = list(eos_token_ids)
+        self._success_threshold = success_threshold
+
+    def take(self, output: dict[str, Any], rewards: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        Observe a generation batch that comes with its log-probabilities; otherwise its rewards are to travel with it.
+
+        Shapes: rewards (rows,).
+        """
+        if not self._weighting.needs_rollouts:
+            return {}
+        if "old_per_token_logps" in output:
+            self._observe({**output, "rollout_reward": rewards}, output["old_per_token_logps"])
+            return {}
+        return {"rollout_reward": rewards}
+
+    def observe(self, inputs: dict[str, Any], log_probs: torch.Tensor) -> None:
+        """Observe a micro-batch that the policy has just scored for the first time."""
+        if "rollout_reward" in inputs:
+            self._observe(inputs, log_probs)
+
+    def _observe(self, inputs: dict[str, Any], log_probs: torch.Tensor) -> None:
+        ids, mask = inputs["completion_ids"], inputs["completion_mask"]
+        lengths = mask.sum(dim=1)
+        last = ids.gather(1, (lengths - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
+        eos = torch.tensor(self._eos_token_ids, device=ids.device)
+        # A rollout that was cut off has no likelihood as a whole; one that nobody could score has no reward.
+        usable = (lengths > 0) & torch.isin(last, eos) & ~torch.isnan(inputs["rollout_reward"])
+        own = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+        sums = self._weighting.judged((log_probs.double() * own).sum(dim=1), own.sum(dim=1))[usable]
+        right = (inputs["rollout_reward"][usable] >= self._success_threshold).double()
+        self._weighting.observe_rollouts(list(zip(sums.tolist(), right.tolist(), strict=True)))

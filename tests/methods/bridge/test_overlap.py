@@ -72,7 +72,7 @@ def test_the_pass_runs_while_the_server_works(tmp_path):
     trainer = bridge_trainer(tmp_path, **OVERLAP, max_steps=3)
     client = trainer.vllm_generation.vllm_client
     running, passed = threading.Event(), threading.Event()
-    generate, run, calls = client.generate, trainer._shadow_pass.run, []
+    generate, run, calls = client.generate, trainer._run_shadow, []
 
     def slow(**options):
         calls.append(options)
@@ -86,7 +86,7 @@ def test_the_pass_runs_while_the_server_works(tmp_path):
         run(batch)
         passed.set()
 
-    client.generate, trainer._shadow_pass.run = slow, observed
+    client.generate, trainer._run_shadow = slow, observed
     trainer.train()
     # One request for each update, and the weights are sent once for each.
     assert len(calls) == len(client.pushes) == 3
@@ -109,7 +109,7 @@ def test_resume_is_exact(tmp_path):
     resumed = bridge_trainer(tmp_path / "halves", **options)
     resumed.train(resume_from_checkpoint=True)
     assert_same(state_of(resumed), state_of(straight))
-    assert len(straight._shadow_overlap.state_dict()) == 2
+    assert len(straight._overlap.state_dict()) == 2
 
 
 def test_evaluation_leaves_the_waiting_rollouts(tmp_path):

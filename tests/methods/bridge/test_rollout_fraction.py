@@ -5,7 +5,7 @@ import torch
 
 from tests.helpers.bridge import ShadowRecorder, assert_replayed, bridge_trainer, copies, distance, logged
 from tests.helpers.training import clone, replay, small_config
-from trl_bridge.methods.bridge.shadow.passes import taken_groups
+from trl_bridge.methods.bridge.shadow.passes import Scored, taken_groups
 
 
 HALF = {"shadow_rollout_fraction": 0.5}
@@ -91,9 +91,9 @@ class Drawing(ShadowRecorder):
         super().__init__(*args, **kwargs)
         self.drawn, self._seen = [], []
 
-    def between_passes(self, model, inputs):
-        self._seen.append(self._shadow_pass.scored(clone(inputs)))
-        super().between_passes(model, inputs)
+    def between_passes(self, model, inputs, scores):
+        self._seen.append(Scored(clone(inputs), scores, self._pass_start))
+        super().between_passes(model, inputs, scores)
 
     def end_of_window(self):
         kept = {n: p.grad for n, p in self.shadow.model.named_parameters()}
@@ -107,7 +107,7 @@ class Drawing(ShadowRecorder):
             for batch in self._seen:
                 rows = [prompts.index(tuple(p)) in taken for p in batch.inputs["prompt_ids"].tolist()]
                 batch.inputs["shadow_weight"] = torch.tensor([4 / len(taken) if row else 0.0 for row in rows])
-                self._shadow_pass.run(batch)
+                self._run_shadow(batch)
             results.append((copies(self.shadow.gradients()), self._gain.finish()["bridge/gain"]))
         self.drawn.append((results[0][0], [r[0] for r in results[1:]], [r[1] for r in results]))
         for name, parameter in self.shadow.model.named_parameters():

@@ -32,21 +32,21 @@ class CoordinatorGradient:
         self.weights = weights
 
     def so_far(self) -> Projection:
-        """What this rank's gradients come to by now; `complete_` makes the whole of it."""
+        """What this rank's gradients come to by now; `complete_` makes it the full one."""
         raise NotImplementedError
 
     def complete_(self, projection: Projection, synced: bool) -> None:
         """Reduce over ranks, in place."""
         self.weights.complete_([part for pair in projection for part in pair], synced)
 
-    def whole(self) -> Projection:
+    def full(self) -> Projection:
         """At the end of a window: all of it, averaged over ranks."""
         projection = self.so_far()
         self.complete_(projection, synced=True)
         return projection
 
     def clear(self) -> None:
-        """When it has been read, or a window starts anew."""
+        """When it has been read, or a window starts again."""
         raise NotImplementedError
 
 

@@ -1,18 +1,16 @@
 """Norms and cosines of the parts of a gradient, read off by differences where they add up anyway."""
 
+import contextlib
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 
-from ..._upstream import policy_objective
-from ...training.metrics import is_logged_update
-from ...training.policy import Scores
+from ...training.policy import PolicyLoss, Scores
+from .coordinator import CoordinatorGradient
 from .targets import Projection
-
-
-if TYPE_CHECKING:
-    from .trainer import BridgeTrainer
 
 
 class GainMeter:
@@ -24,37 +22,54 @@ class GainMeter:
     below 1 it is estimated from the rollouts that the shadow scores, scaled as its gradient is.
     """
 
-    def __init__(self, trainer: "BridgeTrainer"):
-        self.trainer = trainer
+    def __init__(
+        self,
+        policy: PolicyLoss,
+        accelerator: Accelerator,
+        *,
+        ratio_level: str,
+        epsilon_low: float,
+        epsilon_high: float,
+    ):
+        self._policy = policy
+        self._accelerator = accelerator
+        self._ratio_level = ratio_level
+        self._range = (1 - epsilon_low, 1 + epsilon_high)
         self._sums: torch.Tensor | None = None
 
-    def observe(self, inputs: dict[str, Any], student: Scores, shadow: Scores) -> None:
-        """Add one micro-batch."""
-        trainer = self.trainer
-        weight = trainer._shadow_pass.share.weight_of(inputs)
-        gain = policy_objective(trainer, inputs, shadow) - policy_objective(trainer, inputs, student)
-        gain = weight.max() * gain  # rows that were not taken have the student's scores, and cancel
-        mask = inputs["completion_mask"] * (weight > 0).unsqueeze(1)
+    def observe(self, inputs: dict[str, Any], student: Scores, shadow: Scores, row_weights: torch.Tensor) -> None:
+        """
+        Add one micro-batch, whose `old_per_token_logps` are the ones that the shadow's ratio divides by.
+
+        Shapes: row_weights (B,), 0 where the shadow has not scored.
+        """
+        gain = self._policy.objective(inputs, shadow) - self._policy.objective(inputs, student)
+        gain = row_weights.max() * gain  # rows that were not taken have the student's scores, and cancel
+        mask = inputs["completion_mask"] * (row_weights > 0).unsqueeze(1)
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
         log_ratio = shadow[0] - inputs["old_per_token_logps"]
-        if trainer.importance_sampling_level == "sequence":
+        if self._ratio_level == "sequence":
             per_sequence = (log_ratio * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
             log_ratio = per_sequence.expand_as(log_ratio)
         ratio = log_ratio.exp()
         advantages = inputs["advantages"]
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
-        low = (ratio < 1 - trainer.epsilon_low) & (advantages < 0)
-        high = (ratio > 1 + trainer.epsilon_high) & (advantages > 0)
+        low = (ratio < self._range[0]) & (advantages < 0)
+        high = (ratio > self._range[1]) & (advantages > 0)
         values = [gain, (ratio * mask).sum(), ((low | high) * mask).sum(), mask.sum()]
         sums = torch.stack([value.double() for value in values])
         self._sums = sums if self._sums is None else self._sums + sums
 
+    def clear(self) -> None:
+        """Forget an unfinished window."""
+        self._sums = None
+
     def finish(self) -> dict[str, float]:
         """The window's metrics, over all ranks."""
-        totals = self.trainer.accelerator.reduce(self._sums, reduction="sum").tolist()
-        self._sums = None
-        values = {"bridge/gain": totals[0] / self.trainer.backend.world_size}
+        totals = self._accelerator.reduce(self._sums, reduction="sum").tolist()
+        self.clear()
+        values = {"bridge/gain": totals[0] / self._accelerator.num_processes}
         if totals[3] > 0:
             values["bridge/shadow_ratio"] = totals[1] / totals[3]
             values["bridge/shadow_clip_fraction"] = totals[2] / totals[3]
@@ -63,61 +78,55 @@ class GainMeter:
 
 class GradientProbe:
     """
-    The RL part of the fused gradient, over the coordinator (on logged updates) and over theta (opt-in).
+    The RL part of the fused gradient, over the coordinator and, where wanted, over theta.
 
     The parts are summed in one buffer, so RL's is the difference of what stands there after and before its backward.
     The projection is linear, so over the coordinator it is taken pass by pass and needs no copy of the gradient.
     """
 
-    def __init__(self, trainer: "BridgeTrainer"):
-        self.trainer = trainer
+    def __init__(self, gradient: CoordinatorGradient):
+        self._gradient = gradient
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what the window's policy passes have left."""
         self._policy_w: Projection | None = None
         self._complete = False
         self._policy_theta: dict[str, torch.Tensor] | None = None
 
-    def before_policy(self) -> None:
-        """Before a micro-batch's policy pass."""
-        if self._reads():
-            self._add(-1.0)
-
-    def after_policy(self, weight: float) -> None:
-        """After a micro-batch's policy pass."""
-        if self._reads():
-            self._add(1.0)
-
-    def _reads(self) -> bool:
-        return is_logged_update(self.trainer) or self.trainer._shadow_schedule.needs_policy_part
+    @contextlib.contextmanager
+    def reading(self, over_theta: bool) -> Iterator[None]:
+        """Around a micro-batch's policy pass."""
+        self._add(-1.0, over_theta)
+        yield
+        self._add(1.0, over_theta)
 
     def policy_part(self) -> Projection:
         """At the end of a window that was read: the projection of lambda times RL's gradient. Collective."""
         if self._policy_w is None:
             raise RuntimeError("The window's policy passes were not read.")
         if not self._complete:
-            self.trainer.student_gradient.complete_(self._policy_w, synced=False)
+            self._gradient.complete_(self._policy_w, synced=False)
             self._complete = True
         return self._policy_w
 
-    def _add(self, sign: float) -> None:
-        trainer = self.trainer
-        projected = trainer.student_gradient.so_far()
+    def _add(self, sign: float, over_theta: bool) -> None:
+        projected = self._gradient.so_far()
         if self._policy_w is None:
             self._policy_w = [(torch.zeros_like(a), torch.zeros_like(b)) for a, b in projected]
         for (total_a, total_b), (a, b) in zip(self._policy_w, projected, strict=True):
             total_a.add_(a, alpha=sign)
             total_b.add_(b, alpha=sign)
-        if trainer.args.log_gradient_stats and is_logged_update(trainer):
-            weights = trainer.student_gradient.weights
+        if over_theta:
+            weights = self._gradient.weights
             gradients = {name: weights.gradient(name) for name in weights.parameters}
             if self._policy_theta is None:
                 self._policy_theta = {name: torch.zeros_like(g) for name, g in gradients.items()}
             for name, gradient in gradients.items():
                 self._policy_theta[name].add_(gradient, alpha=sign)
 
-    def finish(self, weight: float, fused: Projection, shadow: Projection | None) -> dict[str, float]:
-        """The window's metrics, before any clipping and without lambda factors. Collective."""
-        if not is_logged_update(self.trainer):
-            self._policy_w, self._complete = None, False
-            return {}
+    def metrics(self, weight: float, fused: Projection, shadow: Projection | None) -> dict[str, float]:
+        """Metrics of a window that was read, before any clipping and without lambda factors. Collective."""
         total, policy = _flat(fused), _flat(self.policy_part())
         rl, sft = _divide(policy, weight), _divide(total - policy, 1.0 - weight)
         values = {
@@ -127,16 +136,14 @@ class GradientProbe:
         }
         if shadow is not None:
             values["bridge/gain_grad_norm"] = (rl - _flat(shadow)).norm().item()
-        self._policy_w, self._complete = None, False
         if self._policy_theta is not None:
             values.update(self._over_theta(weight, self._policy_theta))
-            self._policy_theta = None
         return values
 
     def _over_theta(self, weight: float, policy: dict[str, torch.Tensor]) -> dict[str, float]:
-        weights = self.trainer.student_gradient.weights
+        weights = self._gradient.weights
         weights.average_unsynced_(policy.values())
-        norms = torch.zeros(3, dtype=torch.float64, device=self.trainer.accelerator.device)
+        norms = torch.zeros(3, dtype=torch.float64, device=weights.backend.device)
         for name, gradient in policy.items():
             rl = _divide(gradient, weight).double()
             sft = _divide(weights.gradient(name) - gradient, 1.0 - weight).double()

@@ -1,4 +1,4 @@
-"""One layer of the coordinator, and what it can be and act on: additive LoRA on layers whose weight is theirs alone, in full precision."""
+"""One layer of the coordinator, and what it can be and act on: additive LoRA on layers whose weight no other uses, in full precision."""
 
 import dataclasses
 

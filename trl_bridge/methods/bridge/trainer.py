@@ -1,5 +1,6 @@
 """[`BridgeTrainer`]: GRPO in which SFT learns to supervise RL."""
 
+import functools
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,20 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.training_args import OptimizerNames
 
-from ..._upstream import decay_groups, optimizer_for, plain_copy
+from ..._upstream import asked_twice, decay_groups, optimizer_for, plain_copy
 from ...training.backends import Weights
 from ...training.checkpoint.sharded_state import RowState
-from ...training.metrics import record
-from ...training.rates import rate_factor
+from ...training.policy import Scores, Snapshot
 from ...training.stream import DemonstrationTrainer
 from ...training.verdicts import missing_columns
 from .config import COST_OPTIONS, BridgeConfig, shadow_storage
 from .coordinator import Coordinator, CoordinatorGradient, MergedCoordinator, save_adapter
-from .lean.build import base_identity, build_shadow, build_student, check_lean, student_weights, students_adapter
+from .lean.build import base_identity, build_student, check_lean, student_weights, students_adapter
+from .lean.shadow import LeanShadow
 from .measures import GainMeter, GradientProbe
 from .shadow.model import Shadow
-from .shadow.passes import ShadowPass
-from .shadow.turns import ShadowOverlap, ShadowSchedule
+from .shadow.passes import RolloutShare, Scored, ShadowPass
+from .shadow.turns import ShadowOverlap, ShadowTurns
 from .targets import Projection, check_base_model, check_initial_values
 
 
@@ -32,8 +33,8 @@ class BridgeTrainer(DemonstrationTrainer):
     """
     Trainer for BRIDGE (*Beyond Two-Stage Training: Cooperative SFT and RL for LLM Reasoning*, arXiv 2509.06948).
 
-    A [`~trl.GRPOTrainer`] with one more argument, `sft_dataset`. The policy is pi(theta + w): theta the base, trained as
-    a whole, w a LoRA coordinator. Each update moves theta along the fused SFT and RL gradients, and w to maximise the
+    A [`~trl.GRPOTrainer`] with one more argument, `sft_dataset`. The policy is pi(theta + w): theta the base, trained in
+    full, w a LoRA coordinator. Each update moves theta along the fused SFT and RL gradients, and w to maximise the
     cooperative gain, the reward of joint training over an RL-only shadow theta_hat (Algorithm 2 of the paper, all
     gradients at the same iterate):
 
@@ -55,7 +56,7 @@ class BridgeTrainer(DemonstrationTrainer):
         sft_dataset ([`~datasets.Dataset`]):
             Demonstrations in any of TRL's SFT formats.
         peft_config ([`~peft.LoraConfig`], *optional*):
-            The coordinator. `None` takes rank 16, alpha 16 on all linear layers. It does not go to the parent.
+            The coordinator. `None` takes rank 16, alpha 16 on all linear layers. It does not go to TRL's trainer.
         train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
         quantization_config, tools, rollout_func, environment_factory:
             As in [`~trl.GRPOTrainer`]. `optimizers` serve theta; the coordinator and the shadow have their own.
@@ -150,7 +151,9 @@ class BridgeTrainer(DemonstrationTrainer):
         self._frozen_base: str | None = None
         self.coordinator: Coordinator
         if self.args.lean:
-            self.coordinator, self._student = build_student(self, peft_config)
+            plain: Any = self._plain_model
+            own_args: Any = self.args
+            self.coordinator, self._student = build_student(plain, self.backend, own_args, peft_config)
             # Now: TRL's sync with vLLM merges adapters into the base and takes them out again, which leaves rounding.
             self._frozen_base = base_identity(self._plain_model, self.backend)
         else:
@@ -161,11 +164,7 @@ class BridgeTrainer(DemonstrationTrainer):
         self.student_gradient: CoordinatorGradient | None = None
         self.shadow_gradient: CoordinatorGradient | None = None
         self._outline: PreTrainedModel | None = None
-        self._gain = GainMeter(self)
-        self._probe = GradientProbe(self)
-        self._shadow_pass = ShadowPass(self)
-        self._shadow_schedule = ShadowSchedule(self)
-        self._shadow_overlap = ShadowOverlap(self)
+        self._build_measures()
 
     # Parts beside the student
 
@@ -183,6 +182,24 @@ class BridgeTrainer(DemonstrationTrainer):
             self.backend.fill_reference(self.ref_model, self.student)
         return coordinator
 
+    def _build_measures(self) -> None:
+        args, device = self.args, self.accelerator.device
+        self._gain = GainMeter(
+            self.policy,
+            self.accelerator,
+            ratio_level=self.importance_sampling_level,
+            epsilon_low=self.epsilon_low,
+            epsilon_high=self.epsilon_high,
+        )
+        self._probe: GradientProbe | None = None
+        self._share = RolloutShare(args.shadow_rollout_fraction, args.seed, device)
+        self._shadow_pass = ShadowPass(
+            self.policy, self.backend, self._share, importance_sampling=args.shadow_importance_sampling
+        )
+        self._overlap = ShadowOverlap(device)
+        self._turns = ShadowTurns(args.shadow_update_steps, self._overlap if args.shadow_overlap else None, device)
+        self._pass_start: Snapshot | None = None  # what the policy pass under way started from
+
     def _build_parts(self) -> None:
         """Optimizer of the coordinator, and the shadow: once, from the student as `train` has prepared it."""
         if self.coordinator_optimizer is not None:
@@ -190,27 +207,33 @@ class BridgeTrainer(DemonstrationTrainer):
         args = self.args
         groups = [{"params": list(self.coordinator.parameters()), "weight_decay": args.weight_decay}]
         self.coordinator_optimizer = optimizer_for(self, groups, args.coordinator_rate, args.optim)
+        plain: Any = self._plain_model
         # Kept from here on: forwards hide the weights that FSDP holds behind gathered ones.
-        self._student = student_weights(self) if args.lean else self.student
+        self._student = student_weights(plain, self.backend, args.lean_lora_r) if args.lean else self.student
         self.student_gradient = self.coordinator.gradient_of(self._student)
+        self._probe = GradientProbe(self.student_gradient)
         if args.cooperative_gain:
-            self.shadow = build_shadow(self) if args.lean else self._build_shadow()
+            self.shadow = self._build_shadow()
             self.shadow_gradient = self.coordinator.gradient_of(self.shadow.held)
 
     def _build_shadow(self) -> Shadow:
-        args = self.args
+        args, plain = self.args, self._plain_model
+        if args.lean:
+            student: Any = self.student
+            optimizer = functools.partial(self._build_shadow_optimizer, plain)
+            return LeanShadow(plain, student, optimizer, args.max_grad_norm)
         if self._outline is None:
-            twin = self._copy_student(self._plain_model)
-            held = self.backend.hold(twin, shadow_storage(args))
+            copy = self._copy_student(plain)
+            held = self.backend.hold(copy, shadow_storage(args))
         else:
-            twin, self._outline = self._outline, None
-            held = self.backend.place(twin, self.student, shadow_storage(args))
+            copy, self._outline = self._outline, None
+            held = self.backend.place(copy, self.student, shadow_storage(args))
+        return Shadow(copy, held, functools.partial(self._build_shadow_optimizer, copy), args.max_grad_norm)
 
-        def optimizer(parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-            groups = decay_groups(self, twin, parameters, args.weight_decay)
-            return optimizer_for(self, groups, args.shadow_rate, args.shadow_optim or args.optim)
-
-        return Shadow(twin, held, optimizer, args.max_grad_norm)
+    def _build_shadow_optimizer(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+        args = self.args
+        groups = decay_groups(self, model, parameters, args.weight_decay)
+        return optimizer_for(self, groups, args.shadow_rate, args.shadow_optim or args.optim)
 
     def _copy_student(self, model: PreTrainedModel, memo: dict[int, Any] | None = None) -> PreTrainedModel:
         return plain_copy(model, self.temperature, self.args.cast_lm_head_to_fp32, entropy=True, memo=memo)
@@ -245,41 +268,68 @@ class BridgeTrainer(DemonstrationTrainer):
 
     # The template
 
-    def policy_pass(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        self._probe.before_policy()
-        self._shadow_pass.before_policy()
-        loss = super().policy_pass(model, inputs)
-        self._probe.after_policy(self.policy_weight())
-        return loss
+    def policy_pass(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Scores]:
+        self._pass_start = self.policy.snapshot()
+        if not (self.is_logged_update or self._needs_policy_part):
+            return super().policy_pass(model, inputs)
+        with self._probe.reading(over_theta=self.args.log_gradient_stats and self.is_logged_update):
+            return super().policy_pass(model, inputs)
 
-    def between_passes(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+    def between_passes(self, model: nn.Module, inputs: dict[str, Any], scores: Scores) -> None:
+        assert self._pass_start is not None
+        batch = Scored(inputs, scores, self._pass_start)
         if self.args.shadow_overlap:
-            self._shadow_overlap.put_off(self._shadow_pass.scored(inputs))
-        elif self._shadow_schedule.due:
-            self._shadow_pass.run(self._shadow_pass.scored(inputs))
+            self._overlap.put_off(batch)
+        elif self._shadow_is_due:
+            self._run_shadow(batch)
 
     def end_of_window(self) -> None:
         weight = self.policy_weight()
-        fused = self.student_gradient.whole()
-        shadow = self._shadow_schedule.projection(weight)
-        self._log_update(weight, fused, shadow)
-        self._move_coordinator(fused, shadow, weight)
-        if self._shadow_schedule.due:
-            # A window without a taken rollout counts: with it the others' gradients have the whole one as their mean.
-            self.shadow.step(rate_factor(self.optimizer), counts_zeros=not self._shadow_pass.share.whole)
-        self._shadow_overlap.end_of_update()
+        student = self.student_gradient.full()  # dL/dw of the fused loss, F
+        shadow = self._shadow_part(weight)  # dL_RL/dw at the shadow, G_hat
+        self._log_update(weight, student, shadow)
+        self._move_coordinator(student, shadow, weight)
+        if self._shadow_is_due:
+            # A window without a taken rollout counts: with it the others' gradients have the full one as their mean.
+            self.shadow.step(self.rate_factor(), counts_zeros=not self._share.is_all)
+        self._overlap.end_of_update()
 
     def after_step(self) -> None:
         self.coordinator.settle(self._held)
         # Called before `global_step` counts the update that has just been made.
         every = self.args.shadow_reset_steps
-        if self.shadow is not None and every is not None and (self.state.global_step + 1) % every == 0:
+        if self.shadow is not None and every is not None and self._update % every == 0:
             self.shadow.reset(self.student)
-            self._shadow_schedule.forget()
+            self._turns.forget()
 
-    def _move_coordinator(self, fused: Projection, shadow: Projection | None, weight: float) -> None:
-        """w's step, along the student's projected gradient less the shadow's; the weights that hold it follow."""
-        self.coordinator.pull(fused, shadow, weight)
+    @property
+    def _update(self) -> int:
+        """Number of the update under way, from 1."""
+        return self.state.global_step + 1
+
+    @property
+    def _shadow_is_due(self) -> bool:
+        """Whether the shadow has its turn in the update under way."""
+        return self.shadow is not None and self._turns.due(self._update)
+
+    @property
+    def _needs_policy_part(self) -> bool:
+        return self.shadow is not None and self._turns.needs_policy_part(self._update)
+
+    def _run_shadow(self, batch: Scored) -> None:
+        assert self.shadow is not None
+        scores = self._shadow_pass.run(self.shadow, batch)
+        self._gain.observe(batch.shared, batch.scores, scores, self._share.weight_of(batch.inputs))
+
+    def _shadow_part(self, weight: float) -> Projection | None:
+        """What the gain gradient subtracts; `None` without a shadow. Collective."""
+        if self.shadow_gradient is None:
+            return None
+        return self._turns.gradient(self._update, self.shadow_gradient, self._probe.policy_part, weight)
+
+    def _move_coordinator(self, student: Projection, shadow: Projection | None, weight: float) -> None:
+        """w <- opt_w(F - lambda G_hat); the weights that hold it follow."""
+        self.coordinator.pull(student, shadow, weight)
         old = self.coordinator.snapshot()
         self._step_coordinator()
         self.coordinator.push(old, self._held)
@@ -289,33 +339,36 @@ class BridgeTrainer(DemonstrationTrainer):
         if self.args.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self.coordinator.parameters(), self.args.max_grad_norm)
         for group in self.coordinator_optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate_factor(self.optimizer)
+            group["lr"] = group["initial_lr"] * self.rate_factor()
         self.coordinator_optimizer.step()
         self.coordinator_optimizer.zero_grad(set_to_none=True)
 
-    def _log_update(self, weight: float, fused: Projection, shadow: Projection | None) -> None:
+    def _log_update(self, weight: float, student: Projection, shadow: Projection | None) -> None:
         values = {"bridge/lambda": weight, "bridge/coordinator_norm": self.coordinator.norm()}
         if self.shadow is not None:
             values["bridge/shadow_distance"] = self.shadow.distance(self.student, self.coordinator)
-            if self._shadow_schedule.due:
+            if self._shadow_is_due:
                 values.update(self._gain.finish())
-        values.update(self._probe.finish(weight, fused, shadow))
-        record(self, values)
+        if self.is_logged_update:
+            values.update(self._probe.metrics(weight, student, shadow))
+        self._probe.clear()
+        self.record(values)
 
-    # The parent's methods
+    # TRL's trainer
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if self.args.cooperative_gain and self.shadow is None and self.backend.shards_copies and not self.args.lean:
             # From the plain model, before its backend takes hold of it.
             self._outline = self.backend.outline(self._plain_model, self._copy_student)
-        self._shadow_overlap.clear()
+        self._overlap.clear()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._build_parts()
         # An exception may have come between the coordinator's step and the student's.
         self.coordinator.settle(self._held)
         # Nothing of a window that an exception cut off in an earlier call of `train` may stay.
-        self._gain, self._probe = GainMeter(self), GradientProbe(self)
-        rate_factor(self.optimizer)  # refuses now what would fail in the first update
+        self._gain.clear()
+        self._probe.clear()
+        self.rate_factor()  # refuses now what would fail in the first update
         self.student_gradient.clear()
         if self.shadow is not None:
             self.shadow.clear_gradients()
@@ -324,11 +377,20 @@ class BridgeTrainer(DemonstrationTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         if self.model.training:
-            output.update(self._shadow_pass.share.mark(len(inputs)))
+            size: Any = self.num_generations
+            num_groups = len(inputs) * self.backend.world_size // size
+            output.update(self._share.mark(self.places(len(inputs)), num_groups, self.generation))
         return output
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        return self._shadow_overlap.during(lambda: super(BridgeTrainer, self)._generate_single_turn(*args, **kwargs))
+        generate = functools.partial(super()._generate_single_turn, *args, **kwargs)
+        if not self._overlap.waits or not self.model.training:
+            return generate()
+        with asked_twice(self):
+            generate()  # sends the request
+            with self.compute_loss_context_manager():
+                self._overlap.run(self._run_shadow)
+            return generate()
 
     # Saving and resuming
 
@@ -337,11 +399,11 @@ class BridgeTrainer(DemonstrationTrainer):
             **super().shared_state(),
             "coordinator": self.coordinator.state_dict(),
             "coordinator_optimizer": self.coordinator_optimizer.state_dict(),
-            "shadow_schedule": self._shadow_schedule.state_dict(),
+            "shadow_schedule": self._turns.state_dict(),
         }
 
     def local_state(self) -> dict[str, Any]:
-        return {**super().local_state(), "shadow_overlap": self._shadow_overlap.state_dict()}
+        return {**super().local_state(), "shadow_overlap": self._overlap.state_dict()}
 
     def row_states(self) -> dict[str, RowState]:
         return {} if self.shadow is None else {"shadow": self.shadow.saved}
@@ -351,15 +413,15 @@ class BridgeTrainer(DemonstrationTrainer):
         super().load_shared_state(state)
         self.coordinator.load_state_dict(state["coordinator"])
         self.coordinator_optimizer.load_state_dict(state["coordinator_optimizer"])
-        self._shadow_schedule.load_state_dict(state["shadow_schedule"])
+        self._turns.load_state_dict(state["shadow_schedule"])
 
     def load_local_state(self, state: dict[str, Any]) -> None:
         super().load_local_state(state)
-        self._shadow_overlap.load_state_dict(state["shadow_overlap"])
+        self._overlap.load_state_dict(state["shadow_overlap"])
 
     def load_best_shared_state(self, state: dict[str, Any]) -> None:
         self.coordinator.load_state_dict(state["coordinator"])
-        self._shadow_schedule.load_state_dict(state["shadow_schedule"])
+        self._turns.load_state_dict(state["shadow_schedule"])
 
     def bound_to_ranks(self) -> str | None:
         args = self.args

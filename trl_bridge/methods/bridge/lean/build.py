@@ -1,11 +1,11 @@
 """
 Lean mode: theta, w and theta_hat as slices of LoRA adapters on one frozen base (`docs/bridge.md`, a deviation from the
-paper). What is refused, and how the parts are built; to the parent the student is a model with one LoRA adapter.
+paper). What is refused, and how the parts are built; to TRL's trainer the student is a model with one LoRA adapter.
 """
 
 import copy
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -13,18 +13,12 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ...._upstream import decay_groups, optimizer_for
 from ....training.backends import Backend
+from ..config import BridgeConfig
 from ..coordinator import default_peft_config
 from ..targets import check_peft_config
 from .coordinator import LeanCoordinator, initial_values
-from .shadow import LeanShadow
 from .weights import ADAPTER, AdapterWeights, adapter_pairs, lora_layers
-
-
-if TYPE_CHECKING:
-    from ..config import BridgeConfig
-    from ..trainer import BridgeTrainer
 
 
 def check_lean(model: Any, peft_config: PeftConfig | None, optimizers: Any) -> None:
@@ -57,7 +51,7 @@ def check_lean(model: Any, peft_config: PeftConfig | None, optimizers: Any) -> N
         )
 
 
-def slices(args: "BridgeConfig", peft_config: PeftConfig | None) -> tuple[LoraConfig, LoraConfig, tuple[float, float]]:
+def slices(args: BridgeConfig, peft_config: PeftConfig | None) -> tuple[LoraConfig, LoraConfig, tuple[float, float]]:
     """Theta's and w's adapters."""
     own: Any = default_peft_config() if peft_config is None else copy.deepcopy(peft_config)
     own.inference_mode = False  # as a saved adapter's has it, whose shape is taken over here
@@ -68,8 +62,8 @@ def slices(args: "BridgeConfig", peft_config: PeftConfig | None) -> tuple[LoraCo
     return theta, own, (theta.lora_alpha / theta.r, scaling)
 
 
-def students_adapter(args: "BridgeConfig", peft_config: PeftConfig | None) -> LoraConfig:
-    """The one adapter that the parent puts into the model: both ranks, under theta's scaling."""
+def students_adapter(args: BridgeConfig, peft_config: PeftConfig | None) -> LoraConfig:
+    """The one adapter that TRL puts into the model: both ranks, under theta's scaling."""
     theta, own, _ = slices(args, peft_config)
     rank = theta.r + own.r
     alpha: Any = theta.lora_alpha * rank / theta.r
@@ -77,10 +71,10 @@ def students_adapter(args: "BridgeConfig", peft_config: PeftConfig | None) -> Lo
     return theta
 
 
-def build_student(trainer: "BridgeTrainer", peft_config: PeftConfig | None) -> tuple[LeanCoordinator, AdapterWeights]:
+def build_student(
+    model: PeftModel, backend: Backend, args: BridgeConfig, peft_config: PeftConfig | None
+) -> tuple[LeanCoordinator, AdapterWeights]:
     """The coordinator, and the student's weights with the initial values of theta and w in them. Collective."""
-    args: Any = trainer.args
-    model: Any = trainer._plain_model
     layers = lora_layers(model)
     for module, layer in layers.items():
         pair: Any = layer.lora_A
@@ -91,9 +85,8 @@ def build_student(trainer: "BridgeTrainer", peft_config: PeftConfig | None) -> t
             )
     theta, own, scalings = slices(args, peft_config)
     initial_theta, initial_w = initial_values(model, [theta, own], args.seed)
-    device = trainer.accelerator.device
     coordinator = LeanCoordinator(
-        {module: (a.to(device), b.to(device)) for module, (a, b) in initial_w.items()}, own, scalings
+        {module: (a.to(backend.device), b.to(backend.device)) for module, (a, b) in initial_w.items()}, own, scalings
     )
     parameters = adapter_pairs(model, ADAPTER)
     with torch.no_grad():
@@ -101,21 +94,20 @@ def build_student(trainer: "BridgeTrainer", peft_config: PeftConfig | None) -> t
             for parameter in (a, b):
                 # TRL rounds the adapters of a quantised base to 16 bits, where small steps would be lost. Where there
                 # is a master in float32, the working weights are as the engine wants them.
-                if not trainer.backend.keeps_master:
+                if not backend.keeps_master:
                     parameter.data = parameter.data.float()
             first_a, first_b = initial_theta[module]
             a[: theta.r], b[:, : theta.r] = first_a, first_b
     pairs = [parameter.data for pair in parameters.values() for parameter in pair]
-    trainer.backend.broadcast_([*pairs, *(parameter.data for parameter in coordinator.parameters())])
-    weights = student_weights(trainer)
+    backend.broadcast_([*pairs, *(parameter.data for parameter in coordinator.parameters())])
+    weights = student_weights(model, backend, theta.r)
     coordinator.settle([weights])
     return coordinator, weights
 
 
-def student_weights(trainer: "BridgeTrainer") -> AdapterWeights:
+def student_weights(model: PeftModel, backend: Backend, rank: int) -> AdapterWeights:
     """The student's LoRA weights as they are held now, before or after it has been prepared."""
-    model: Any = trainer._plain_model
-    return AdapterWeights(adapter_pairs(model, ADAPTER), trainer.args.lean_lora_r, trainer.backend.weights(model))
+    return AdapterWeights(adapter_pairs(model, ADAPTER), rank, backend.weights(model))
 
 
 def base_identity(model: nn.Module, backend: Backend) -> str:
@@ -135,16 +127,3 @@ def base_identity(model: nn.Module, backend: Backend) -> str:
             told.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {total:.6e};".encode())
     # The main process's: the others may hold nothing yet.
     return broadcast_object_list([told.hexdigest()[:16]])[0]
-
-
-def build_shadow(trainer: "BridgeTrainer") -> LeanShadow:
-    """The shadow, from the student's weights as they stand."""
-    args = trainer.args
-    model: Any = trainer._plain_model
-    student: Any = trainer.student
-
-    def optimizer(parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-        groups = decay_groups(trainer, model, parameters, args.weight_decay)
-        return optimizer_for(trainer, groups, args.shadow_rate, args.shadow_optim or args.optim)
-
-    return LeanShadow(model, student, optimizer, args.max_grad_norm)

@@ -124,7 +124,7 @@ class AdapterWeights(Weights):
 
 
 class ShadowAdapterWeights(AdapterWeights):
-    """The shadow's, whole on each rank: no engine averages their gradients, and no parent steps on them."""
+    """The shadow's, in full on each rank: no engine averages their gradients, and TRL's optimizer does not step on them."""
 
     def __init__(self, parameters: Mapping[str, tuple[nn.Parameter, nn.Parameter]], rank: int, backend: Reducer):
         super().__init__(parameters, rank, Weights(parameter_names(parameters), backend))
@@ -141,7 +141,7 @@ class ShadowAdapterWeights(AdapterWeights):
 
 
 def weight_name(module: str, part: str) -> str:
-    """A layer's A or B as the model names it: by these names the parent decides which of its parameters decay."""
+    """A layer's A or B as the model names it: by these names transformers decides which of its parameters decay."""
     return f"{_PREFIX}{module}.lora_{part}.{ADAPTER}.weight"
 
 

@@ -1,4 +1,4 @@
-"""The shadow theta_hat: a plain copy of the student that follows RL alone."""
+"""The shadow theta_hat: a plain copy of the student that follows RL only."""
 
 import contextlib
 from collections.abc import Callable
