@@ -252,3 +252,12 @@ def hint_rows(every=1, steps=False):
             row["expert_steps"] = parts if index % every == 0 else None
         rows.append(row)
     return Dataset.from_list(rows)
+
+
+def trace_rows(every=1):
+    """Prompts with worked solutions of 5 to 12 characters; only each `every`-th has one."""
+    rows = []
+    for index, (a, b) in enumerate(PAIRS):
+        text = f"{a}+{b}={a + b}" + "!" * (index % 8)
+        rows.append({"prompt": f"{a}+{b}=", "expert": text if index % every == 0 else None})
+    return Dataset.from_list(rows)

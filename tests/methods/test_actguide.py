@@ -8,7 +8,6 @@ from tests.helpers.contract import assert_in_order, place_of, source_of
 from tests.helpers.group_losses import guide_loss, watch_guidance
 from tests.helpers.groups import (
     Engine,
-    assert_resumes,
     batches,
     group_config,
     group_trainer,
@@ -425,24 +424,7 @@ def test_the_parent_scores_the_old_policy_first():
     assert source.index("rewards_per_func = self._calculate_rewards(") > second, place
 
 
-# Resume, split, options
-
-
-@pytest.mark.parametrize(
-    ("changes", "stop"),
-    [
-        ({"max_steps": 3}, 2),
-        ({"max_steps": 5, "num_iterations": 2, "steps_per_generation": 4, "per_device_train_batch_size": 4}, 3),
-    ],
-)
-def test_resume_is_exact(tmp_path, changes, stop):
-    def build(folder, callbacks=None):
-        return guide_trainer(folder, callbacks=callbacks, save_strategy="steps", save_steps=1, **changes)
-
-    assert_resumes(tmp_path, build, stop)
-    other = guide_trainer(tmp_path / "halves", guidance_template="{steps}\n{prompt}", **changes)
-    with pytest.raises(ValueError, match="guidance_template"):
-        other.train(resume_from_checkpoint=str(tmp_path / "halves" / f"checkpoint-{stop}"))
+# Split and options
 
 
 @pytest.mark.parametrize("loss_type", ["dr_grpo", "dapo"])
@@ -475,24 +457,6 @@ def test_defaults():
     assert (config.hard_threshold, config.probe_rounds, config.probe_rollouts) == (0.0, 5, 2)
     assert (config.shaping_gamma, config.epsilon, config.delta, config.beta) == (0.0, 0.2, 3.0, 0.001)
     assert (config.loss_type, config.scale_rewards, config.show_last_step) == ("dapo", "group", False)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"probe_rounds": 0}, "`probe_rounds`"),
-        ({"probe_rollouts": 0}, "`probe_rollouts`"),
-        ({"shaping_gamma": -0.1}, "`shaping_gamma`"),
-        ({"guidance_template": "{prompt}"}, "`guidance_template` must contain {steps} once"),
-        ({"guidance_template": "{steps}{prompt}{prompt}"}, "`guidance_template` must contain {prompt} once"),
-        ({"preset": "code"}, "`preset` must be one of 'paper'"),
-        ({"loss_scale": "paper", "loss_type": "dr_grpo"}, "`loss_scale='paper'`"),
-        ({"sft_token_weight": "none2"}, "`sft_token_weight`"),
-    ],
-)
-def test_bad_options_are_refused(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        group_config(tmp_path, ActGuideConfig, **changes)
 
 
 def test_a_dataset_without_steps_is_refused(tmp_path):

@@ -18,8 +18,8 @@ from tests.helpers.streams import (
     trained,
     weights_of,
 )
-from tests.helpers.training import rl_rows, small_config, small_trainer
-from trl_bridge import AlternatingConfig, AlternatingTrainer
+from tests.helpers.training import rl_rows
+from trl_bridge import AlternatingTrainer
 
 
 RECORDING = recording(AlternatingTrainer)
@@ -128,29 +128,3 @@ def test_resume_with_other_phases_is_refused(tmp_path):
     for name, value in (("rl_steps", 2), ("sft_steps", 2), ("first", "rl")):
         with pytest.raises(ValueError, match=f"resume_from_checkpoint.*`{name}`"):
             make(AlternatingTrainer, tmp_path, **options, **{name: value}).train(resume_from_checkpoint=True)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"rl_steps": 0}, "`rl_steps` must be at least 1"),
-        ({"sft_steps": 0}, "`sft_steps` must be at least 1"),
-        ({"first": "grpo"}, "`first` must be one of 'sft', 'rl'"),
-        ({"steps_per_generation": 4}, r"`rl_steps` \(1\) must be a multiple of 2"),
-        ({"steps_per_generation": 4, "rl_steps": 2}, r"`sft_steps` \(1\) must be a multiple of 2"),
-        ({"num_iterations": 3, "rl_steps": 4, "sft_steps": 3}, r"`rl_steps` \(4\) must be a multiple of 3"),
-        (
-            {"gradient_accumulation_steps": 4, "steps_per_generation": 6},
-            r"`steps_per_generation \* num_iterations` \(6\) and `gradient_accumulation_steps` \(4\)",
-        ),
-        ({"sft_pairing": "prompt"}, "`sft_pairing='prompt'` cannot be had"),
-    ],
-)
-def test_bad_options_are_refused(tmp_path, options, said):
-    with pytest.raises(ValueError, match=said):
-        small_config(tmp_path, AlternatingConfig, **options)
-
-
-def test_demonstrations_are_needed(tmp_path):
-    with pytest.raises(ValueError, match="AlternatingTrainer needs `sft_dataset`"):
-        small_trainer(tmp_path, AlternatingTrainer, args=small_config(tmp_path, AlternatingConfig))

@@ -11,7 +11,6 @@ from tests.helpers.streams import (
     assert_resumes,
     assert_split_makes_no_difference,
     logged,
-    make,
     recording,
     replay,
     sharp_model,
@@ -131,31 +130,8 @@ def test_presets(tmp_path):
     assert mu_options(plain) == (0, 400, 0.2, 0.02, False)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"mu_peak": 1.1}, "`mu_peak` must lie in"),
-        ({"mu_peak": -0.1}, "`mu_peak` must lie in"),
-        ({"mu_valley": -0.1}, "`mu_valley` must lie in"),
-        ({"mu_valley": float("nan")}, "`mu_valley` must lie in"),
-        ({"mu_peak": 0.1, "mu_valley": 0.2}, "`mu_valley` .* `mu_peak`"),
-        ({"mu_warmup_steps": -1}, "`mu_warmup_steps`"),
-        ({"mu_decay_steps": -1}, "`mu_decay_steps`"),
-        ({"preset": "papper"}, "`preset`"),
-        ({"enable_phi_function": True, "enable_is_function": True}, "`enable_is_function`"),
-        ({"enable_phi_function": True, "sft_weighting": "phi"}, "`enable_phi_function` and `sft_weighting='phi'`"),
-        ({"enable_is_function": True, "sft_weighting": "likelihood"}, "`enable_is_function` and `sft_weighting="),
-    ],
-)
-def test_bad_options_are_refused(tmp_path, options, said):
-    with pytest.raises(ValueError, match=said):
-        small_config(tmp_path, CHORDConfig, **options)
-
-
-def test_demonstrations_are_needed(tmp_path):
+def test_demonstrations_come_apart_from_the_experts(tmp_path):
     args = small_config(tmp_path, CHORDConfig)
-    with pytest.raises(ValueError, match="CHORDTrainer needs `sft_dataset`"):
-        small_trainer(tmp_path, CHORDTrainer, args=args)
     rows = {"prompt": [f"{a}+{b}=" for a, b in PAIRS], "expert": [str(a + b) for a, b in PAIRS]}
     train = Dataset.from_dict(rows)
     with pytest.raises(ValueError, match=r"`expert` column .*rename_column\('expert', 'completion'\)"):
@@ -166,17 +142,3 @@ def test_demonstrations_are_needed(tmp_path):
         tmp_path, CHORDTrainer, args=args, train_dataset=train, sft_dataset=demonstrations, reward_funcs=digits_reward
     )
     assert len(trainer.demonstrations.rendered) == len(PAIRS)
-
-
-def test_other_config_is_refused(tmp_path):
-    from trl import GRPOConfig
-
-    with pytest.raises(TypeError, match="`CHORDConfig`"):
-        small_trainer(tmp_path, CHORDTrainer, args=small_config(tmp_path, GRPOConfig))
-
-
-def test_model_card_names_the_paper(tmp_path):
-    trainer = make(CHORDTrainer, tmp_path)
-    trainer.create_model_card(model_name="student")
-    card = (tmp_path / "README.md").read_text()
-    assert "2508.11408" in card and "CHORD" in card

@@ -3,11 +3,10 @@ import random
 import pytest
 import torch
 from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from tests.helpers.group_losses import hpt_loss
 from tests.helpers.groups import (
-    assert_resumes,
     expert_rows,
     group_config,
     group_trainer,
@@ -15,7 +14,7 @@ from tests.helpers.groups import (
     replay_group,
     sft_sum,
 )
-from tests.helpers.training import clone, digits_reward, small_config, small_lora
+from tests.helpers.training import clone, digits_reward, small_config
 from trl_bridge import LUFFYTrainer
 from trl_bridge.methods.hpt import HPTConfig, HPTTrainer
 from trl_bridge.models import tiny_model, tiny_tokenizer
@@ -196,18 +195,6 @@ def test_all_groups_switched_is_an_sft_step(tmp_path, loss_type):
     assert output["num_sft_items_in_batch"] == output["sft_mask"].sum() > 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"temperature": 0.7, "num_iterations": 2, "loss_type": "dapo"}])
-@pytest.mark.parametrize("never", [{"gate": -1}, {"gate": 0, "expert_probability": 0.0}])
-def test_a_gate_that_never_fires_is_grpo_to_the_bit(tmp_path, changes, never):
-    shared = {"loss_type": "dr_grpo", "scale_rewards": "none", "epsilon": 0.2, **changes}
-    hpt = group_trainer(tmp_path, HPTTrainer, **never, **shared)
-    hpt.train()
-    grpo = group_trainer(tmp_path, GRPOTrainer, args=small_config(tmp_path, GRPOConfig, **shared))
-    grpo.train()
-    for ours, theirs in zip(hpt.model.parameters(), grpo.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
 def test_a_second_gate_that_never_fires_changes_nothing(tmp_path):
     shared = {"loss_type": "dapo", "success_threshold": 1.0, "gate": 1}
     weights = []
@@ -356,7 +343,7 @@ def test_group_advantages_are_trls(tmp_path, scale_rewards):
         group_advantages(torch.zeros(1, 4), "batch")
 
 
-# Presets, resuming, LoRA, refusals
+# Presets
 
 
 def test_presets(tmp_path):
@@ -379,41 +366,3 @@ def test_superrl_keeps_a_group_with_any_reward(tmp_path):
     trainer.train()
     assert trainer.logged[0]["hpt/gate_rate"] == 0.75
     assert trainer.generations[0][0]["tool_mask"].any(1).tolist() == [True] * 4 + [False] * 12
-
-
-def test_resume_is_exact(tmp_path):
-    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "success_threshold": 1.0, "gate": 1}
-    options |= {"gate_off": 2, "num_iterations": 2, "steps_per_generation": 4}
-    assert_resumes(tmp_path, lambda folder, **changes: group_trainer(folder, HPTTrainer, **options, **changes), stop=3)
-
-
-def test_lora_student(tmp_path):
-    options = {"success_threshold": 1.0, "gate": 1, "gate_off": 2, "beta": 0.1, "temperature": 0.7}
-    trainer = group_trainer(tmp_path, watching(), peft_config=small_lora(), **options)
-    trainer.train()
-    trained = {name for name in trainer.start if not torch.equal(trainer.start[name], trainer.states[-1][name])}
-    assert trained and all("lora" in name for name in trained)
-    assert any(entry.get("sft/loss", 0) > 0 for entry in trainer.logged)
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"gate": 5}, ValueError, "`gate`"),
-        ({"gate": -2}, ValueError, "`gate`"),
-        ({"gate": 1, "gate_off": 0}, ValueError, "`gate_off`"),
-        ({"gate_off": 5}, ValueError, "`gate_off`"),
-        ({"gate_off": 1, "scale_rewards": "batch"}, NotImplementedError, "`scale_rewards='batch'`"),
-        (
-            {"gate_off": 1, "multi_objective_aggregation": "normalize_then_sum"},
-            NotImplementedError,
-            "`multi_objective_aggregation",
-        ),
-        ({"sft_loss_coef": -1.0}, ValueError, "`sft_loss_coef`"),
-        ({"preset": "selective"}, ValueError, "`preset`.*superrl"),
-        ({"policy_shaping": "cubic"}, ValueError, "`policy_shaping`"),
-    ],
-)
-def test_bad_options_are_refused(tmp_path, changes, error, message):
-    with pytest.raises(error, match=message):
-        small_config(tmp_path, HPTConfig, **changes)

@@ -1,24 +1,21 @@
 import pytest
 import torch
 from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
 
 from tests.helpers.group_losses import luffy_loss
 from tests.helpers.groups import (
     Engine,
     answer_reward,
     answers,
-    assert_resumes,
     batches,
     expert_batch_rows,
-    expert_rows,
     group_config,
     group_trainer,
     recording,
     replay_group,
     sample_these,
 )
-from tests.helpers.training import small_config, small_model
+from tests.helpers.training import small_model
 from trl_bridge import LUFFYConfig, LUFFYTrainer
 
 
@@ -45,17 +42,6 @@ def test_update_equals_the_reference(tmp_path, changes, formula):
     trainer.train()
     assert any(batch["expert_mask"].any() for batch in batches(trainer))
     assert max(replay_group(trainer, luffy_loss(**formula))) < 2e-4
-
-
-@pytest.mark.parametrize("loss_type", ["dr_grpo", "dapo"])
-def test_probability_zero_is_grpo_to_the_bit(tmp_path, loss_type):
-    shared = {"loss_type": loss_type, "scale_rewards": "group", "num_iterations": 2}
-    luffy = group_trainer(tmp_path, LUFFYTrainer, expert_probability=0.0, **shared)
-    luffy.train()
-    grpo = group_trainer(tmp_path, GRPOTrainer, args=small_config(tmp_path, GRPOConfig, **shared))
-    grpo.train()
-    for ours, theirs in zip(luffy.model.parameters(), grpo.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
 
 
 # The worked numbers of the group
@@ -137,56 +123,7 @@ def test_expert_tokens_are_not_clipped(tmp_path, monkeypatch):
     assert max(replay_group(trainer, luffy_loss(), schedule=lambda step: 1.0)) < 1e-3
 
 
-# Exactness
-
-
-@pytest.mark.parametrize("loss_type", ["dr_grpo", "dapo"])
-def test_the_split_into_micro_batches_changes_nothing(tmp_path, monkeypatch, loss_type):
-    sample_these(monkeypatch, ["1", "22x", "x", "333", "4xy", "", "5"])
-    weights = []
-    for size, steps in [(4, 4), (8, 2), (16, 1)]:
-        trainer = group_trainer(
-            tmp_path,
-            recording(LUFFYTrainer),
-            train_dataset=expert_rows(every=2),
-            loss_type=loss_type,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=steps,
-            max_steps=1,
-            optim="sgd",
-            learning_rate=1.0,
-            max_grad_norm=0.0,
-        )
-        trainer.train()
-        assert len(trainer.windows[0]) == steps
-        weights.append(trainer.states[0])
-    moved = sum(float((weights[0][n] - trainer.start[n]).norm()) for n in weights[0])
-    for other in weights[1:]:
-        apart = sum(float((weights[0][n] - other[n]).norm()) for n in other)
-        assert apart < 1e-5 * moved
-
-
-@pytest.mark.parametrize(
-    ("changes", "stop"),
-    [({}, 3), ({"num_iterations": 2, "steps_per_generation": 4, "per_device_train_batch_size": 4}, 3)],
-)
-def test_resume_is_exact(tmp_path, changes, stop):
-    rows = expert_rows(every=2).map(lambda row: {"expert": [row["expert"], "7"] if row["expert"] else []})
-
-    def build(folder, callbacks=None):
-        return group_trainer(
-            folder,
-            LUFFYTrainer,
-            callbacks=callbacks,
-            train_dataset=rows,
-            max_steps=6,
-            save_strategy="steps",
-            save_steps=1,
-            expert_probability=0.7,
-            **changes,
-        )
-
-    assert_resumes(tmp_path, build, stop)
+# Metrics
 
 
 def test_metrics_by_hand(tmp_path, monkeypatch):
@@ -252,40 +189,7 @@ def test_vllm_corrects_own_tokens_alone(tmp_path, monkeypatch, mode):
     assert max(replay_group(trainer, luffy_loss())) < 2e-4
 
 
-# Refusals
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"num_experts": 0}, ValueError, "`num_experts` .* below `num_generations` \\(4\\), got 0"),
-        ({"num_experts": 4}, ValueError, "`num_experts` .* got 4"),
-        ({"policy_shaping": "p"}, ValueError, "`policy_shaping` must be one of"),
-        ({"policy_shaping_gamma": 0.0}, ValueError, "`policy_shaping_gamma` must be above 0"),
-        ({"policy_shaping_exponent": -1.0}, ValueError, "`policy_shaping_exponent` must be above 0"),
-        ({"rl_plus_exponent": -0.5}, ValueError, "`rl_plus_exponent` must not be negative"),
-        ({"preset": "release"}, ValueError, "`preset` must be one of 'paper', 'code', got 'release'"),
-        ({"expert_overlong": "drop"}, ValueError, "`expert_overlong` must be one of"),
-        ({"expert_probability": 1.5}, ValueError, "`expert_probability` must lie in"),
-        ({"expert_max_length": 1}, ValueError, "`expert_max_length` must be at least 2"),
-        ({"sft_token_weight": "dft"}, ValueError, "`sft_token_weight` must be one of 'none', 'trapo'"),
-        ({"loss_scale": "paper", "loss_type": "dapo"}, ValueError, "`loss_scale='paper'` is defined for"),
-        ({"loss_type": "cispo"}, NotImplementedError, "`loss_type='cispo'` .*'grpo', 'dr_grpo', 'dapo'"),
-        ({"importance_sampling_level": "sequence"}, NotImplementedError, "`importance_sampling_level='sequence'`"),
-        ({"off_policy_mask_threshold": 0.5}, NotImplementedError, "`off_policy_mask_threshold`"),
-        ({"top_entropy_quantile": 0.2}, NotImplementedError, "`top_entropy_quantile`"),
-        (
-            {"mask_truncated_completions": True, "expert_overlong": "truncate"},
-            ValueError,
-            "`mask_truncated_completions=True` would mask truncated expert traces",
-        ),
-        ({"remove_unused_columns": True}, ValueError, "`remove_unused_columns=True`"),
-        ({"fp16": True}, NotImplementedError, "`fp16`"),
-    ],
-)
-def test_bad_options_are_refused(tmp_path, changes, error, message):
-    with pytest.raises(error, match=message):
-        group_config(tmp_path, LUFFYConfig, **changes)
+# Presets
 
 
 def test_presets_fill_what_is_not_set(tmp_path):

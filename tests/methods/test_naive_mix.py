@@ -14,8 +14,7 @@ from tests.helpers.streams import (
     replay,
     trained,
 )
-from tests.helpers.training import small_config, small_trainer
-from trl_bridge import NaiveMixConfig, NaiveMixTrainer
+from trl_bridge import NaiveMixTrainer
 
 
 RECORDING = recording(NaiveMixTrainer)
@@ -75,25 +74,3 @@ def test_losses_of_bridge_add_up(tmp_path):
     parts = zip(*(logged(trainer, name) for name in ("loss", "rl/loss", "sft/loss")), strict=True)
     for loss, rl, sft in parts:
         assert loss == pytest.approx(0.3 * rl + 0.7 * sft, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"sft_weight": -0.1}, "`sft_weight` must be at least 0"),
-        ({"sft_weight": float("nan")}, "`sft_weight` must be at least 0"),
-        ({"sft_weight": float("inf")}, "`sft_weight` must be at least 0 and finite"),
-        ({"sft_weight_start": -1.0, "sft_weight_warmup_steps": 2}, "`sft_weight_start` must be at least 0"),
-        ({"sft_weight_warmup_steps": -1}, "`sft_weight_warmup_steps` must not be negative"),
-        ({"sft_weight_start": 0.0}, "both `sft_weight_start` and `sft_weight_warmup_steps`"),
-        ({"sft_weight_warmup_steps": 2}, "both `sft_weight_start` and `sft_weight_warmup_steps`"),
-    ],
-)
-def test_bad_options_are_refused(tmp_path, options, said):
-    with pytest.raises(ValueError, match=said):
-        small_config(tmp_path, NaiveMixConfig, **options)
-
-
-def test_demonstrations_are_needed(tmp_path):
-    with pytest.raises(ValueError, match="NaiveMixTrainer needs `sft_dataset`"):
-        small_trainer(tmp_path, NaiveMixTrainer, args=small_config(tmp_path, NaiveMixConfig))

@@ -3,32 +3,22 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from tests.helpers.group_losses import prefix_loss
 from tests.helpers.groups import (
-    assert_resumes,
-    group_config,
     group_trainer,
     recording,
     replay_group,
     sample_these,
+    trace_rows,
 )
-from tests.helpers.training import PAIRS, digits_reward, small_config
+from tests.helpers.training import digits_reward
 from trl_bridge import PrefixRFTConfig, PrefixRFTTrainer
 from trl_bridge.models import tiny_tokenizer
 
 
 TOKENIZER = tiny_tokenizer()
-
-
-def trace_rows(every=1):
-    """Prompts with worked solutions of 5 to 12 characters; only each `every`-th has one."""
-    rows = []
-    for index, (a, b) in enumerate(PAIRS):
-        text = f"{a}+{b}={a + b}" + "!" * (index % 8)
-        rows.append({"prompt": f"{a}+{b}=", "expert": text if index % every == 0 else None})
-    return Dataset.from_list(rows)
 
 
 SOLUTIONS = {row["prompt"]: row["expert"] for row in trace_rows()}
@@ -283,21 +273,7 @@ def test_vllm_corrects_own_tokens_alone(tmp_path, monkeypatch, mode):
     assert max(errors(trainer)) < 2e-4
 
 
-# Limits
-
-
-@pytest.mark.parametrize("loss_type", ["dr_grpo", "dapo"])
-def test_probability_zero_is_grpo_to_the_bit(tmp_path, loss_type):
-    shared = {"loss_type": loss_type, "scale_rewards": "group", "delta": 3.0, "num_iterations": 2, "beta": 0.0}
-    ours = prefix_trainer(tmp_path, recording(PrefixRFTTrainer), expert_probability=0.0, **shared)
-    ours.train()
-    assert all(batch["advantages"].dim() == 1 for batch in batches(ours))
-    grpo = group_trainer(
-        tmp_path, GRPOTrainer, args=small_config(tmp_path, GRPOConfig, max_completion_length=14, **shared)
-    )
-    grpo.train()
-    for mine, theirs in zip(ours.model.parameters(), grpo.model.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
+# The split
 
 
 @pytest.mark.parametrize("loss_type", ["dr_grpo", "dapo"])
@@ -331,28 +307,6 @@ def test_with_all_prefix_tokens_the_split_changes_nothing(tmp_path, monkeypatch,
     assert all(apart(trainers[0], other) < 1e-5 * moved for other in trainers[1:])
     # The published rule ranks the tokens of a micro-batch.
     assert apart(run(4, 4, 0.2), run(16, 1, 0.2)) > 1e-3 * moved
-
-
-@pytest.mark.parametrize(
-    ("changes", "stop"),
-    [
-        ({"max_steps": 3}, 2),
-        # Inside a generation batch, which serves four updates.
-        ({"max_steps": 5, "num_iterations": 2, "steps_per_generation": 4, "per_device_train_batch_size": 4}, 3),
-    ],
-)
-def test_resume_is_exact(tmp_path, changes, stop):
-    def build(folder, callbacks=None):
-        return prefix_trainer(
-            folder,
-            callbacks=callbacks,
-            train_dataset=trace_rows(every=2),
-            save_strategy="steps",
-            save_steps=1,
-            **changes,
-        )
-
-    assert_resumes(tmp_path, build, stop)
 
 
 # Metrics and options
@@ -392,21 +346,3 @@ def test_defaults():
     assert (config.prefix_entropy_quantile, config.continuation_advantage, config.delta) == (0.2, "reward", 3.0)
     assert (config.loss_type, config.scale_rewards, config.epsilon, config.beta) == ("dr_grpo", "none", 0.2, 0.0)
     assert PrefixRFTConfig("folder", use_cpu=True, bf16=False, preset="code").continuation_advantage == "none"
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"prefix_high": 1.0}, ValueError, "`prefix_low` and `prefix_high`"),
-        ({"prefix_low": 0.96}, ValueError, "`prefix_low` and `prefix_high`"),
-        ({"prefix_steps": -1}, ValueError, "`prefix_steps`"),
-        ({"prefix_entropy_quantile": 1.5}, ValueError, "`prefix_entropy_quantile`"),
-        ({"continuation_advantage": "mean"}, ValueError, "`continuation_advantage` must be one of 'reward', 'none'"),
-        ({"scale_rewards": "batch"}, NotImplementedError, "`scale_rewards='batch'`"),
-        ({"multi_objective_aggregation": "normalize_then_sum"}, NotImplementedError, "`multi_objective_aggregation="),
-        ({"expert_max_length": 7}, ValueError, "`expert_max_length` .7. must not exceed `max_completion_length` .6."),
-    ],
-)
-def test_bad_options_are_refused(tmp_path, changes, error, message):
-    with pytest.raises(error, match=message):
-        group_config(tmp_path, PrefixRFTConfig, **changes)

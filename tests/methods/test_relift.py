@@ -1,6 +1,5 @@
 import pytest
 import torch
-from trl import GRPOConfig, GRPOTrainer
 
 from tests.helpers.group_losses import replay_relift, watch_buffer
 from tests.helpers.groups import (
@@ -126,19 +125,6 @@ def test_questions_enter_once_for_each_generation_batch(tmp_path):
     trainer = group_trainer(tmp_path, watch_buffer(), buffer_size=100, max_steps=8, **options)
     trainer.train()
     assert [len(kept) for kept in trainer.kept] == [2] * 4 + [4] * 4
-
-
-@pytest.mark.parametrize("changes", [{}, {"temperature": 0.7, "num_iterations": 2, "loss_type": "dapo"}])
-@pytest.mark.parametrize("never", [{"buffer_size": 100}, {"buffer_size": 1, "expert_probability": 0.0}])
-def test_a_buffer_that_is_never_full_is_grpo_to_the_bit(tmp_path, changes, never):
-    shared = {"loss_type": "dr_grpo", "scale_rewards": "none", "epsilon": 0.2, **changes}
-    relift = group_trainer(tmp_path, ReLIFTTrainer, **never, **shared)
-    relift.train()
-    grpo = group_trainer(tmp_path, GRPOTrainer, args=small_config(tmp_path, GRPOConfig, **shared))
-    grpo.train()
-    assert bool(relift.buffer) == ("expert_probability" not in never)
-    for ours, theirs in zip(relift.model.parameters(), grpo.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
 
 
 # The SFT step
@@ -286,26 +272,7 @@ def test_the_best_model_comes_back(tmp_path):
         assert torch.equal(parameter, trainer.states[0][name]), name
 
 
-# Refusals
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"buffer_size": 0}, ValueError, "`buffer_size`"),
-        ({"buffer_max_age": 0}, ValueError, "`buffer_max_age`"),
-        ({"sft_per_device_train_batch_size": 0}, ValueError, "`sft_per_device_train_batch_size`"),
-        ({"sft_learning_rate": -1.0}, ValueError, "`sft_learning_rate`"),
-        ({"sft_max_grad_norm": -1.0}, ValueError, "`sft_max_grad_norm`"),
-        ({"sft_learning_rate": 1e-3, "separate_optimizer": False}, ValueError, "`sft_learning_rate`.*no effect"),
-        ({"loss_scale": "paper"}, ValueError, "`loss_scale='paper'` has no effect"),
-        ({"optim": "adafactor"}, NotImplementedError, "`optim='adafactor'`.*separate_optimizer"),
-        ({"optim": "lomo", "separate_optimizer": False}, NotImplementedError, "`optim='lomo'`"),
-    ],
-)
-def test_bad_options_are_refused(tmp_path, changes, error, message):
-    with pytest.raises(error, match=message):
-        small_config(tmp_path, ReLIFTConfig, **changes)
+# Optimizers and interruptions
 
 
 def test_other_optimizers_can_be_shared(tmp_path):

@@ -9,7 +9,6 @@ from tests.helpers.groups import (
     Engine,
     answer_reward,
     answers,
-    assert_resumes,
     batches,
     expert_rows,
     group_config,
@@ -230,54 +229,7 @@ def test_the_floor_stops_the_fall_of_wrong_samples(tmp_path, monkeypatch):
     assert lowest[0] < -15 and -14 < lowest[1] < -8
 
 
-# Exactness
-
-
-@pytest.mark.parametrize("loss_type", ["dr_grpo", "dapo"])
-def test_the_split_into_micro_batches_changes_nothing(tmp_path, monkeypatch, loss_type):
-    sample_these(monkeypatch, ["1", "22x", "x", "333", "4xy", "", "5"])
-    weights, logs = [], []
-    for size, steps in [(4, 4), (8, 2), (16, 1)]:
-        trainer = group_trainer(
-            tmp_path,
-            recording(SRFTTrainer),
-            train_dataset=expert_rows(every=2),
-            success_threshold=1.0,
-            loss_type=loss_type,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=steps,
-            max_steps=1,
-            optim="sgd",
-            learning_rate=1.0,
-            max_grad_norm=0.0,
-        )
-        trainer.train()
-        weights.append(trainer.states[0])
-        logs.append({k: v for k, v in trainer.state.log_history[0].items() if k.split("/")[0] in ("srft", "sft")})
-    moved = sum(float((weights[0][n] - trainer.start[n]).norm()) for n in weights[0])
-    for other, values in zip(weights[1:], logs[1:], strict=True):
-        assert sum(float((weights[0][n] - other[n]).norm()) for n in other) < 1e-5 * moved
-        assert values == pytest.approx(logs[0], rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"num_iterations": 2, "steps_per_generation": 4, "per_device_train_batch_size": 4}]
-)
-def test_resume_is_exact(tmp_path, changes):
-    def build(folder, callbacks=None):
-        return group_trainer(
-            folder,
-            SRFTTrainer,
-            callbacks=callbacks,
-            train_dataset=expert_rows(every=2),
-            success_threshold=1.0,
-            max_steps=6,
-            save_strategy="steps",
-            save_steps=1,
-            **changes,
-        )
-
-    assert_resumes(tmp_path, build, 3)
+# vLLM and evaluation
 
 
 def test_vllm(tmp_path, monkeypatch):
@@ -305,25 +257,6 @@ def test_evaluation_is_the_parents(tmp_path):
 
 
 # Options
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"sft_weight": -0.1}, ValueError, "`sft_weight` must not be negative"),
-        ({"rl_weight": float("nan")}, ValueError, "`rl_weight` must not be negative, got nan"),
-        ({"sft_entropy_sign": 0}, ValueError, "`sft_entropy_sign` must be -1 or 1, got 0"),
-        ({"wrong_log_prob_floor": 0.0}, ValueError, "`wrong_log_prob_floor` must be below 0"),
-        ({"delta": 2.0}, NotImplementedError, "`delta` is not supported by SRFTConfig"),
-        ({"beta": 0.1, "num_iterations": 2}, NotImplementedError, "`use_bias_correction_kl=True`.*Set it to False"),
-        ({"beta": 0.1, "steps_per_generation": 4}, NotImplementedError, "`use_bias_correction_kl=True`"),
-        ({"importance_sampling_level": "sequence"}, NotImplementedError, "`importance_sampling_level='sequence'`"),
-        ({"num_experts": 4}, ValueError, "`num_experts`"),
-    ],
-)
-def test_bad_options_are_refused(tmp_path, changes, error, message):
-    with pytest.raises(error, match=message):
-        group_config(tmp_path, SRFTConfig, **changes)
 
 
 def test_presets_fill_what_is_not_set(tmp_path):

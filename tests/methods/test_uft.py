@@ -2,19 +2,16 @@ import math
 
 import pytest
 import torch
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from tests.helpers.group_losses import uft_loss
 from tests.helpers.groups import (
-    assert_resumes,
-    group_config,
     group_trainer,
     hint_rows,
     recording,
     replay_group,
     sample_these,
 )
-from tests.helpers.training import small_config
 from trl_bridge import UFTConfig, UFTTrainer
 from trl_bridge.models import tiny_tokenizer
 
@@ -185,78 +182,11 @@ def test_the_prompt_that_is_sent_is_the_group_s(tmp_path, monkeypatch):
 # Limits
 
 
-@pytest.mark.parametrize(
-    "changes", [{"hint_steps": 0}, {"expert_probability": 0.0}, {"hint_steps": 0, "temperature": 0.7}]
-)
-def test_without_hints_it_is_grpo_to_the_bit(tmp_path, changes):
-    shared = {"loss_type": "dapo", "beta": 0.0, "num_iterations": 2, "max_completion_length": 10}
-    uft = uft_trainer(tmp_path, **{**shared, **changes})
-    uft.train()
-    options = {**shared, "temperature": changes.get("temperature", 1.0)}
-    grpo = group_trainer(tmp_path, GRPOTrainer, args=small_config(tmp_path, GRPOConfig, **options))
-    grpo.train()
-    for ours, theirs in zip(uft.model.parameters(), grpo.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
 def test_no_weight_leaves_the_likelihood_out(tmp_path):
     trainer = uft_trainer(tmp_path, recording(UFTTrainer), hint_coef=0.0)
     trainer.train()
     assert any(batch["sft_mask"].any() for batch in batches(trainer))
     assert max(replay_group(trainer, lambda p: p.policy_loss())) < 2e-4
-
-
-@pytest.mark.parametrize("loss_type", ["dr_grpo", "dapo"])
-def test_the_split_into_micro_batches_changes_nothing(tmp_path, monkeypatch, loss_type):
-    sample_these(monkeypatch, ["1", "22x", "x", "333", "4xy", "", "5"])
-    weights = []
-    for size, steps in [(4, 4), (8, 2), (16, 1)]:
-        trainer = uft_trainer(
-            tmp_path,
-            recording(UFTTrainer),
-            train_dataset=hint_rows(every=2),
-            loss_type=loss_type,
-            hint_coef=1.0,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=steps,
-            max_steps=1,
-            optim="sgd",
-            learning_rate=1.0,
-            max_grad_norm=0.0,
-        )
-        trainer.train()
-        assert len(trainer.windows[0]) == steps
-        assert any(batch["sft_mask"].any() for batch in batches(trainer))
-        weights.append(trainer.states[0])
-    moved = sum(float((weights[0][n] - trainer.start[n]).norm()) for n in weights[0])
-    for other in weights[1:]:
-        assert sum(float((weights[0][n] - other[n]).norm()) for n in other) < 1e-5 * moved
-
-
-@pytest.mark.parametrize(
-    ("changes", "stop"),
-    [
-        ({"max_steps": 3}, 2),
-        # Inside a generation batch, which serves four updates.
-        ({"max_steps": 5, "num_iterations": 2, "steps_per_generation": 4, "per_device_train_batch_size": 4}, 3),
-    ],
-)
-def test_resume_is_exact(tmp_path, changes, stop):
-    def build(folder, callbacks=None):
-        return uft_trainer(
-            folder,
-            callbacks=callbacks,
-            train_dataset=hint_rows(every=2, steps=True),
-            hint_steps=5,
-            save_strategy="steps",
-            save_steps=1,
-            **changes,
-        )
-
-    assert_resumes(tmp_path, build, stop)
-    plain = uft_trainer(tmp_path / "halves", train_dataset=hint_rows(every=2), **changes)
-    with pytest.raises(ValueError, match="expert_steps"):
-        plain.train(resume_from_checkpoint=str(tmp_path / "halves" / f"checkpoint-{stop}"))
 
 
 # Metrics and options
@@ -298,21 +228,3 @@ def test_defaults():
     assert (config.hint_pieces, config.hint_coef, config.beta, config.epsilon) == (5, 0.001, 0.001, 0.2)
     assert (config.loss_type, config.scale_rewards, config.entropy_coef) == ("dapo", "group", 0.0)
     assert UFTConfig("folder", use_cpu=True, bf16=False, hint_schedule="uniform").hint_coef == 0.0
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"hint_schedule": "linear"}, "`hint_schedule` must be one of 'cosine', 'uniform', 'stage'"),
-        ({"hint_coef": -0.1}, "`hint_coef`"),
-        ({"hint_steps": -1}, "`hint_steps`"),
-        ({"hint_pieces": 0}, "`hint_pieces`"),
-        ({"hint_low": 0.5, "hint_high": 0.4}, "`hint_low` and `hint_high`"),
-        ({"hint_high": 1.1}, "`hint_low` and `hint_high`"),
-        ({"loss_scale": "paper", "loss_type": "dr_grpo"}, "`loss_scale='paper'`"),
-        ({"expert_max_length": 7}, "`expert_max_length` .7. must not exceed `max_completion_length` .6."),
-    ],
-)
-def test_bad_options_are_refused(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        group_config(tmp_path, UFTConfig, **changes)
