@@ -105,8 +105,8 @@ def state_of(trainer):
     return {
         "weights": weights_of(trainer),
         "optimizer": optimizer_state_of(trainer),
-        "shared": trainer.shared_state(),
-        "local": trainer.local_state(),
+        "shared": trainer.saved.state("shared"),
+        "local": trainer.saved.state("local"),
         "rows": rows_of(trainer),
     }
 
@@ -129,7 +129,7 @@ def main(kind: str, folder: Path, names: list[str]) -> None:
             "args": SimpleNamespace(**{k: v for k, v in vars(trainer.args).items() if isinstance(v, PLAIN)}),
             "options": {k: v for k, v in options(trainer.args).items() if not callable(v)},
             "log": [entry for entry in trainer.state.log_history if "loss" in entry],
-            "shared": trainer.shared_state(),
+            "shared": trainer.saved.state("shared"),
             "taken": getattr(trainer, "taken", None),
             "born": getattr(trainer, "born", None),
         }

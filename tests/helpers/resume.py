@@ -20,7 +20,9 @@ class StopAt(TrainerCallback):
 
 def rows_of(trainer):
     """This rank's part of what may be spread over the ranks."""
-    return {name: {"rows": state.rows(), "rest": state.rest()} for name, state in trainer.row_states().items()}
+    return {
+        name: {"rows": state.rows(), "rest": state.rest()} for name, state in trainer.saved.parts["sharded"].items()
+    }
 
 
 def saved_rows(checkpoint, name, tmp_path):
@@ -38,7 +40,7 @@ def assert_shadow_is_that_of(trainer, checkpoint, tmp_path):
 
 def state_of(trainer):
     """Everything that an exact resume must bring back."""
-    shared = trainer.shared_state()
+    shared = trainer.saved.state("shared")
     return {
         "model": dict(trainer.model.state_dict()),
         "theta": trainer.theta_state_dict(),

@@ -229,7 +229,7 @@ def test_resume_is_exact(tmp_path, separate):
         return built[name]
 
     assert_resumes(tmp_path, build, stop=3)
-    halves, resumed, straight = (built[name].shared_state() for name in ("halves", "resumed", "straight"))
+    halves, resumed, straight = (built[name].saved.state("shared") for name in ("halves", "resumed", "straight"))
     assert halves["buffer"] and 0 < halves["sft_steps"] < straight["sft_steps"]
     rows = {name: rows_of(built[name]) for name in ("resumed", "straight")}
     assert (

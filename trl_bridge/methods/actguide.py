@@ -12,6 +12,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
 from .._upstream import decode_completions, isolated_bookkeeping
+from ..training.checkpoint.registry import Registry
 from ..training.group import ExpertPlan, ExpertTrainer
 from ..training.group_config import ExpertConfig
 from ..training.options import at_least, one_of, options
@@ -337,5 +338,6 @@ class ActGuideTrainer(ExpertTrainer):
             values["actguide/ratio_mean"] = totals["guided_ratio"] / totals["guided_tokens"]
         return values
 
-    def resume_requirements(self) -> dict[str, Any]:
-        return {**super().resume_requirements(), "guidance_template": self.args.guidance_template}
+    def register_state(self, saved: Registry) -> None:
+        super().register_state(saved)
+        saved.must_match("guidance_template")

@@ -3,6 +3,7 @@
 from dataclasses import field
 from typing import Any
 
+from ..training.checkpoint.registry import Registry
 from ..training.options import at_least, one_of, options
 from ..training.stream import DemonstrationTrainer
 from ..training.stream_config import DemonstrationConfig
@@ -112,11 +113,6 @@ class AlternatingTrainer(DemonstrationTrainer):
             return {}
         return super()._prepare_inputs(generation_batch)
 
-    def resume_requirements(self) -> dict[str, Any]:
-        args = self.args
-        return {
-            **super().resume_requirements(),
-            "rl_steps": args.rl_steps,
-            "sft_steps": args.sft_steps,
-            "first": args.first,
-        }
+    def register_state(self, saved: Registry) -> None:
+        super().register_state(saved)
+        saved.must_match("rl_steps", "sft_steps", "first")

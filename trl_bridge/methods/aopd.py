@@ -2,12 +2,13 @@
 
 import textwrap
 from dataclasses import field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from ..objectives.distill import AGGREGATIONS, imitation_gate, imitation_term, policy_term
 from ..objectives.lm_head import StudentScores, TeacherScores
+from ..training.checkpoint.registry import Registry
 from ..training.options import at_least, must, one_of, options
 from .opd import OPDConfig, OPDTrainer
 
@@ -139,8 +140,7 @@ class AOPDTrainer(OPDTrainer):
             "aopd/mean_advantage_gated": (advantages, gate),
         }
 
-    def resume_requirements(self) -> dict[str, Any]:
-        args = self.args
-        fields = ("aopd_tau", "aopd_top_k", "aopd_weight", "aopd_normalize_by_k", "aopd_imitate_ties")
-        names = (*fields, "aopd_generalized_kl")
-        return {**super().resume_requirements(), **{name: getattr(args, name) for name in names}}
+    def register_state(self, saved: Registry) -> None:
+        super().register_state(saved)
+        saved.must_match("aopd_tau", "aopd_top_k", "aopd_weight", "aopd_generalized_kl")
+        saved.must_match("aopd_normalize_by_k", "aopd_imitate_ties")

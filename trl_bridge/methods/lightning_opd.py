@@ -14,6 +14,7 @@ from .._upstream import add_fused_lm_head
 from ..distillation.refusals import check_backend
 from ..distillation.scored_rows import SCORES, ScoredCollator, rows_hash, scored_rows
 from ..objectives.distill import AGGREGATIONS, reference_weights, stored_teacher_terms
+from ..training.checkpoint.registry import LOCAL, Registry, attribute
 from ..training.checkpoint.resume import Resumable
 from ..training.options import check_options, must, one_of, options
 from ..training.refusals import Rules, check_best_model, other_than, refuse
@@ -271,21 +272,10 @@ class LightningOPDTrainer(Resumable, SFTTrainer):
 
     # Resuming
 
-    def resume_requirements(self) -> dict[str, Any]:
-        return {
-            **super().resume_requirements(),
-            "advantage_clip": self.args.advantage_clip,
-            "loss_aggregation": self.args.loss_aggregation,
-            "max_length": self.args.max_length,
-            "train_dataset": self._rows,
-        }
-
-    def progress_state(self) -> dict[str, Any]:
-        return {**super().progress_state(), "num_tokens": self._total_train_tokens}
-
-    def load_progress_state(self, state: dict[str, Any]) -> None:
-        super().load_progress_state(state)
-        self._total_train_tokens = state["num_tokens"]
+    def register_state(self, saved: Registry) -> None:
+        super().register_state(saved)
+        saved.must_match("advantage_clip", "loss_aggregation", "max_length", train_dataset=self._rows)
+        saved.add("num_tokens", attribute(self, "_total_train_tokens"), LOCAL)
 
 
 def _one_label(labels: torch.Tensor) -> torch.Tensor:

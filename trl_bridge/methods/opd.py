@@ -13,6 +13,7 @@ from ..distillation.refusals import check_backend, check_config
 from ..distillation.teacher import TeacherServer, check_tokenizers, head_of, scores_in
 from ..objectives.distill import AGGREGATIONS, aggregate, policy_term
 from ..objectives.lm_head import StudentScores, TeacherScores, student_scores, teacher_scores
+from ..training.checkpoint.registry import LOCAL, Registry, attribute
 from ..training.checkpoint.resume import BufferResumable
 from ..training.options import at_least, check_options, must, one_of, options
 
@@ -182,17 +183,10 @@ class OPDTrainer(BufferResumable, DistillationTrainer):
 
     # The parent's methods
 
-    def resume_requirements(self) -> dict[str, Any]:
-        args = self.args
-        fields = ("temperature", "opd_weight", "advantage_clip", "loss_aggregation")
-        return {**super().resume_requirements(), **{name: getattr(args, name) for name in fields}}
-
-    def progress_state(self) -> dict[str, Any]:
-        return {**super().progress_state(), "total_train_tokens": int(self._total_train_tokens)}
-
-    def load_progress_state(self, state: dict[str, Any]) -> None:
-        super().load_progress_state(state)
-        self._total_train_tokens = state["total_train_tokens"]
+    def register_state(self, saved: Registry) -> None:
+        super().register_state(saved)
+        saved.must_match("temperature", "opd_weight", "advantage_clip", "loss_aggregation")
+        saved.add("total_train_tokens", attribute(self, "_total_train_tokens"), LOCAL)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)

@@ -12,7 +12,7 @@ from transformers.training_args import OptimizerNames
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .._upstream import decay_groups, optimizer_for
-from ..training.checkpoint.sharded_state import RowState
+from ..training.checkpoint.registry import LOCAL, SHARDED, SHARED, Registry, attribute
 from ..training.group import ExpertPlan, ExpertTrainer
 from ..training.group_config import ExpertConfig
 from ..training.options import at_least, options
@@ -140,29 +140,8 @@ class ReLIFTTrainer(ExpertTrainer):
         """Unsolved questions, oldest first: number of the generation batch, tokens of the prompt and of the trace."""
         return []
 
-    @functools.cached_property
-    def sft_pass(self) -> SFTPass:
-        """The SFT step, from the student as `train` has prepared it."""
-        args = self.args
-        model: Any = self.model
-        return SFTPass(
-            model,
-            self.model_wrapped,
-            self.backend,
-            DataCollatorForLanguageModeling(
-                pad_token_id=self._tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
-            ),
-            batch_size=args.sft_per_device_train_batch_size or args.per_device_train_batch_size,
-            max_grad_norm=args.max_grad_norm if args.sft_max_grad_norm is None else args.sft_max_grad_norm,
-            own_optimizer=self._build_sft_optimizer if args.separate_optimizer else None,
-        )
-
-    def _build_sft_optimizer(self, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-        args = self.args
-        model: Any = self.model
-        groups = decay_groups(self, model, parameters, args.weight_decay)
-        return optimizer_for(self, groups, args.sft_rate, args.optim)
-
+    # The SFT step, from the student as `train` has prepared it.
+    sft_pass: SFTPass | None = None
     # SFT steps done.
     sft_steps = 0
 
@@ -198,40 +177,47 @@ class ReLIFTTrainer(ExpertTrainer):
             self.record({"sft/loss": values["loss"], "relift/sft_grad_norm": values["grad_norm"]})
         self.record({"relift/buffer_size": len(self.buffer), "relift/sft_steps": self.sft_steps})
 
+    def build_parts(self) -> None:
+        if self.sft_pass is not None:
+            return
+        args = self.args
+        model: Any = self.model
+        self.sft_pass = SFTPass(
+            model,
+            self.model_wrapped,
+            self.backend,
+            DataCollatorForLanguageModeling(
+                pad_token_id=self._tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
+            ),
+            batch_size=args.sft_per_device_train_batch_size or args.per_device_train_batch_size,
+            max_grad_norm=args.max_grad_norm if args.sft_max_grad_norm is None else args.sft_max_grad_norm,
+            own_optimizer=self._build_sft_optimizer if args.separate_optimizer else None,
+        )
+
+    def _build_sft_optimizer(self, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+        args = self.args
+        model: Any = self.model
+        groups = decay_groups(self, model, parameters, args.weight_decay)
+        return optimizer_for(self, groups, args.sft_rate, args.optim)
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        _ = self.sft_pass  # before any forward
         if self.args.separate_optimizer:
             self.rate_factor()
         return prepared
 
     # Saving and resuming
 
-    def shared_state(self) -> dict[str, Any]:
-        return {**super().shared_state(), "buffer": self.buffer, "sft_steps": self.sft_steps}
-
-    def load_shared_state(self, state: dict[str, Any]) -> None:
-        super().load_shared_state(state)
-        self.buffer[:] = state["buffer"]
-        self.sft_steps = state["sft_steps"]
-
-    def local_state(self) -> dict[str, Any]:
-        return {**super().local_state(), "sft_optimizer": self.sft_pass.engine_state_dict()}
-
-    def load_local_state(self, state: dict[str, Any]) -> None:
-        super().load_local_state(state)
-        self.sft_pass.load_engine_state_dict(state["sft_optimizer"])
-
-    def row_states(self) -> dict[str, RowState]:
-        saved = self.sft_pass.saved
-        return super().row_states() if saved is None else {**super().row_states(), "sft_optimizer": saved}
-
-    def resume_requirements(self) -> dict[str, Any]:
+    def register_state(self, saved: Registry) -> None:
+        super().register_state(saved)
+        saved.add("buffer", attribute(self, "buffer"), SHARED)
+        saved.add("sft_steps", attribute(self, "sft_steps"), SHARED)
+        saved.add("sft_optimizer", self.sft_pass, LOCAL)
+        saved.add("sft_optimizer", self.sft_pass and self.sft_pass.saved, SHARDED)
         args = self.args
-        return {
-            **super().resume_requirements(),
-            "separate_optimizer": args.separate_optimizer,
-            "optim": str(args.optim) if args.separate_optimizer else None,
+        saved.must_match(
+            "separate_optimizer",
+            optim=str(args.optim) if args.separate_optimizer else None,
             # An optimizer brings its base rate back with its state, so a changed one would be ignored.
-            "sft_learning_rate": args.sft_rate if args.separate_optimizer else None,
-        }
+            sft_learning_rate=args.sft_rate if args.separate_optimizer else None,
+        )

@@ -63,12 +63,12 @@ class SFTPass:
             return None
         return RowState(self._held, self._leaves, self.optimizer, with_weights=False)
 
-    def engine_state_dict(self) -> dict[Any, Any] | None:
+    def state_dict(self) -> dict[Any, Any] | None:
         """What this rank's engine has of the pass's own optimizer; `None` where none has."""
         return self._engine.state_dict() if self._engine is not None and self._engine_state_is_own else None
 
-    def load_engine_state_dict(self, state: dict[Any, Any] | None) -> None:
-        """Take over what `engine_state_dict` returned."""
+    def load_state_dict(self, state: dict[Any, Any] | None) -> None:
+        """Take over what `state_dict` returned."""
         if self._engine is not None and state is not None:
             self._engine.load_state_dict(state)
 

@@ -8,6 +8,7 @@ import torch
 
 from ..demonstrations.steps import piece_ends
 from ..objectives.expert import hint_probability, hint_stage
+from ..training.checkpoint.registry import Registry
 from ..training.group import ExpertPlan, ExpertTrainer
 from ..training.group_config import ExpertConfig, require_room
 from ..training.options import at_least, one_of, options
@@ -156,5 +157,6 @@ class UFTTrainer(ExpertTrainer):
     def sft_coefficient(self) -> float:
         return self.args.hint_coef
 
-    def resume_requirements(self) -> dict[str, Any]:
-        return {**super().resume_requirements(), "expert_steps": self.experts.has_steps}
+    def register_state(self, saved: Registry) -> None:
+        super().register_state(saved)
+        saved.must_match(expert_steps=self.experts.has_steps)

@@ -14,6 +14,7 @@ from ..demonstrations.group import Experts
 from ..objectives.expert import reduce_tokens
 from ..objectives.sft import demonstration_loss
 from ..objectives.weights import trapo
+from .checkpoint.registry import Registry
 from .group_config import ExpertConfig
 from .policy import Scores
 from .randomness import forked_torch_rng
@@ -426,14 +427,10 @@ class ExpertTrainer(StudentTrainer):
         self._sums, self._sft_items = {}, None
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
-    def resume_requirements(self) -> dict[str, Any]:
-        return {
-            **super().resume_requirements(),
-            "expert": self.experts.fingerprint,
-            "expert_max_length": self.args.longest_expert,
-            "expert_overlong": self.args.expert_overlong,
-            "expert_probability": self.args.expert_probability,
-        }
+    def register_state(self, saved: Registry) -> None:
+        super().register_state(saved)
+        values = {"expert": self.experts.fingerprint, "expert_max_length": self.args.longest_expert}
+        saved.must_match("expert_overlong", "expert_probability", **values)
 
 
 def _neutral(inputs: dict[str, Any], log_probs: torch.Tensor) -> dict[str, Any]:

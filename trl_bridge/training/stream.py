@@ -19,6 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..demonstrations.render import render_demonstrations
 from ..demonstrations.stream import window_share
 from ..objectives.sft import demonstration_loss
+from .checkpoint.registry import SHARED, Registry
 from .demonstrations import Demonstrations
 from .policy import Scores
 from .randomness import forked_python_rng, forked_torch_rng
@@ -451,30 +452,14 @@ class DemonstrationTrainer(StudentTrainer):
     def inside_update(self) -> bool:
         return self._window is not None
 
-    def shared_state(self) -> dict[str, Any]:
-        return {
-            **super().shared_state(),
-            "demonstrations": self.demonstrations.state_dict(),
-            "weighting": self.weighting.state_dict(),
-        }
-
-    def load_shared_state(self, state: dict[str, Any]) -> None:
-        super().load_shared_state(state)
-        self.demonstrations.load_state_dict(state["demonstrations"])
-        self.weighting.load_state_dict(state["weighting"])
-
-    def layout(self) -> dict[str, int]:
-        if self.demonstrations.paired:
-            return super().layout()
-        return {**super().layout(), "sft_per_device_train_batch_size": self.args.demonstration_batch_size}
-
-    def resume_requirements(self) -> dict[str, Any]:
-        return {
-            **super().resume_requirements(),
-            "sft_dataset": self.demonstrations.fingerprint,
-            "sft_pairing": self.args.sft_pairing,
-            "sft_weighting": self.weighting.kind,
-        }
+    def register_state(self, saved: Registry) -> None:
+        super().register_state(saved)
+        saved.add("demonstrations", self.demonstrations, SHARED)
+        saved.add("weighting", self.weighting, SHARED)
+        if not self.demonstrations.paired:
+            saved.layout["sft_per_device_train_batch_size"] = self.args.demonstration_batch_size
+        sources = {"sft_dataset": self.demonstrations.fingerprint, "sft_weighting": self.weighting.kind}
+        saved.must_match("sft_pairing", **sources)
 
     # Helpers
 

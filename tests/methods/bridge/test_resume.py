@@ -177,12 +177,12 @@ def test_checkpoint_of_another_way_of_training_is_refused(tmp_path, finished_run
 )
 def test_options_that_are_bound_to_the_number_of_ranks(tmp_path, finished_run, monkeypatch, name, changes):
     trainer = saving_trainer(tmp_path)
-    assert trainer.bound_to_ranks() is None
+    assert trainer.saved.only_same_ranks is None
     engines.serve(monkeypatch.setattr)
     trainer.args = small_config(tmp_path, **saving_options(**changes))
-    assert name in trainer.bound_to_ranks()
+    assert name in trainer.saved.only_same_ranks
     with pytest.raises(ValueError, match=f"written by 1 ranks, and this run has 2: .*{name}.*Go on with 1"):
-        checkpoints.check(finished_run / "checkpoint-2", {}, {"world_size": 2}, trainer.bound_to_ranks())
+        checkpoints.check(finished_run / "checkpoint-2", {}, {"world_size": 2}, trainer.saved.only_same_ranks)
 
 
 def test_checkpoint_of_plain_grpo_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from transformers.training_args import OptimizerNames
 
 from ..._upstream import asked_twice, decay_groups, optimizer_for, plain_copy
 from ...training.backends import Weights
-from ...training.checkpoint.sharded_state import RowState
+from ...training.checkpoint.registry import LOCAL, SHARDED, SHARED, Registry
 from ...training.policy import Scores, Snapshot
 from ...training.stream import DemonstrationTrainer
 from ...training.verdicts import missing_columns
@@ -200,8 +200,8 @@ class BridgeTrainer(DemonstrationTrainer):
         self._turns = ShadowTurns(args.shadow_update_steps, self._overlap if args.shadow_overlap else None, device)
         self._pass_start: Snapshot | None = None  # what the policy pass under way started from
 
-    def _build_parts(self) -> None:
-        """Optimizer of the coordinator, and the shadow: once, from the student as `train` has prepared it."""
+    def build_parts(self) -> None:
+        """Optimizer of the coordinator, and the shadow."""
         if self.coordinator_optimizer is not None:
             return
         args = self.args
@@ -362,7 +362,6 @@ class BridgeTrainer(DemonstrationTrainer):
             self._outline = self.backend.outline(self._plain_model, self._copy_student)
         self._overlap.clear()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        self._build_parts()
         # An exception may have come between the coordinator's step and the student's.
         self.coordinator.settle(self._held)
         # Nothing of a window that an exception cut off in an earlier call of `train` may stay.
@@ -394,62 +393,31 @@ class BridgeTrainer(DemonstrationTrainer):
 
     # Saving and resuming
 
-    def shared_state(self) -> dict[str, Any]:
-        return {
-            **super().shared_state(),
-            "coordinator": self.coordinator.state_dict(),
-            "coordinator_optimizer": self.coordinator_optimizer.state_dict(),
-            "shadow_schedule": self._turns.state_dict(),
-        }
-
-    def local_state(self) -> dict[str, Any]:
-        return {**super().local_state(), "shadow_overlap": self._overlap.state_dict()}
-
-    def row_states(self) -> dict[str, RowState]:
-        return {} if self.shadow is None else {"shadow": self.shadow.saved}
-
-    def load_shared_state(self, state: dict[str, Any]) -> None:
-        self._build_parts()
-        super().load_shared_state(state)
-        self.coordinator.load_state_dict(state["coordinator"])
-        self.coordinator_optimizer.load_state_dict(state["coordinator_optimizer"])
-        self._turns.load_state_dict(state["shadow_schedule"])
-
-    def load_local_state(self, state: dict[str, Any]) -> None:
-        super().load_local_state(state)
-        self._overlap.load_state_dict(state["shadow_overlap"])
-
-    def load_best_shared_state(self, state: dict[str, Any]) -> None:
-        self.coordinator.load_state_dict(state["coordinator"])
-        self._turns.load_state_dict(state["shadow_schedule"])
-
-    def bound_to_ranks(self) -> str | None:
+    def register_state(self, saved: Registry) -> None:
+        super().register_state(saved)
         args = self.args
-        if args.shadow_overlap:
-            return "the rollouts that `shadow_overlap` has put off lie with their ranks"
+        saved.add("coordinator", self.coordinator, SHARED, of_weights=True)
+        saved.add("coordinator_optimizer", self.coordinator_optimizer, SHARED)
+        saved.add("shadow_schedule", self._turns, SHARED, of_weights=True)
         optim = OptimizerNames(args.shadow_optim or args.optim).value
-        if args.cooperative_gain and not args.lean and "8bit" in optim:
-            return f"the shadow's optimizer ({optim}) keeps blocks of 8-bit numbers, which belong to their rank's rows"
-        return super().bound_to_ranks()
-
-    def resume_requirements(self) -> dict[str, Any]:
-        args = self.args
-        return {
-            **super().resume_requirements(),
-            "peft_config": self.coordinator.shape(),
-            "cooperative_gain": args.cooperative_gain,
-            "lean_lora_r": args.lean_lora_r if args.lean else None,
-            "lean_lora_alpha": args.lean_alpha if args.lean else None,
-            "frozen base": self._frozen_base,
-            "optim": str(args.optim),
-            "shadow_optim": str(args.shadow_optim or args.optim),
-            "shadow_reset_steps": args.shadow_reset_steps,
-            "shadow_importance_sampling": args.shadow_importance_sampling,
-            **{name: getattr(args, name) for name in COST_OPTIONS},
+        reason = f"the shadow's optimizer ({optim}) keeps blocks of 8-bit numbers, which belong to their rank's rows"
+        blocks = args.cooperative_gain and not args.lean and "8bit" in optim
+        shadow = self.shadow and self.shadow.saved
+        saved.add("shadow", shadow, SHARDED, only_same_ranks=reason if blocks else None)
+        reason = "the rollouts that `shadow_overlap` has put off lie with their ranks"
+        saved.add("shadow_overlap", self._overlap, LOCAL, only_same_ranks=reason if args.shadow_overlap else None)
+        saved.must_match(
+            *("cooperative_gain", "shadow_reset_steps", "shadow_importance_sampling", *COST_OPTIONS),
+            peft_config=self.coordinator.shape(),
+            lean_lora_r=args.lean_lora_r if args.lean else None,
+            lean_lora_alpha=args.lean_alpha if args.lean else None,
+            **{"frozen base": self._frozen_base},
+            optim=str(args.optim),
+            shadow_optim=str(args.shadow_optim or args.optim),
             # Optimizers bring their base rates back with their state, so a changed one would be ignored.
-            "coordinator_learning_rate": args.coordinator_rate,
-            "shadow_learning_rate": args.shadow_rate,
-        }
+            coordinator_learning_rate=args.coordinator_rate,
+            shadow_learning_rate=args.shadow_rate,
+        )
 
     # What users read
 

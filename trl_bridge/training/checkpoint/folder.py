@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .layout import RANKS
-from .sharded_state import RowState
+from .registry import LOCAL, SHARDED, SHARED, Registry
 
 
 logger = logging.get_logger(__name__)
@@ -37,30 +37,27 @@ def discard_marker(checkpoint: Path) -> None:
 def write(
     checkpoint: Path,
     accelerator: Accelerator,
-    *,
-    local: dict[str, Any],
-    shared: dict[str, Any],
-    rows: dict[str, RowState],
-    requirements: dict[str, Any],
-    layout: dict[str, int],
+    saved: Registry,
     step: int,
     parts: Callable[[Path], list[str]],
 ) -> None:
     """Write `bridge/`. Collective: every rank calls."""
     folder = checkpoint / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(local, folder / f"rank-{accelerator.process_index}.pt")
+    sharded = saved.parts[SHARDED]
+    rest = {name: part.rest() for name, part in sharded.items()}
+    torch.save({**saved.state(LOCAL), "rows": rest}, folder / f"rank-{accelerator.process_index}.pt")
     if accelerator.is_main_process:
-        torch.save(shared, folder / "shared.pt")
-    for name, state in rows.items():
-        state.save(folder / name)
+        torch.save(saved.state(SHARED), folder / f"{SHARED}.pt")
+    for name, part in sharded.items():
+        part.save(folder / name)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        pieces = [f"{FOLDER}/{name}/{file.name}" for name in rows for file in sorted((folder / name).iterdir())]
+        pieces = [f"{FOLDER}/{name}/{file.name}" for name in sharded for file in sorted((folder / name).iterdir())]
         marker = {
             "global_step": step,
-            "layout": layout,
-            "requirements": requirements,
+            "layout": saved.layout,
+            "requirements": saved.requirements,
             "parts": [*parts(checkpoint), *pieces],
         }
         partial = folder / (_MARKER + ".partial")
@@ -69,24 +66,39 @@ def write(
     accelerator.wait_for_everyone()
 
 
-def read_shared(checkpoint: Path) -> dict[str, Any]:
-    """State that all ranks share, on CPU."""
-    return torch.load(checkpoint / FOLDER / "shared.pt", map_location="cpu", weights_only=True)
+def read(checkpoint: Path, saved: Registry, rank: int) -> None:
+    """Load all parts. Collective."""
+    layout = layout_of(checkpoint)
+    same = layout == saved.layout
+    local = {r: _load(checkpoint, f"rank-{r}") for r in ([rank] if same else range(layout[RANKS]))}
+    own = local[rank if layout[RANKS] == saved.layout[RANKS] else 0]
+    for name, part in saved.parts[LOCAL].items():
+        resharded = not same and name in saved.reshard
+        states = [state[name] for state in local.values()]
+        part.load_state_dict(saved.reshard[name](states, layout) if resharded else own[name])
+    shared = _load(checkpoint, SHARED)
+    for name, part in saved.parts[SHARED].items():
+        part.load_state_dict(shared[name])
+    for name, part in saved.parts[SHARDED].items():
+        part.load(checkpoint / FOLDER / name, own["rows"][name])
 
 
-def read_local(checkpoint: Path, rank: int) -> dict[str, Any]:
-    """State of one rank, on CPU."""
-    return torch.load(checkpoint / FOLDER / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
+def read_weights(checkpoint: Path, saved: Registry) -> None:
+    """Load only what belongs to the weights. Collective."""
+    shared = _load(checkpoint, SHARED)
+    for name in saved.of_weights:
+        saved.parts[SHARED][name].load_state_dict(shared[name])
+    for name, part in saved.parts[SHARDED].items():
+        part.load_weights(checkpoint / FOLDER / name)
+
+
+def _load(checkpoint: Path, name: str) -> dict[str, Any]:
+    return torch.load(checkpoint / FOLDER / f"{name}.pt", map_location="cpu", weights_only=True)
 
 
 def layout_of(checkpoint: Path) -> dict[str, int]:
     """How the run that wrote a checkpoint cut its updates into ranks and micro-batches."""
     return _marker(checkpoint)["layout"]
-
-
-def rows_folder(checkpoint: Path, name: str) -> Path:
-    """Where a [`RowState`] is."""
-    return checkpoint / FOLDER / name
 
 
 def _marker(checkpoint: Path) -> dict[str, Any]:

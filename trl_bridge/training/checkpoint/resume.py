@@ -16,8 +16,8 @@ from trl import GRPOTrainer
 from ..backends import Backend, backend_for
 from ..randomness import seed_anew
 from . import folder as checkpoints
-from .layout import RANKS, recut, totals
-from .sharded_state import RowState
+from .layout import RANKS, recut
+from .registry import LOCAL, Registry, Value, attribute
 
 
 logger = logging.get_logger(__name__)
@@ -27,9 +27,9 @@ class Resumable(Trainer):
     """
     The part of an exact resume that any TRL trainer can carry: `class Mine(Resumable, SFTTrainer)`.
 
-    A side folder in the checkpoint with what subclasses add through `shared_state` and `load_shared_state`, a marker of
-    completeness written last, refusals of checkpoints that cannot be gone on with, and the metrics gathered since the
-    last log. Another number of ranks may go on with a checkpoint where its updates are of the same rows.
+    A side folder in the checkpoint with what subclasses add in `register_state`, a marker of completeness written last,
+    refusals of checkpoints that cannot be gone on with, and the metrics gathered since the last log. Another number of
+    ranks may go on with a checkpoint where its updates are of the same rows.
     """
 
     _metrics: dict[str, Any]
@@ -41,63 +41,33 @@ class Resumable(Trainer):
 
     # What subclasses add
 
-    def shared_state(self) -> dict[str, Any]:
-        """State that all ranks have alike: tensors and plain Python values, read back with `weights_only=True`."""
-        return {}
+    @property
+    def saved(self) -> Registry:
+        """What a checkpoint of this run holds, as it is now: parts are built late, and options may still be changed."""
+        registry = Registry(self.args)
+        self.register_state(registry)
+        return registry
 
-    def local_state(self) -> dict[str, Any]:
-        """State that each rank has of its own, of the same kinds."""
-        return {}
+    def register_state(self, saved: Registry) -> None:
+        """Add state that outlives an update, and name what a resumed run must share."""
+        sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        saved.layout |= {RANKS: self.args.world_size, **{name: getattr(self.args, name) for name in sizes}}
+        saved.only_same_ranks = self.backend.bound_to_ranks
+        # "way of training": keys are spelt as in the checkpoints that there are.
+        saved.must_match("seed", trainer=type(self).__name__, **{"way of training": self.backend.checkpoint_kind})
+        metrics = self._metrics
+        since_last_log = Value(
+            lambda: dict(metrics["train"]), lambda state: metrics.update(train=defaultdict(list, state))
+        )
+        saved.add("metrics", since_last_log, LOCAL)
 
-    def row_states(self) -> dict[str, RowState]:
-        """State whose rows may be spread over the ranks, by the name of its folder; built by `load_shared_state`."""
-        return {}
+    def build_parts(self) -> None:
+        """Build, once, what needs the student as `train` has prepared it. Called before a checkpoint is loaded."""
 
     @property
     def inside_update(self) -> bool:
         """Whether some micro-batches of an update are done and others are not."""
         return False
-
-    def load_shared_state(self, state: dict[str, Any]) -> None:
-        """Take over what `shared_state` returned."""
-
-    def load_local_state(self, state: dict[str, Any]) -> None:
-        """Take over what `local_state` returned, after `load_shared_state`."""
-
-    def load_best_shared_state(self, state: dict[str, Any]) -> None:
-        """Take over the weights of the best checkpoint, and no more, from what `shared_state` returned there."""
-
-    def layout(self) -> dict[str, int]:
-        """How an update is cut into ranks and micro-batches, which a resumed run may change (see [`training.layout`])."""
-        names = ("per_device_train_batch_size", "gradient_accumulation_steps")
-        return {RANKS: self.args.world_size, **{name: getattr(self.args, name) for name in names}}
-
-    def bound_to_ranks(self) -> str | None:
-        """Why a checkpoint can be gone on with by as many ranks as wrote it alone; `None` where it can by others."""
-        return self.backend.bound_to_ranks
-
-    def resume_requirements(self) -> dict[str, Any]:
-        """Options that a resumed run must share with the checkpoint, as JSON values."""
-        return {
-            "trainer": type(self).__name__,
-            "way of training": self.backend.checkpoint_kind,
-            "seed": self.args.seed,
-            **totals(self.layout()),
-        }
-
-    # What the bases below add for the parent
-
-    def progress_state(self) -> dict[str, Any]:
-        """What the parent has on each rank between two updates and does not save itself."""
-        return {"metrics": dict(self._metrics["train"])}
-
-    def load_progress_state(self, state: dict[str, Any]) -> None:
-        """Take over what `progress_state` returned, before `load_shared_state`."""
-        self._metrics["train"] = defaultdict(list, state["metrics"])
-
-    def recut_local_state(self, states: list[dict[str, Any]], layout: dict[str, int]) -> dict[str, Any]:
-        """This rank's local state where an update was cut otherwise."""
-        return states[0]
 
     # The parent's methods
 
@@ -111,12 +81,12 @@ class Resumable(Trainer):
                 raise ValueError(f"`resume_from_checkpoint`: no whole checkpoint in {self.args.output_dir!r}.")
             resume_from_checkpoint = str(found)
         if resume_from_checkpoint:
-            folder, layout = Path(resume_from_checkpoint), self.layout()
-            checkpoints.check(folder, self.resume_requirements(), layout, self.bound_to_ranks())
-            ranks = checkpoints.layout_of(folder)[RANKS]
-            if ranks != layout[RANKS] and self.accelerator.is_main_process:
+            folder, saved = Path(resume_from_checkpoint), self.saved
+            checkpoints.check(folder, saved.requirements, saved.layout, saved.only_same_ranks)
+            ranks, now = checkpoints.layout_of(folder)[RANKS], saved.layout[RANKS]
+            if ranks != now and self.accelerator.is_main_process:
                 logger.warning(
-                    f"{resume_from_checkpoint} was written by {ranks} ranks and is gone on with by {layout[RANKS]}: from "
+                    f"{resume_from_checkpoint} was written by {ranks} ranks and is gone on with by {now}: from "
                     "the same weights, optimizer states, prompts and demonstrations, but with random numbers (of sampling "
                     "and dropout) other than those of an uninterrupted run."
                 )
@@ -136,23 +106,9 @@ class Resumable(Trainer):
                 "whole, and `resume_from_checkpoint=True` will pass over it."
             )
             return
-        rows = self.row_states()
         # Here, because the parent rotates and uploads checkpoints once this and its own state are written.
-        checkpoints.write(
-            Path(output_dir),
-            self.accelerator,
-            local={
-                **self.local_state(),
-                **self.progress_state(),
-                "rows": {name: state.rest() for name, state in rows.items()},
-            },
-            shared=self.shared_state() if self.accelerator.is_main_process else {},
-            rows=rows,
-            requirements=self.resume_requirements(),
-            layout=self.layout(),
-            step=self.state.global_step,
-            parts=self.backend.checkpoint_parts,
-        )
+        step, parts = self.state.global_step, self.backend.checkpoint_parts
+        checkpoints.write(Path(output_dir), self.accelerator, self.saved, step, parts)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -166,16 +122,13 @@ class Resumable(Trainer):
             scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
             for group, rate in zip(self.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
                 group["lr"] = rate
-        layout = checkpoints.layout_of(folder)
-        if layout == self.layout():
-            local = checkpoints.read_local(folder, self.accelerator.process_index)
-        else:
-            local = self.recut_local_state([checkpoints.read_local(folder, r) for r in range(layout[RANKS])], layout)
-        self.load_progress_state(local)
-        self.load_shared_state(checkpoints.read_shared(folder))
-        self.load_local_state(local)
-        for name, state in self.row_states().items():
-            state.load(checkpoints.rows_folder(folder, name), local["rows"][name])
+        self.build_parts()
+        checkpoints.read(folder, self.saved, self.accelerator.process_index)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self.build_parts()  # where no checkpoint was loaded
+        return prepared
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None or checkpoints.layout_of(Path(checkpoint))[RANKS] == self.args.world_size:
@@ -186,10 +139,7 @@ class Resumable(Trainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        best = Path(str(self.state.best_model_checkpoint))
-        self.load_best_shared_state(checkpoints.read_shared(best))
-        for name, state in self.row_states().items():
-            state.load_weights(checkpoints.rows_folder(best, name))
+        checkpoints.read_weights(Path(str(self.state.best_model_checkpoint)), self.saved)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The parent looks for the end after an update only: resuming a finished run would make one more.
@@ -209,32 +159,35 @@ class BufferResumable(Resumable):
     _step: int
     _buffered_inputs: Any
 
-    def progress_state(self) -> dict[str, Any]:
-        return {**super().progress_state(), "step": self._step, "buffered_inputs": self._buffered_inputs}
+    def register_state(self, saved: Registry) -> None:
+        super().register_state(saved)
+        saved.add("step", attribute(self, "_step"), LOCAL)
+        saved.add("buffered_inputs", Value(lambda: self._buffered_inputs, self._load_rollouts), LOCAL)
+        saved.reshard |= {"step": self._reshard_step, "buffered_inputs": self._reshard_rollouts}
 
-    def load_progress_state(self, state: dict[str, Any]) -> None:
-        super().load_progress_state(state)
-        self._step = state["step"]
-        self._buffered_inputs = send_to_device(state["buffered_inputs"], self.accelerator.device)
-        self._advance_sampler(int(self.state.epoch or 0))
+    def _load_rollouts(self, state: Any) -> None:
+        self._buffered_inputs = send_to_device(state, self.accelerator.device)
 
     @property
     def generation_cycle(self) -> int:
         """Micro-batches on each rank that one generation batch serves."""
         return self.args.gradient_accumulation_steps
 
-    def recut_local_state(self, states: list[dict[str, Any]], layout: dict[str, int]) -> dict[str, Any]:
-        state = dict(super().recut_local_state(states, layout))
-        micro_batches, before = self.args.gradient_accumulation_steps, layout["gradient_accumulation_steps"]
-        state["step"] = state["step"] * micro_batches // before
-        buffers = [each["buffered_inputs"] for each in states]
-        if state["step"] % self.generation_cycle == 0 or buffers[0] is None:
-            state["buffered_inputs"] = None  # used up
-        else:
-            count = len(buffers[0]) * micro_batches // before
-            accelerator, pad = self.accelerator, self._tokenizer.pad_token_id
-            state["buffered_inputs"] = recut(buffers, count, accelerator.num_processes, accelerator.process_index, pad)
-        return state
+    def _reshard_step(self, steps: list[int], layout: dict[str, int]) -> int:
+        return steps[0] * self.args.gradient_accumulation_steps // layout["gradient_accumulation_steps"]
+
+    def _reshard_rollouts(self, buffers: list[Any], layout: dict[str, int]) -> Any:
+        # `_step` is loaded before.
+        if self._step % self.generation_cycle == 0 or buffers[0] is None:
+            return None  # used up
+        count = self._reshard_step([len(buffers[0])], layout)
+        accelerator, pad = self.accelerator, self._tokenizer.pad_token_id
+        return recut(buffers, count, accelerator.num_processes, accelerator.process_index, pad)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._advance_sampler(int(self.state.epoch or 0))
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         # What an exception left behind in an earlier call of `train` is not gone on with; a resume loads its own.
@@ -260,32 +213,16 @@ class ResumableTrainer(BufferResumable, GRPOTrainer):
     The parent writes its entropy controller after old checkpoints are gone; it is kept here too.
     """
 
-    def layout(self) -> dict[str, int]:
-        return {**super().layout(), "steps_per_generation": self.args.steps_per_generation}
-
     @property
     def generation_cycle(self) -> int:
         return self.args.steps_per_generation * self.num_iterations
 
-    def resume_requirements(self) -> dict[str, Any]:
-        args = self.args
-        return {
-            **super().resume_requirements(),
-            "num_generations": args.num_generations,
-            "num_iterations": args.num_iterations,
-        }
-
-    def progress_state(self) -> dict[str, Any]:
-        return {
-            **super().progress_state(),
-            "entropy_coef": self.entropy_coef,
-            "last_world_entropy": self._last_world_entropy,
-        }
-
-    def load_progress_state(self, state: dict[str, Any]) -> None:
-        super().load_progress_state(state)
-        self.entropy_coef = state["entropy_coef"]
-        self._last_world_entropy = state["last_world_entropy"]
+    def register_state(self, saved: Registry) -> None:
+        super().register_state(saved)
+        saved.layout["steps_per_generation"] = self.args.steps_per_generation
+        saved.must_match("num_generations", "num_iterations")
+        saved.add("entropy_coef", attribute(self, "entropy_coef"), LOCAL)
+        saved.add("last_world_entropy", attribute(self, "_last_world_entropy"), LOCAL)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         self._entropy_window_stats = None
