@@ -44,7 +44,7 @@ def load_splits(
     for name, raw in splits.items():
         if raw is not None:
             splits[name] = prepared(raw, "dataset_name", _columns(script, raw.column_names or []), prompting)
-            if tokenizer is not None:
+            if tokenizer is not None and script.max_prompt_length is not None:
                 what = f"dataset_name ({name})"
                 splits[name] = within_prompt_length(splits[name], tokenizer, script.max_prompt_length, what, kwargs)
     if isinstance(script, StreamArguments):

@@ -158,7 +158,7 @@ def _raw_rows(name: str, benchmark: Benchmark, path: str | None) -> tuple[Datase
         url = f"hf://datasets/{benchmark.hub_id}@{benchmark.revision}/{benchmark.data_file}"
         raw = load_dataset("json", data_files=url, split="train")
     else:
-        raw = load_dataset(benchmark.hub_id, benchmark.config, split=benchmark.split, revision=benchmark.revision)
+        raw = load_dataset(benchmark.hub_id, name=benchmark.config, split=benchmark.split, revision=benchmark.revision)
     missing = [column for column in benchmark.columns if column not in raw.column_names]
     if missing:
         raise ValueError(
