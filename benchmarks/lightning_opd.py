@@ -36,7 +36,7 @@ from trl import SFTConfig, SFTTrainer
 from trl_bridge import LightningOPDConfig, LightningOPDTrainer, OPDConfig, OPDTrainer, cli
 from trl_bridge.data.addition import addition_pairs
 from trl_bridge.distillation.scoring import LocalTeacher, Rollout
-from trl_bridge.generation.generate import Sampling, generate_batch, prompt_ids
+from trl_bridge.generation.engines import Sampling, generate_batch, prompt_ids
 from trl_bridge.models import tiny_model, tiny_tokenizer
 
 

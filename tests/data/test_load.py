@@ -3,7 +3,8 @@ import json
 import pytest
 from datasets import Dataset
 
-from trl_bridge.data.rows import load_named_dataset, map_columns, with_system_prompt
+from trl_bridge.data.rows import load_named_dataset, map_columns
+from trl_bridge.data.templates import with_system_prompt
 
 
 ROWS = [{"q": "1+1=", "a": "2"}, {"q": "2+1=", "a": "3"}]

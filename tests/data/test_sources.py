@@ -7,9 +7,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from trl_bridge.data import sources
-from trl_bridge.data.raw_rows import openr1_220k
 from trl_bridge.data.rows import load_named_dataset
-from trl_bridge.data.sources import SOURCES, find_source
+from trl_bridge.data.sources import SOURCES, _openr1_220k, find_source
 from trl_bridge.rewards import knights_knaves_reward, math_reward
 
 
@@ -134,7 +133,7 @@ def test_rows_without_a_right_trace_are_left_out_with_a_word(caplog, tmp_path):
 
 def test_a_trace_without_its_flag_is_not_taken():
     row = {**raw("openr1-math-220k")[1], "correctness_math_verify": [False], "is_reasoning_complete": None}
-    assert openr1_220k(row).traces == ()
+    assert _openr1_220k(row).traces == ()
 
 
 def test_traces_have_one_form():
@@ -190,13 +189,12 @@ def test_cached_rows_are_tied_to_the_code_that_made_them(tmp_path, monkeypatch):
     solutions = []
     for code in ("solution", "solution + '!'"):
         module.write_text(
-            "from trl_bridge.data.raw_rows import Example\n\n\ndef convert(row):\n    solution = row['answer']\n"
+            "from trl_bridge.data.sources import Example\n\n\ndef convert(row):\n    solution = row['answer']\n"
             f"    return Example(row['prompt'], {code})\n"
         )
         sys.modules.pop("converter_under_test", None)
         importlib.invalidate_caches()
         converter = importlib.import_module("converter_under_test")
-        monkeypatch.setattr(sources, "raw_rows", converter)
         monkeypatch.setitem(SOURCES, "limr", SOURCES["limr"]._replace(convert=converter.convert))
         solutions.append(load_named_dataset(name)["train"]["solution"][0])
     assert solutions == ["12", "12!"]

@@ -13,12 +13,11 @@ from datasets import load_dataset
 from tests.helpers.scoring_server import vllm_server
 from trl_bridge import cli
 from trl_bridge.cli import score_rollouts
-from trl_bridge.cli.errors import UsageError
 from trl_bridge.distillation import collect, scoring
 from trl_bridge.distillation.identity import tokenizer_hash
 from trl_bridge.distillation.scoring import LocalTeacher, Rollout, ServedTeacher, check_scores
 from trl_bridge.distillation.teacher import head_of
-from trl_bridge.generation import generate
+from trl_bridge.generation import engines
 from trl_bridge.models import tiny_model, tiny_tokenizer
 from trl_bridge.objectives.lm_head import teacher_scores
 
@@ -198,7 +197,7 @@ def test_what_is_done_is_not_done_again_and_other_settings_are_refused(models, t
     assert cli.main(arguments(models, tmp_path)) == 0
     before = (tmp_path / "train.parquet").read_bytes()
     with monkeypatch.context() as patched:
-        for module, name in ((generate, "generate_batch"), (scoring.LocalTeacher, "_scores")):
+        for module, name in ((engines, "generate_batch"), (scoring.LocalTeacher, "_scores")):
             patched.setattr(module, name, None)
         capsys.readouterr()
         assert cli.main(arguments(models, tmp_path)) == 0
@@ -242,7 +241,7 @@ def test_a_server_scores_the_same_rows(models, tmp_path, monkeypatch, capsys):
         (("--samples", "0"), "`--samples` must be 1 or more"),
         (("--max_new_tokens", "510"), "which leaves"),
         (("--chat_template_kwargs", "[1]"), "no JSON mapping"),
-        (("--model", "builtin:tiny", "--use_vllm"), "`--use_vllm` needs a model on disk"),
+        (("--model", "builtin:tiny", "--use_vllm"), "`use_vllm` needs a model on disk"),
         (("--teacher", "builtin:tiny", "--teacher_url", "http://x"), "made in memory"),
         (("--teacher", "other"), "another vocabulary"),
     ],
@@ -269,7 +268,7 @@ def test_completions_fit_the_contexts_of_both_models(models, tmp_path, context, 
     vars(options).update(settings)
     assert score_rollouts._sampling(options, jobs).max_new_tokens == left
     options.max_new_tokens = left + 1
-    with pytest.raises(UsageError, match=f"`--max_new_tokens {left + 1}`.*which leaves {left}"):
+    with pytest.raises(ValueError, match=f"`--max_new_tokens {left + 1}`.*which leaves {left}"):
         score_rollouts._sampling(options, jobs)
 
 

@@ -70,7 +70,7 @@ def test_the_whole_way_on_a_saved_model(tmp_path, capsys):
         ([*BASE, "--benchmarks", "builtin:addition", "--top_p", "2", "--n", "2"], "`top_p`"),
         (
             [*BASE, "--benchmarks", "builtin:addition", "--max_new_tokens", "509"],
-            "4 tokens and the model's context 512",
+            "longest prompt of builtin-addition has 4 tokens and builtin:tiny a context of 512, which leaves 508",
         ),
         ([*BASE, "--benchmarks", "builtin:addition", "--grader", "math_rewrad"], "did you mean `math_reward`?"),
         ([*BASE, "--benchmarks", "builtin:addition", "--grader", "code_reward"], "does not take the rows"),
@@ -96,7 +96,7 @@ def test_a_users_error_is_one_line(capsys, monkeypatch, tmp_path, arguments, sai
 
 def test_the_context_bounds_the_default_length():
     arguments = evaluate._parse(["--model", "builtin:tiny", "--benchmarks", "builtin:addition", "--limit", "1"])
-    ((_, jobs, sampling),) = evaluate._Setup(arguments).work
+    ((_, jobs, sampling),), *_ = evaluate._prepare(arguments)
     assert len(jobs[0].ids) == 4 and sampling.max_new_tokens == 508 and sampling.temperature == 0
 
 

@@ -5,17 +5,17 @@ import pytest
 import torch
 from transformers import TopPLogitsWarper
 
-from trl_bridge.generation import generate
-from trl_bridge.generation.generate import (
+from trl_bridge.generation import engines
+from trl_bridge.generation.engines import (
     Generated,
     Job,
     Sampling,
     TransformersEngine,
+    VllmEngine,
     generate_batch,
     job_seed,
     prompt_ids,
 )
-from trl_bridge.generation.vllm_engine import VllmEngine
 from trl_bridge.models import tiny_tokenizer
 
 
@@ -58,7 +58,7 @@ def test_samples_follow_the_softmax(tiny, sampling):
     scores = logits.expand(noise_rows, -1) / sampling.temperature
     if sampling.top_p < 1:
         scores = TopPLogitsWarper(sampling.top_p)(None, scores)
-    noisy = generate._GumbelNoise(range(noise_rows), torch.device("cpu"))(None, scores)
+    noisy = engines._GumbelNoise(range(noise_rows), torch.device("cpu"))(None, scores)
     for token in noisy.argmax(-1).tolist():
         seen[token] += 1
     expected = scores[0].softmax(-1)
@@ -94,9 +94,9 @@ def test_truncated_and_finished(tiny):
     _, tokenizer = tiny
     end = tokenizer.eos_token_id
     one = tokenizer("1")["input_ids"]
-    assert generate._generated([*one, end, end, end], [end], tokenizer) == Generated("1", 2, False, [*one, end])
-    assert generate._generated(one * 3, [end], tokenizer) == Generated("111", 3, True, one * 3)
-    assert generate._generated([end], [end], tokenizer) == Generated("", 1, False, [end])
+    assert engines._generated([*one, end, end, end], [end], tokenizer) == Generated("1", 2, False, [*one, end])
+    assert engines._generated(one * 3, [end], tokenizer) == Generated("111", 3, True, one * 3)
+    assert engines._generated([end], [end], tokenizer) == Generated("", 1, False, [end])
 
 
 def test_conversations_go_through_the_chat_template(tiny):
@@ -136,7 +136,7 @@ def test_the_batch_is_halved_until_it_fits_and_nothing_is_lost(tiny, monkeypatch
             raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
         return [Generated(str(seed), 1, False) for seed in seeds]
 
-    monkeypatch.setattr(generate, "generate_batch", small_memory)
+    monkeypatch.setattr(engines, "generate_batch", small_memory)
     engine = TransformersEngine(*tiny, batch_size=16)
     texts = [each.text for batch in engine(jobs_of(tiny, 11), Sampling(4)) for each in batch]
     assert texts == [str(i) for i in range(11)]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from trl_bridge.generation.generate import Generated
+from trl_bridge.generation.engines import Generated
 
 
 def held_out(count=6):

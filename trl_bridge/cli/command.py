@@ -5,17 +5,14 @@ The command `trl-bridge`: training methods by verb, and tools.
 Nothing heavy is imported before a verb is known.
 """
 
-import argparse
-import importlib
 import importlib.metadata
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from pkgutil import resolve_name
 
 from .. import __version__
 from ..methods.catalogue import METHODS
 from ..recipes import accelerate_configs, copy_recipe, find_recipe, list_recipes, summary_line
-from .errors import UsageError, user_errors
+from .errors import ToolParser, user_errors
 
 
 __all__ = ["TOOLS", "main"]
@@ -42,13 +39,6 @@ TOOLS: dict[str, tuple[str, str]] = {
 """From each tool's verb to its function, `module:function` taking the verb's own arguments, and one line of help."""
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with errors that are exceptions, so that a user's error is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     arguments = sys.argv[1:] if argv is None else argv
@@ -57,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         if verb in METHODS:
             return _train(verb, arguments[1:])
         if verb in TOOLS:
-            return _tool(TOOLS[verb][0])(arguments[1:])
+            return resolve_name(TOOLS[verb][0])(arguments[1:])
         # Only --help and --version are left, and verbs that do not exist, which argparse refuses with the list of verbs.
         _top_parser().parse_args(arguments)
         _top_parser().print_help()
@@ -72,17 +62,11 @@ def _train(name: str, argv: list[str]) -> int:
     return launch(METHODS[name], line.launch, line.forwarded)
 
 
-def _tool(path: str) -> Callable[[list[str]], int]:
-    module, _, function = path.partition(":")
-    return getattr(importlib.import_module(module), function)
-
-
-def _top_parser() -> _Parser:
-    parser = _Parser(
+def _top_parser() -> ToolParser:
+    parser = ToolParser(
         prog="trl-bridge",
         description="Cooperative SFT and RL post-training for TRL.",
         epilog="`trl-bridge VERB --help` shows the options of a verb.",
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"trl-bridge {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb")
@@ -95,10 +79,10 @@ def _top_parser() -> _Parser:
 
 def recipes(argv: list[str]) -> int:
     """`trl-bridge recipes`."""
-    parser = _Parser(prog="trl-bridge recipes", description="Recipes shipped with trl-bridge.", allow_abbrev=False)
+    parser = ToolParser(prog="trl-bridge recipes", description="Recipes shipped with trl-bridge.")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     actions.add_parser("ls", help="list the recipes, and the configs for `--accelerate_config`")
-    copy = actions.add_parser("cp", help="copy a recipe or a config to a file of your own", allow_abbrev=False)
+    copy = actions.add_parser("cp", help="copy a recipe or a config to a file of your own")
     copy.add_argument("name", metavar="NAME", help="recipe or config, such as smoke/bridge or bridge/zero3")
     copy.add_argument("file", metavar="FILE", help="file to write, or a folder that exists")
     copy.add_argument("--force", action="store_true", help="overwrite a file that exists")
@@ -121,7 +105,7 @@ def env(argv: list[str]) -> int:
     """
     `trl-bridge env`: what `trl env` prints, our version, and those of the packages that the rewards compare with.
     """
-    parser = _Parser(prog="trl-bridge env", description="Print versions, for bug reports.", allow_abbrev=False)
+    parser = ToolParser(prog="trl-bridge env", description="Print versions, for bug reports.")
     parser.parse_args(argv)
     from .._upstream_cli import print_trl_env
 

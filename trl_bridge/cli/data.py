@@ -4,7 +4,8 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,77 +19,14 @@ if TYPE_CHECKING:
     from ..data.checks import DatasetReport, Sample
 
 
-__all__ = ["main", "report_lines", "row_lines", "sample_lines"]
+__all__ = ["main"]
 
+# Lines to print, and the exit code.
+Printed = tuple[list[str], int]
 
 _FINDINGS = 5
 _CHARACTERS = 600
 _TOKENS = 120
-
-
-def report_lines(report: "DatasetReport") -> list[str]:
-    """Findings by kind, the first few of each spelt out."""
-    kinds: list[tuple[str, Sequence[Any]]] = [
-        ("empty cells", report.empty),
-        ("duplicates", report.duplicates),
-        ("golds that cannot be judged", report.golds),
-        ("demonstrations that do not render", report.unrenderable),
-        ("demonstrations that are too long", report.overlong),
-        ("questions shared with a benchmark", report.overlaps),
-    ]
-    lines = []
-    for kind, found in kinds:
-        lines.append(f"  {kind:35}{len(found):>7}")
-        lines += [f"      row {each.row}: {_cut(_what(each), 150)}" for each in found[:_FINDINGS]]
-        if len(found) > _FINDINGS:
-            lines.append(f"      and {len(found) - _FINDINGS} more")
-    if report.lengths:
-        ordered = sorted(report.lengths)
-        lines.append(
-            f"  tokens of a demonstration with its prompt: {statistics.median(ordered):.0f} in the middle, "
-            f"{ordered[math.ceil(0.95 * len(ordered)) - 1]} at the 95th percentile, {ordered[-1]} at most"
-        )
-    return lines
-
-
-def row_lines(index: int, row: Mapping[str, Any]) -> list[str]:
-    """A row, column by column."""
-    lines = ["", f"row {index}"]
-    for column, value in row.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            lines += [f"  {column} ({message['role']}): {_cut(str(message['content']))}" for message in value]
-        else:
-            lines.append(f"  {column}: {_cut(str(value))}")
-    return lines
-
-
-def sample_lines(sample: "Sample") -> list[str]:
-    """A row as the trainer's tokens, separated by "|"."""
-    lines = ["", f"row {sample.row}", f"  prompt, {len(sample.prompt)} tokens: {_tokens(sample.prompt)}"]
-    if sample.completion:
-        lines.append(f"  trained, {len(sample.completion)} tokens: {_tokens(sample.completion)}")
-    return lines if sample.solution is None else [*lines, f"  solution: {_cut(str(sample.solution))}"]
-
-
-def _what(found: Any) -> str:
-    if hasattr(found, "what"):
-        return found.what
-    return f"{found.benchmark} row {found.benchmark_row}: {found.words!r}"
-
-
-def _tokens(tokens: list[str]) -> str:
-    shown = [token.replace("\n", "\\n") for token in tokens]
-    if len(shown) > _TOKENS:
-        left_out = len(shown) - _TOKENS
-        shown = [*shown[: _TOKENS // 2], f"... {left_out} tokens ...", *shown[-_TOKENS // 2 :]]
-    return "|".join(shown)
-
-
-def _cut(text: str, limit: int = _CHARACTERS) -> str:
-    text = text.replace("\n", "\\n")
-    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
-
-
 _WRITERS = (".jsonl", ".parquet")
 _SCHEMA = """Columns:
   prompt      messages (a conversation that ends with the user), or a string
@@ -102,6 +40,17 @@ Generated, nothing is downloaded:
 Sources (`source:NAME@PATH` reads a local copy of the raw data):"""
 
 
+_ROUTES = {
+    "size": (500, "training rows"),
+    "test_size": (100, "test rows"),
+    "seed": (0, "seed of everything"),
+    "min_lines": (2, "fewest lines of a network, from 2"),
+    "max_lines": (4, "most lines of a network, up to 8"),
+    "min_stops": (3, "fewest stops of a line, from 3"),
+    "max_stops": (5, "most stops of a line, up to 10"),
+}
+
+
 class _Loaded(NamedTuple):
     """`rows` as they are trained on, and `questions` without the prompt template."""
 
@@ -113,39 +62,41 @@ class _Loaded(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """Run the tool."""
     options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
-    if options.action == "ls":
-        return _list()
     # Imported late, so that --help and a wrong option answer at once.
     import datasets
 
-    shown = datasets.are_progress_bars_disabled() is False
+    shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        return {"show": _show, "check": _check, "prepare": _prepare, "routes": _routes, "score-rollouts": _score}[
-            options.action
-        ](options)
+        lines, code = options.run(options)
     finally:
         if shown:
             datasets.enable_progress_bars()
+    sys.stdout.write("\n".join(lines) + "\n")
+    return code
 
 
 def _parser() -> ToolParser:
     parser = ToolParser(prog="trl-bridge data", description="List, show, check, prepare, generate and score datasets.")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    actions.add_parser("ls", help="list the sources, and the columns that the trainers read")
-    show = actions.add_parser("show", help="show a dataset's first rows, with --model as tokens")
-    check = actions.add_parser("check", help="check a dataset: exit code 0 if it is sound, 1 if not")
-    prepare = actions.add_parser("prepare", help="write a dataset as JSONL or Parquet")
-    routes = actions.add_parser("routes", help="generate route tasks: a training and a test file, no row in both")
-    score = actions.add_parser(
-        "score-rollouts", help="sample from a model, score with a teacher: rows for lightning-opd"
-    )
-    for action in (show, check, prepare, score):
-        _add_dataset_options(action)
-    for action in (show, check):
-        action.add_argument("--rows", type=int, default=3, help="number of rows that are shown (3)")
-    for action in (check, prepare):
-        _add_check_options(action)
+
+    def action(name: str, run: Callable[[argparse.Namespace], Printed], summary: str) -> ToolParser:
+        added = actions.add_parser(name, help=summary)
+        added.set_defaults(run=run)
+        return added
+
+    action("ls", _list, "list the sources, and the columns that the trainers read")
+    show = action("show", _show, "show a dataset's first rows, with --model as tokens")
+    check = action("check", _check, "check a dataset: exit code 0 if it is sound, 1 if not")
+    prepare = action("prepare", _prepare, "write a dataset as JSONL or Parquet")
+    routes = action("routes", _routes, "generate route tasks: a training and a test file, no row in both")
+    score = action("score-rollouts", _score, "sample from a model, score with a teacher: rows for lightning-opd")
+    for each in (show, check, prepare, score):
+        _add_dataset_options(each)
+    for each in (show, check):
+        each.add_argument("--rows", type=int, default=3, help="number of rows that are shown (3)")
+    for each in (check, prepare):
+        _add_check_options(each)
     prepare.add_argument("--output", required=True, metavar="FILE", help="file to write, .jsonl or .parquet")
     prepare.add_argument("--clean", action="store_true", help="leave out every row that `check` complains about")
     prepare.add_argument(
@@ -153,8 +104,8 @@ def _parser() -> ToolParser:
     )
     _add_route_options(routes)
     score_rollouts.add_options(score)
-    for action in (prepare, routes):
-        action.add_argument("--force", action="store_true", help="overwrite a file that exists")
+    for each in (prepare, routes):
+        each.add_argument("--force", action="store_true", help="overwrite a file that exists")
     return parser
 
 
@@ -193,22 +144,14 @@ def _add_check_options(parser: argparse.ArgumentParser) -> None:
 def _add_route_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", required=True, metavar="FOLDER", help="where train and test are written")
     parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="kind of the files (jsonl)")
-    for name, default, what in (
-        ("size", 500, "training rows"),
-        ("test_size", 100, "test rows"),
-        ("seed", 0, "seed of everything"),
-        ("min_lines", 2, "fewest lines of a network, from 2"),
-        ("max_lines", 4, "most lines of a network, up to 8"),
-        ("min_stops", 3, "fewest stops of a line, from 3"),
-        ("max_stops", 5, "most stops of a line, up to 10"),
-    ):
+    for name, (default, what) in _ROUTES.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} ({default})")
     parser.add_argument(
         "--criteria", help="what counts, as in time+comfort, of time, price, comfort and reliability (drawn by row)"
     )
 
 
-def _list() -> int:
+def _list(options: argparse.Namespace) -> Printed:
     from ..data.sources import SOURCES
 
     lines = [_SCHEMA]
@@ -223,126 +166,93 @@ def _list() -> int:
             f"      hub {source.hub_id} at {source.revision or 'an unpinned revision'}; licence "
             f"{source.licence or 'see the hub'}",
         ]
-    return _say(lines)
+    return lines, 0
 
 
-def _show(options: argparse.Namespace) -> int:
-    from ..data.checks import rendered_samples
-
+def _show(options: argparse.Namespace) -> Printed:
     loaded = _load(options)
-    lines = [_title(options, loaded)]
     rows = range(min(options.rows, len(loaded.rows)))
-    if loaded.tokenizer is None:
-        lines += [line for row in rows for line in row_lines(row, loaded.rows[row])]
-    else:
-        samples = rendered_samples(loaded.rows, loaded.tokenizer, list(rows))
-        lines += [line for sample in samples for line in sample_lines(sample)]
-    return _say(lines)
+    return [_title(options, loaded), *_shown(loaded, rows)], 0
 
 
-def _check(options: argparse.Namespace) -> int:
-    from ..data.checks import rendered_samples
-
+def _check(options: argparse.Namespace) -> Printed:
     loaded = _load(options)
     report = _report(options, loaded)
-    lines = [_title(options, loaded), *report_lines(report)]
     refused = {finding.row for finding in report.unrenderable}
     rows = [row for row in range(len(loaded.rows)) if row not in refused][: options.rows]
+    lines = [_title(options, loaded), *_report_lines(report), *_shown(loaded, rows)]
     if loaded.tokenizer is None:
-        lines += [line for row in rows for line in row_lines(row, loaded.rows[row])]
         lines += ["", "Without --model no demonstration was rendered or measured."]
-    else:
-        samples = rendered_samples(loaded.rows, loaded.tokenizer, rows)
-        lines += [line for sample in samples for line in sample_lines(sample)]
-    bad = len(report.bad_rows)
-    lines += ["", "sound" if report.sound else f"{bad} of {report.rows} rows have something wrong"]
-    _say(lines)
-    return 0 if report.sound else 1
+    found = "sound" if report.sound else f"{len(report.bad_rows)} of {report.rows} rows have something wrong"
+    return [*lines, "", found], 0 if report.sound else 1
 
 
-def _prepare(options: argparse.Namespace) -> int:
-    from ..data.lengths import within_prompt_length
+def _prepare(options: argparse.Namespace) -> Printed:
+    from ..data.files import write_rows
+    from ..data.rows import within_prompt_length
 
     output = Path(options.output)
     if output.suffix not in _WRITERS:
         raise UsageError(f"`--output` must end in {' or '.join(_WRITERS)}, got {output.name}")
-    if output.exists() and not options.force:
-        raise UsageError(f"{output} exists; --force overwrites it")
+    _refuse_existing(output, options)
     if options.max_prompt_length is not None and options.model is None:
         raise UsageError("`--max_prompt_length` counts tokens: name the model with --model")
     loaded = _load(options)
     rows, lines = loaded.rows, []
     if options.clean:
         report = _report(options, loaded)
-        lines += report_lines(report)
+        lines += _report_lines(report)
         rows = rows.select([row for row in range(len(rows)) if row not in report.bad_rows])
         if not len(rows):
             raise ValueError(f"no row of {options.name} is sound: run `trl-bridge data check`")
     if options.max_prompt_length is not None:
         rows = within_prompt_length(rows, loaded.tokenizer, options.max_prompt_length, options.name)
-    _write(rows, output)
-    lines.append(f"wrote {len(rows)} of {len(loaded.rows)} rows to {output}: {', '.join(rows.column_names)}")
-    return _say(lines)
+    write_rows(rows, output)
+    wrote = f"wrote {len(rows)} of {len(loaded.rows)} rows to {output}: {', '.join(rows.column_names)}"
+    return [*lines, wrote], 0
 
 
-def _routes(options: argparse.Namespace) -> int:
+def _routes(options: argparse.Namespace) -> Printed:
+    from ..data.files import write_rows
     from ..data.routes import routes_dataset
 
     files = {split: Path(options.output_dir) / f"{split}.{options.format}" for split in ("train", "test")}
     for path in files.values():
-        if path.exists() and not options.force:
-            raise UsageError(f"{path} exists; --force overwrites it")
-    names = "size test_size seed min_lines max_lines min_stops max_stops criteria".split()
-    splits = routes_dataset(**{name: getattr(options, name) for name in names})
+        _refuse_existing(path, options)
+    splits = routes_dataset(**{name: getattr(options, name) for name in (*_ROUTES, "criteria")})
     lines = []
     for split, path in files.items():
-        rows = splits[split]
-        _write(rows, path)
-        counts = ", ".join(f"{rows['difficulty'][:].count(level)} of {level}" for level in range(2, 7))
-        lines.append(f"wrote {len(rows)} rows to {path}; by difficulty {counts}")
-    return _say(lines)
+        write_rows(splits[split], path)
+        difficulties = splits[split]["difficulty"][:]
+        counts = ", ".join(f"{difficulties.count(level)} of {level}" for level in range(2, 7))
+        lines.append(f"wrote {len(difficulties)} rows to {path}; by difficulty {counts}")
+    return lines, 0
 
 
-def _score(options: argparse.Namespace) -> int:
+def _score(options: argparse.Namespace) -> Printed:
     loaded = _load(options)
-    return _say(score_rollouts.run(options, loaded.rows, loaded.tokenizer))
+    return score_rollouts.run(options, loaded.rows, loaded.tokenizer), 0
 
 
-def _write(rows: "Dataset", output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == ".parquet":
-        rows.to_parquet(output)
-    else:
-        rows.to_json(output, force_ascii=False)
+def _refuse_existing(path: Path, options: argparse.Namespace) -> None:
+    if path.exists() and not options.force:
+        raise UsageError(f"{path} exists; --force overwrites it")
 
 
 def _load(options: argparse.Namespace) -> _Loaded:
-    from trl import ModelConfig
-
     from ..data.overlap import question_text
-    from ..data.rows import load_named_dataset, map_columns, with_system_prompt
-    from ..data.templates import find_template, with_prompt_template
-    from .datasets import load_tokenizer
+    from ..data.rows import load
+    from ..data.templates import Prompting, with_prompting
+    from ..models import check_name, load_tokenizer
 
     if getattr(options, "rows", 0) < 0:
         raise UsageError(f"`--rows` must not be negative, got {options.rows}")
-    if options.prompt_template and find_template(options.prompt_template).plain and options.system_prompt:
-        raise UsageError("`--system_prompt` needs conversations, and `--prompt_template` makes plain text")
-    tokenizer = load_tokenizer(ModelConfig(model_name_or_path=options.model)) if options.model else None
-    splits = load_named_dataset(options.name, options.dataset_config)
-    if options.dataset_split not in splits:
-        known = ", ".join(map(str, splits))
-        raise UsageError(
-            f"`--dataset_split {options.dataset_split}`: {options.name} has no such split; it has: {known}"
-        )
+    prompting = Prompting(options.system_prompt or None, options.prompt_template or None)
+    tokenizer = load_tokenizer(check_name(options.model, "--model")) if options.model else None
     columns = {column: getattr(options, column) for column in ("prompt", "solution", "completion")}
-    rows: Any = map_columns(splits[options.dataset_split], columns, options.name)
+    rows = load(options.name, options.dataset_split, options.dataset_config, columns=columns)
     questions = [question_text(row) for row in rows] if getattr(options, "benchmarks", None) else []
-    if options.prompt_template:
-        rows = with_prompt_template(rows, options.prompt_template)
-    if options.system_prompt:
-        rows = with_system_prompt(rows, options.system_prompt)
-    return _Loaded(rows, questions, tokenizer)
+    return _Loaded(with_prompting(rows, prompting), questions, tokenizer)
 
 
 def _report(options: argparse.Namespace, loaded: _Loaded) -> "DatasetReport":
@@ -352,7 +262,7 @@ def _report(options: argparse.Namespace, loaded: _Loaded) -> "DatasetReport":
         raise UsageError("`--max_length` counts tokens: name the model with --model")
     return check_dataset(
         loaded.rows,
-        golds=_golds(options) if options.golds == "auto" else options.golds,
+        golds=_golds(options.name) if options.golds == "auto" else options.golds,
         tokenizer=loaded.tokenizer,
         max_length=options.max_length,
         benchmarks=_benchmarks(options.benchmarks) if options.benchmarks else None,
@@ -361,12 +271,13 @@ def _report(options: argparse.Namespace, loaded: _Loaded) -> "DatasetReport":
     )
 
 
-def _golds(options: argparse.Namespace) -> str:
+def _golds(name: str) -> str:
+    """How the solutions of a dataset are checked, by its name."""
     from ..data.sources import find_source
 
-    kind, _, name = options.name.partition(":")
+    kind, _, rest = name.partition(":")
     if kind == "source":
-        return "roles" if find_source(name.partition("@")[0]).reward == "knights_knaves_reward" else "math"
+        return "roles" if find_source(rest.partition("@")[0]).reward == "knights_knaves_reward" else "math"
     return "none" if kind in ("builtin", "reasoning-gym") else "math"
 
 
@@ -381,12 +292,15 @@ def _benchmarks(names: str) -> dict[str, list[str]]:
     found = {}
     for folder, (name, path) in parse_benchmarks(names).items():
         if name in BENCHMARKS:
-            found[folder] = [question_text(row) for row in load_task(folder, name, path, prompting=bare).rows]
+            rows: Iterable[Any] = load_task(folder, name, path, prompting=bare).rows
         else:
             splits = load_named_dataset(name)
-            chosen = [splits["test"]] if "test" in splits else list(splits.values())
-            found[folder] = [question_text(row) for split in chosen for row in split]
+            rows = chain.from_iterable([splits["test"]] if "test" in splits else splits.values())
+        found[folder] = [question_text(row) for row in rows]
     return found
+
+
+# What is printed
 
 
 def _title(options: argparse.Namespace, loaded: _Loaded) -> str:
@@ -394,6 +308,74 @@ def _title(options: argparse.Namespace, loaded: _Loaded) -> str:
     return f"{options.name}, split {options.dataset_split}: {len(rows)} rows with {', '.join(rows.column_names)}"
 
 
-def _say(lines: list[str]) -> int:
-    sys.stdout.write("\n".join(lines) + "\n")
-    return 0
+def _shown(loaded: _Loaded, rows: Sequence[int]) -> list[str]:
+    """Rows column by column; where there is a tokenizer, as the trainer's tokens."""
+    from ..data.checks import rendered_samples
+
+    if loaded.tokenizer is None:
+        return [line for row in rows for line in _row_lines(row, loaded.rows[row])]
+    samples = rendered_samples(loaded.rows, loaded.tokenizer, rows)
+    return [line for sample in samples for line in _sample_lines(sample)]
+
+
+def _report_lines(report: "DatasetReport") -> list[str]:
+    """Findings by kind, the first few of each spelt out."""
+    kinds: list[tuple[str, Sequence[Any]]] = [
+        ("empty cells", report.empty),
+        ("duplicates", report.duplicates),
+        ("golds that cannot be judged", report.golds),
+        ("demonstrations that do not render", report.unrenderable),
+        ("demonstrations that are too long", report.overlong),
+        ("questions shared with a benchmark", report.overlaps),
+    ]
+    lines = []
+    for kind, found in kinds:
+        lines.append(f"  {kind:35}{len(found):>7}")
+        lines += [f"      row {each.row}: {_cut(_what(each), 150)}" for each in found[:_FINDINGS]]
+        if len(found) > _FINDINGS:
+            lines.append(f"      and {len(found) - _FINDINGS} more")
+    if report.lengths:
+        ordered = sorted(report.lengths)
+        lines.append(
+            f"  tokens of a demonstration with its prompt: {statistics.median(ordered):.0f} in the middle, "
+            f"{ordered[math.ceil(0.95 * len(ordered)) - 1]} at the 95th percentile, {ordered[-1]} at most"
+        )
+    return lines
+
+
+def _row_lines(index: int, row: Mapping[str, Any]) -> list[str]:
+    """A row, column by column."""
+    lines = ["", f"row {index}"]
+    for column, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            lines += [f"  {column} ({message['role']}): {_cut(str(message['content']))}" for message in value]
+        else:
+            lines.append(f"  {column}: {_cut(str(value))}")
+    return lines
+
+
+def _sample_lines(sample: "Sample") -> list[str]:
+    """A row as the trainer's tokens, separated by "|"."""
+    lines = ["", f"row {sample.row}", f"  prompt, {len(sample.prompt)} tokens: {_tokens(sample.prompt)}"]
+    if sample.completion:
+        lines.append(f"  trained, {len(sample.completion)} tokens: {_tokens(sample.completion)}")
+    return lines if sample.solution is None else [*lines, f"  solution: {_cut(str(sample.solution))}"]
+
+
+def _what(found: Any) -> str:
+    if hasattr(found, "what"):
+        return found.what
+    return f"{found.benchmark} row {found.benchmark_row}: {found.words!r}"
+
+
+def _tokens(tokens: list[str]) -> str:
+    shown = [token.replace("\n", "\\n") for token in tokens]
+    if len(shown) > _TOKENS:
+        left_out = len(shown) - _TOKENS
+        shown = [*shown[: _TOKENS // 2], f"... {left_out} tokens ...", *shown[-_TOKENS // 2 :]]
+    return "|".join(shown)
+
+
+def _cut(text: str, limit: int = _CHARACTERS) -> str:
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"

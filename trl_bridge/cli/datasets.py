@@ -2,11 +2,12 @@
 
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
 from trl import DatasetMixtureConfig, ModelConfig, get_dataset
 
-from ..data.lengths import within_prompt_length
-from ..data.rows import AnyDataset, AnyDatasetDict, load_named_dataset, map_columns, with_system_prompt
-from ..data.templates import find_template, with_prompt_template
+from ..data.rows import load_named_dataset, prepared, take_split, within_prompt_length
+from ..data.templates import Prompting
+from ..models import check_name, load_tokenizer
 from .arguments import (
     DatasetArguments,
     GroupArguments,
@@ -17,57 +18,38 @@ from .arguments import (
 )
 
 
-__all__ = ["load_splits", "load_tokenizer"]
+__all__ = ["load_splits"]
 
 
 def load_splits(
-    family: str,
-    script: DatasetArguments,
-    mixture: DatasetMixtureConfig,
-    evaluate: bool,
-    model: ModelConfig | None = None,
-    training: Any = None,
-) -> dict[str, AnyDataset | None]:
-    """Load, map and prompt the datasets of a method."""
+    script: DatasetArguments, mixture: DatasetMixtureConfig, evaluate: bool, model: ModelConfig, training: Any = None
+) -> dict[str, Any]:
+    """The datasets of a method: `train_dataset`, `eval_dataset` and, of a stream of demonstrations, `sft_dataset`."""
     _check_prompts(script)
-    loaded = _load(script, mixture)
-    train = _split(loaded, script.dataset_train_split, "dataset_train_split")
-    test = _split(loaded, script.dataset_test_split, "dataset_test_split") if evaluate else None
-    splits = {
-        "train_dataset": _prepared(train, script, "dataset_name"),
-        "eval_dataset": None if test is None else _prepared(test, script, "dataset_name"),
-    }
-    if script.max_prompt_length is not None:
-        if model is None:
-            raise ValueError("`max_prompt_length` needs the model's tokenizer, and no model is given")
-        tokenizer = load_tokenizer(model, bool(getattr(training, "trust_remote_code", False)))
-        kwargs = getattr(training, "chat_template_kwargs", None)
-        for split, dataset in splits.items():
-            if dataset is not None:
-                splits[split] = within_prompt_length(
-                    dataset, tokenizer, script.max_prompt_length, f"dataset_name ({split})", kwargs
-                )
+    prompting = Prompting(script.system_prompt, script.prompt_template)
+    if mixture.datasets:
+        loaded = get_dataset(mixture)
+    elif script.dataset_name is not None:
+        loaded = load_named_dataset(script.dataset_name, script.dataset_config, script.dataset_streaming)
+    else:
+        raise ValueError("either `datasets` or `dataset_name` must be set")
+
+    def rows(argument: str) -> Any:
+        return take_split(loaded, getattr(script, argument), "the dataset", argument)
+
+    train = rows("dataset_train_split")
+    splits = {"train_dataset": train, "eval_dataset": rows("dataset_test_split") if evaluate else None}
+    tokenizer = None if script.max_prompt_length is None else _tokenizer(model, training)
+    kwargs = getattr(training, "chat_template_kwargs", None)
+    for name, raw in splits.items():
+        if raw is not None:
+            splits[name] = prepared(raw, "dataset_name", _columns(script, raw.column_names or []), prompting)
+            if tokenizer is not None and script.max_prompt_length is not None:
+                what = f"dataset_name ({name})"
+                splits[name] = within_prompt_length(splits[name], tokenizer, script.max_prompt_length, what, kwargs)
     if isinstance(script, StreamArguments):
-        splits["sft_dataset"] = _demonstrations(train, script)
+        splits["sft_dataset"] = _demonstrations(train, script, prompting)
     return splits
-
-
-def load_tokenizer(model: ModelConfig, trust_remote_code: bool = False) -> Any:
-    """Tokenizer of the model that the arguments name."""
-    name = model.model_name_or_path
-    if name is None:
-        raise ValueError("`model_name_or_path` is not set")
-    if name == "builtin:tiny":
-        from ..models import tiny_tokenizer
-
-        return tiny_tokenizer(chat_template=True)
-    if name == "builtin:smollm2-135m":
-        from ..models import load_smollm2
-
-        return load_smollm2()[1]
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name, revision=model.model_revision, trust_remote_code=trust_remote_code)
 
 
 def _check_prompts(script: DatasetArguments) -> None:
@@ -80,47 +62,30 @@ def _check_prompts(script: DatasetArguments) -> None:
                 )
     if script.max_prompt_length is not None and script.max_prompt_length < 1:
         raise ValueError(f"`max_prompt_length` must be at least 1, got {script.max_prompt_length}")
-    if script.prompt_template is not None and find_template(script.prompt_template).plain and script.system_prompt:
-        raise ValueError(
-            f"`system_prompt` needs conversations, and `prompt_template: {script.prompt_template}` makes plain text: write "
-            "the system prompt into the template"
-        )
 
 
-def _load(script: DatasetArguments, mixture: DatasetMixtureConfig) -> AnyDatasetDict:
-    if mixture.datasets:
-        return get_dataset(mixture)
-    if script.dataset_name is None:
-        raise ValueError("either `datasets` or `dataset_name` must be set")
-    return load_named_dataset(script.dataset_name, script.dataset_config, script.dataset_streaming)
-
-
-def _split(loaded: AnyDatasetDict, name: str, argument: str) -> Any:
-    if name not in loaded:
-        raise ValueError(f"`{argument}: {name}`: the dataset has no such split; it has: {', '.join(map(str, loaded))}")
-    return loaded[name]
-
-
-def _prepared(dataset: AnyDataset, script: DatasetArguments, what: str) -> AnyDataset:
+def _columns(script: DatasetArguments, present: list[str]) -> dict[str, str | None]:
+    """From the names that trainers read to the columns that the arguments name."""
     columns = {"prompt": script.prompt_column}
     if isinstance(script, RewardArguments):
         columns["solution"] = script.solution_column
     if isinstance(script, SupervisedArguments):
         columns["completion"] = script.expert_column
     if isinstance(script, GroupArguments):
-        present = dataset.column_names or []
         instead = "completion" if "completion" in present and "expert" not in present else None
         columns["expert"] = script.expert_column or instead
-    return _prompted(map_columns(dataset, columns, what), script)
+    return columns
 
 
-def _prompted(dataset: AnyDataset, script: DatasetArguments) -> AnyDataset:
-    if script.prompt_template is not None:
-        dataset = with_prompt_template(dataset, script.prompt_template)
-    return dataset if script.system_prompt is None else with_system_prompt(dataset, script.system_prompt)
+def _tokenizer(model: ModelConfig, training: Any) -> PreTrainedTokenizerBase:
+    return load_tokenizer(
+        check_name(model.model_name_or_path, "model_name_or_path"),
+        revision=model.model_revision,
+        trust_remote_code=bool(getattr(training, "trust_remote_code", False)),
+    )
 
 
-def _demonstrations(train: AnyDataset, script: StreamArguments) -> AnyDataset:
+def _demonstrations(train: Any, script: StreamArguments, prompting: Prompting) -> Any:
     """The demonstration stream's dataset; by default the RL rows themselves."""
     if script.sft_datasets:
         # The mixture turns the mappings of a YAML file into its own class.
@@ -129,7 +94,7 @@ def _demonstrations(train: AnyDataset, script: StreamArguments) -> AnyDataset:
     elif script.sft_dataset_name is not None:
         what = "sft_dataset_name"
         loaded = load_named_dataset(script.sft_dataset_name, script.sft_dataset_config)
-        dataset = _split(loaded, script.sft_dataset_split, "sft_dataset_split")
+        dataset = take_split(loaded, script.sft_dataset_split, script.sft_dataset_name, "sft_dataset_split")
     else:
         what, dataset = "dataset_name", train
         if "completion" not in (train.column_names or []) and script.expert_column is None:
@@ -142,4 +107,4 @@ def _demonstrations(train: AnyDataset, script: StreamArguments) -> AnyDataset:
     for target, source in (("prompt", script.prompt_column), ("solution", script.solution_column)):
         if source in (dataset.column_names or []):
             columns[target] = source
-    return _prompted(map_columns(dataset, columns, what), script)
+    return prepared(dataset, what, columns, prompting)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 
-__all__ = ["DEBUG_VARIABLE", "ToolParser", "UsageError", "user_errors"]
+__all__ = ["DEBUG_VARIABLE", "RaisingParser", "ToolParser", "UsageError", "json_mapping", "user_errors"]
 
 
 DEBUG_VARIABLE = "TRL_BRIDGE_DEBUG"
@@ -51,11 +52,26 @@ def _raised_here(traceback: TracebackType | None) -> bool:
     return module.split(".")[0] == "trl_bridge"
 
 
-class ToolParser(argparse.ArgumentParser):
-    """argparse without abbreviations, with errors that are exceptions, so that a user's error is one line."""
+class RaisingParser(argparse.ArgumentParser):
+    """A parser whose errors are exceptions, so that a user's error is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+class ToolParser(RaisingParser):
+    """argparse without abbreviations, with errors that are exceptions."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+
+def json_mapping(option: str, text: str | None) -> dict[str, Any]:
+    """The value of an option that takes a mapping as JSON; an empty one where it is not given."""
+    try:
+        values = json.loads(text or "{}")
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise UsageError(f"`{option} {text}` is no JSON mapping")
+    return values

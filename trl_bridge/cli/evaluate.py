@@ -1,22 +1,22 @@
 """`trl-bridge eval`, and `accelerate launch -m trl_bridge.cli.evaluate` for several GPUs."""
 
 import difflib
-import json
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from transformers import HfArgumentParser
 
-from .errors import UsageError, user_errors
+from .errors import RaisingParser, UsageError, json_mapping, user_errors
 
 
 if TYPE_CHECKING:
     from ..evaluation.tasks import Task
-    from ..generation.generate import Engine, Job, Sampling
+    from ..generation.engines import Engine, Job, Sampling
+
+    Work = list[tuple[Task, list[Job], Sampling]]
 
 
 __all__ = ["EvaluationArguments", "main"]
@@ -102,9 +102,8 @@ class EvaluationArguments:
     vllm_gpu_memory_utilization: float = field(default=0.9, metadata={"help": "Share of the memory for vLLM."})
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+class _Parser(RaisingParser, HfArgumentParser):
+    pass
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,14 +121,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.use_vllm and state.num_processes > 1:
         raise UsageError("`use_vllm` runs in one process: use `vllm_tensor_parallel_size` in place of several ranks")
     with state.main_process_first():
-        setup = _Setup(arguments)
+        work, tokenizer, identity = _prepare(arguments)
     output = Path(arguments.output_dir or f"eval_results/{_folder_name(arguments.model)}")
-    common: dict[str, Any] = {"model": setup.identity, "seed": arguments.seed}
-    for task, jobs, sampling in setup.work:
+    common: dict[str, Any] = {"model": identity, "seed": arguments.seed}
+    for task, jobs, sampling in work:
         # All of them before the first: the last one's mistake must not come to light after hours.
-        check_task(task, jobs, setup.engine_name, sampling, output / task.name, **common)
-    engine = setup.engine()
-    for task, jobs, sampling in setup.work:
+        check_task(task, jobs, _engine_name(arguments), sampling, output / task.name, **common)
+    engine = _engine(arguments, tokenizer, work)
+    for task, jobs, sampling in work:
         folder, threshold = output / task.name, arguments.success_threshold
         evaluate_task(task, jobs, engine, sampling, folder, threshold=threshold, **common)
     if state.is_main_process:
@@ -148,180 +147,95 @@ def _parse(argv: list[str]) -> EvaluationArguments:
         )
         hint = f" (did you mean `{nearest[0]}`?)" if nearest else ""
         raise UsageError(f"unknown option `{unknown[0]}`{hint}")
-    if arguments.limit is not None and arguments.limit < 1:
-        raise UsageError(f"`limit` must be 1 or more, got {arguments.limit}")
-    if arguments.n < 1:
-        raise UsageError(f"`n` must be 1 or more, got {arguments.n}")
+    for name in ("limit", "n"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UsageError(f"`{name}` must be 1 or more, got {value}")
     return arguments
 
 
-class _Setup:
-    """Model, tasks and jobs; everything that can be refused is refused here, before anything is generated."""
+def _prepare(arguments: EvaluationArguments) -> tuple["Work", Any, dict[str, Any]]:
+    """
+    Tasks with their jobs, tokenizer, and what identifies the model; everything that can be refused is refused here, before
+    anything is generated.
+    """
+    from ..evaluation.run import make_jobs
+    from ..evaluation.tasks import Prompting, load_task, parse_benchmarks
+    from ..generation.engines import Sampling, fitting_length
+    from ..models import check_name, context_of, load_tokenizer
+    from ..rewards.by_name import reward_function
 
-    def __init__(self, arguments: EvaluationArguments):
-        from ..evaluation.run import longest_prompt, make_jobs
-        from ..evaluation.tasks import parse_benchmarks
-
-        self.arguments = arguments
-        self.engine_name = "vllm" if arguments.use_vllm else "transformers"
-        entries = parse_benchmarks(arguments.benchmarks)
-        grader = None if arguments.grader is None else (arguments.grader, _grader(arguments.grader))
-        self.model: Any = None
-        self.tokenizer: Any
-        self.context: int | None
-        self.identity: dict[str, Any]
-        if arguments.model.startswith("builtin:"):
-            self.model, self.tokenizer, self.context, self.identity = _builtin(arguments)
-        else:
-            self.tokenizer, self.context, self.identity = _tokenizer(arguments)
-        self.work: list[tuple[Task, list[Job], Sampling]] = []
-        for folder, (name, path) in entries.items():
-            task = self._task(folder, name, path, grader)
-            jobs = make_jobs(task, self.tokenizer, arguments.n, arguments.seed)
-            self.work.append((task, jobs, self._sampling(task, longest_prompt(jobs))))
-
-    def _task(self, folder: str, name: str, path: str | None, grader: tuple[str, Callable] | None) -> "Task":
-        from ..evaluation.tasks import Prompting, load_task
-
-        arguments = self.arguments
-        prompting = Prompting(
-            arguments.system_prompt,
-            arguments.prompt_template,
-            arguments.chat_template
-            and (self.tokenizer.chat_template is not None or arguments.system_prompt is not None),
-            _template_kwargs(arguments.chat_template_kwargs),
-        )
-        return load_task(
-            folder,
-            name,
-            path,
-            prompting=prompting,
-            grader=grader,
-            prompt_column=arguments.prompt_column,
-            solution_column=arguments.solution_column,
-            dataset_config=arguments.dataset_config,
-            dataset_split=arguments.dataset_split,
-            limit=arguments.limit,
-            seed=arguments.seed,
-        )
-
-    def _sampling(self, task: "Task", longest: int) -> "Sampling":
-        from ..generation.generate import Sampling
-
-        arguments = self.arguments
-        left = None if self.context is None else self.context - longest
-        wanted = arguments.max_new_tokens
-        if left is not None and left < (wanted or 1):
-            raise UsageError(
-                f"`max_new_tokens: {wanted or 1}`: the longest prompt of {task.name} has {longest} tokens and the model's "
-                f"context {self.context}, which leaves {max(left, 0)}"
-            )
-        if wanted is None:
-            wanted = _MAX_NEW_TOKENS if left is None else min(_MAX_NEW_TOKENS, left)
-        temperature = arguments.temperature
-        if temperature is None:
-            temperature = 0.0 if arguments.n == 1 else 1.0
-        return Sampling(wanted, temperature, arguments.top_p)
-
-    def engine(self) -> "Engine":
-        """The engine, with the weights loaded."""
-        arguments = self.arguments
-        if arguments.use_vllm:
-            from ..evaluation.run import longest_prompt
-            from ..generation.vllm_engine import VllmEngine
-
-            if arguments.model.startswith("builtin:"):
-                raise UsageError(
-                    "`use_vllm` needs a model on disk or on the hub; the built-in ones are made in memory"
-                )
-            return VllmEngine(
-                arguments.model,
-                max(longest_prompt(jobs) + sampling.max_new_tokens for _, jobs, sampling in self.work),
-                1024 if arguments.batch_size is None else arguments.batch_size,
-                dtype=arguments.dtype,
-                revision=arguments.model_revision,
-                trust_remote_code=arguments.trust_remote_code,
-                tensor_parallel_size=arguments.vllm_tensor_parallel_size,
-                gpu_memory_utilization=arguments.vllm_gpu_memory_utilization,
-            )
-        from accelerate import PartialState
-
-        from ..generation.generate import TransformersEngine
-
-        if self.model is None:
-            self.model = _load(arguments)
-        batch_size = 64 if arguments.batch_size is None else arguments.batch_size
-        return TransformersEngine(self.model.to(PartialState().device), self.tokenizer, batch_size)
-
-
-def _template_kwargs(text: str | None) -> dict[str, Any]:
-    try:
-        values = json.loads(text or "{}")
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise UsageError(f"`chat_template_kwargs: {text}` is no JSON mapping")
-    return values
-
-
-def _grader(name: str) -> Callable[..., Any]:
-    from .rewards import reward_function
-
-    try:
-        return reward_function(name)
-    except ValueError as error:
-        raise UsageError(str(error).replace("`reward_funcs`", "`grader`")) from error
-
-
-def _builtin(arguments: EvaluationArguments) -> tuple[Any, Any, int, dict[str, Any]]:
-    from .. import models
-
-    if arguments.dtype not in ("auto", "float32"):
-        raise UsageError(f"`model: {arguments.model}` is float32; remove `dtype: {arguments.dtype}`")
-    tokenizer: Any
-    model: Any
-    if arguments.model == "builtin:tiny":
-        tokenizer = models.tiny_tokenizer(chat_template=True)
-        model = models.tiny_model(tokenizer, seed=arguments.seed)
-    elif arguments.model == "builtin:smollm2-135m":
-        model, tokenizer = models.load_smollm2()
-    else:
-        raise UsageError(f"`model: {arguments.model}`: the built-in models are builtin:tiny and builtin:smollm2-135m")
-    return model, tokenizer, model.config.max_position_embeddings, {"path": arguments.model}
-
-
-def _tokenizer(arguments: EvaluationArguments) -> tuple[Any, int | None, dict[str, Any]]:
-    """Tokenizer, context and identity of a model, without its weights."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    from ..generation.records import model_fingerprint
-
-    name = arguments.model
-    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
-        raise UsageError(f"`model`: there is no directory {name}")
-    options = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    identity: dict[str, Any] = {"path": name, "dtype": arguments.dtype}
-    if Path(name).is_dir():
-        identity["weights"] = model_fingerprint(Path(name))
-    if (Path(name) / "adapter_config.json").is_file():
-        # An adapter's directory has no config of its own; its base is looked up when the weights are loaded.
-        return tokenizer, None, identity
-    config = AutoConfig.from_pretrained(name, **options)
-    identity["revision"] = getattr(config, "_commit_hash", None)
-    return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None), identity
-
-
-def _load(arguments: EvaluationArguments) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        arguments.model,
-        dtype=arguments.dtype,
-        revision=arguments.model_revision,
-        attn_implementation=arguments.attn_implementation,
-        trust_remote_code=arguments.trust_remote_code,
+    entries = parse_benchmarks(arguments.benchmarks)
+    grader = None if arguments.grader is None else (arguments.grader, reward_function(arguments.grader, "grader"))
+    check_name(arguments.model, "model", arguments.dtype)
+    tokenizer: Any = load_tokenizer(arguments.model, **_hub_options(arguments))
+    contexts = {arguments.model: context_of(arguments.model, **_hub_options(arguments))}
+    templated = tokenizer.chat_template is not None or arguments.system_prompt is not None
+    prompting = Prompting(
+        arguments.system_prompt,
+        arguments.prompt_template,
+        arguments.chat_template and templated,
+        json_mapping("--chat_template_kwargs", arguments.chat_template_kwargs),
     )
+    temperature = arguments.temperature
+    if temperature is None:
+        temperature = 0.0 if arguments.n == 1 else 1.0
+    own = ("prompt_column", "solution_column", "dataset_config", "dataset_split", "limit", "seed")
+    options = {name: getattr(arguments, name) for name in own}
+    work = []
+    for folder, (name, path) in entries.items():
+        task = load_task(folder, name, path, prompting=prompting, grader=grader, **options)
+        jobs = make_jobs(task, tokenizer, arguments.n, arguments.seed)
+        length = fitting_length(jobs, contexts, arguments.max_new_tokens, _MAX_NEW_TOKENS, f" of {task.name}")
+        work.append((task, jobs, Sampling(length, temperature, arguments.top_p)))
+    return work, tokenizer, _identity(arguments)
+
+
+def _identity(arguments: EvaluationArguments) -> dict[str, Any]:
+    from ..generation.records import model_identity
+    from ..models import is_builtin
+
+    if is_builtin(arguments.model):
+        return {"path": arguments.model}
+    found = model_identity(arguments.model, **_hub_options(arguments))
+    return {"path": arguments.model, "dtype": arguments.dtype, **found}
+
+
+def _hub_options(arguments: EvaluationArguments) -> dict[str, Any]:
+    return {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
+
+
+def _engine_name(arguments: EvaluationArguments) -> str:
+    return "vllm" if arguments.use_vllm else "transformers"
+
+
+def _engine(arguments: EvaluationArguments, tokenizer: Any, work: "Work") -> "Engine":
+    """The engine, with the weights loaded."""
+    from accelerate import PartialState
+
+    from ..generation.engines import TransformersEngine, VllmEngine, check_vllm, longest_prompt
+    from ..models import load
+
+    if arguments.use_vllm:
+        check_vllm(arguments.model)
+        return VllmEngine(
+            arguments.model,
+            max(longest_prompt(jobs) + sampling.max_new_tokens for _, jobs, sampling in work),
+            1024 if arguments.batch_size is None else arguments.batch_size,
+            dtype=arguments.dtype,
+            tensor_parallel_size=arguments.vllm_tensor_parallel_size,
+            gpu_memory_utilization=arguments.vllm_gpu_memory_utilization,
+            **_hub_options(arguments),
+        )
+    model: Any = load(
+        arguments.model,
+        arguments.seed,
+        dtype=arguments.dtype,
+        attn_implementation=arguments.attn_implementation,
+        **_hub_options(arguments),
+    )
+    batch_size = 64 if arguments.batch_size is None else arguments.batch_size
+    return TransformersEngine(model.to(PartialState().device), tokenizer, batch_size)
 
 
 def _folder_name(model: str) -> str:

@@ -10,7 +10,8 @@ import argparse
 import difflib
 import os
 from collections.abc import Iterable
-from typing import Any, NamedTuple, NoReturn
+from pkgutil import resolve_name
+from typing import Any, NamedTuple
 
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
@@ -19,7 +20,7 @@ from .._upstream_cli import launch_options
 from ..methods.catalogue import Method
 from ..recipes import find_recipe
 from .arguments import FAMILY_ARGUMENTS, DatasetArguments
-from .errors import UsageError
+from .errors import RaisingParser, UsageError
 
 
 __all__ = [
@@ -49,16 +50,13 @@ class CommandLine(NamedTuple):
     forwarded: list[str]
 
 
-class MethodParser(TrlParser):
+class MethodParser(RaisingParser, TrlParser):
     """TRL's parser without abbreviations, with errors that are exceptions instead of an exit."""
 
     def __init__(self, dataclass_types: Iterable[Any], prog: str | None = None):
         super().__init__(dataclass_types=dataclass_types, prog=prog, allow_abbrev=False)
         # Shown by --help; taken off the command line before argparse sees it.
         self.add_argument("--config", help="YAML file, or name of a shipped recipe. The shell wins over the file.")
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
 
     @property
     def keys(self) -> dict[str, argparse.Action]:
@@ -86,17 +84,11 @@ def parse_command_line(method: Method, argv: list[str], launched: bool) -> Comma
     """
     Read a command line and the recipe that it names. The recipe's `env:` is exported before anything heavy is imported.
     """
-    shell, path = _take_config(argv)
-    values = {} if path is None else _read_config(path)
-    parser = build_parser(method)
-    known = set(parser.keys)
-    launchable = {} if launched and not values else launch_options()
-    from_file = _launch_tokens(values, known, set(launchable), str(path))
-    parser.set_defaults_with_config(**{key: value for key, value in values.items() if key in known})
+    parser, shell, path, launchable, from_file = _with_recipe(method, argv, launched)
     script, training, model, datasets, _, rest = parser.parse_args_into_dataclasses(
         args=shell, return_remaining_strings=True
     )
-    _check_rest(rest, known, {} if launched else launchable)
+    _check_rest(rest, set(parser.keys), {} if launched else launchable)
     kept = _without_subsequence(shell, rest)
     forwarded = kept if path is None else ["--config", str(path), *kept]
     return CommandLine(script, training, model, datasets, [] if launched else from_file + rest, forwarded)
@@ -104,23 +96,30 @@ def parse_command_line(method: Method, argv: list[str], launched: bool) -> Comma
 
 def parse_values(method: Method, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Read a command line without building the method's config, which asks for the devices of the machine at hand."""
+    parser, shell, _, launchable, from_file = _with_recipe(method, argv, launched=False)
+    namespace, rest = parser.parse_known_args(shell)
+    _check_rest(rest, set(parser.keys), launchable)
+    return namespace, from_file + rest
+
+
+def _with_recipe(
+    method: Method, argv: list[str], launched: bool
+) -> tuple[MethodParser, list[str], Any, dict[str, argparse.Action], list[str]]:
+    """Parser with the recipe's values as defaults, shell, recipe, the launcher's options, and those in the recipe."""
     shell, path = _take_config(argv)
     values = {} if path is None else _read_config(path)
     parser = build_parser(method)
-    known, launchable = set(parser.keys), launch_options()
+    known = set(parser.keys)
+    launchable = {} if launched and not values else launch_options()
     from_file = _launch_tokens(values, known, set(launchable), str(path))
     parser.set_defaults_with_config(**{key: value for key, value in values.items() if key in known})
-    namespace, rest = parser.parse_known_args(shell)
-    _check_rest(rest, known, launchable)
-    return namespace, from_file + rest
+    return parser, shell, path, launchable, from_file
 
 
 def import_by_path(path: str) -> Any:
     """Import what a dotted path names."""
-    import importlib
-
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    # With a colon: a module's own import errors are not mistaken for a name that it does not have.
+    return resolve_name(":".join(path.rsplit(".", 1)))
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], Any]:

@@ -7,14 +7,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UsageError
+from .errors import UsageError, json_mapping
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from ..generation.generate import Engine, Job, Sampling
+    from ..generation.engines import Engine, Job, Sampling
 
 __all__ = ["add_options", "run"]
 
@@ -51,39 +51,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase | None") -> list[str]:
     """Sample, score and write."""
     from ..distillation.collect import sample_rollouts, score_rollouts, write_rollouts
-    from ..distillation.identity import rollout_identity
     from ..distillation.scoring import LocalTeacher, ServedTeacher
 
     _check(options, tokenizer)
     assert tokenizer is not None
-    kwargs = _template_kwargs(options.chat_template_kwargs)
+    kwargs = json_mapping("--chat_template_kwargs", options.chat_template_kwargs)
     if options.limit is not None:
         rows = rows.select(range(min(options.limit, len(rows))))
     jobs = _jobs(options, rows, tokenizer, kwargs)
     sampling = _sampling(options, jobs)
     _check_teacher(options, tokenizer)
-    served = ServedTeacher(options.teacher_url, options.score_batch_size) if options.teacher_url else None
+    batch_size = options.score_batch_size
+    served = ServedTeacher(options.teacher_url, batch_size) if options.teacher_url else None
     if served is not None:
         _check_served(options, served.model)
-    engine_name = "vllm" if options.use_vllm else "transformers"
-    identity = rollout_identity(
-        student=_describe(options.model, options.dtype),
-        teacher={
-            **_describe(options.teacher, options.dtype, served is not None),
-            "engine": served.name if served else "transformers",
-        },
-        sft_teacher=options.sft_teacher,
-        tokenizer=tokenizer,
-        conversational=not isinstance(_prompt(rows[0]), str),
-        chat_template_kwargs=kwargs,
-        sampling={
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_new_tokens": sampling.max_new_tokens,
-            "seed": options.seed,
-            "engine": engine_name,
-        },
-    )
+    identity = _identity(options, tokenizer, sampling, served, kwargs if isinstance(_prompt(rows[0]), list) else None)
     folder = Path(options.output_dir)
     sampled_with = {name: identity[name] for name in ("student", "tokenizer", "sampling")}
     sampled_with["prompts"] = hashlib.sha256(json.dumps([job.ids for job in jobs]).encode()).hexdigest()[:16]
@@ -93,19 +75,19 @@ def run(options: argparse.Namespace, rows: "Dataset", tokenizer: "PreTrainedToke
     if options.reference_logprobs:
         reference = score_rollouts(
             rollouts.records,
-            lambda: LocalTeacher(student.model(), options.score_batch_size),
+            lambda: LocalTeacher(student.model(), batch_size),
             folder / "reference",
             sampled_with,
-            options.score_batch_size,
+            batch_size,
             "scoring (student)",
         )
     student.release()
     scored = score_rollouts(
         rollouts.records,
-        lambda: served or LocalTeacher(_load(options.teacher, options.dtype), options.score_batch_size),
+        lambda: served or LocalTeacher(_load(options.teacher, options.dtype), batch_size),
         folder / "teacher",
         {**sampled_with, "teacher": identity["teacher"]},
-        options.score_batch_size,
+        batch_size,
     )
     path = folder / f"train.{options.format}"
     dataset = write_rollouts(path, rollouts.records, scored.records, reference.records if reference else [], identity)
@@ -134,15 +116,14 @@ class _Student:
         return self._model
 
     def engine(self) -> "Engine":
-        from ..generation.generate import TransformersEngine
-        from ..generation.vllm_engine import VllmEngine
+        from ..generation.engines import TransformersEngine, VllmEngine, longest_prompt
 
         options = self.options
-        if options.use_vllm:
-            context = max(len(job.ids) for job in self.jobs) + self.sampling.max_new_tokens
-            self._engine = VllmEngine(options.model, context, options.batch_size, dtype=options.dtype)
-            return self._engine
-        return TransformersEngine(self.model(), self.tokenizer, options.batch_size)
+        if not options.use_vllm:
+            return TransformersEngine(self.model(), self.tokenizer, options.batch_size)
+        context = longest_prompt(self.jobs) + self.sampling.max_new_tokens
+        self._engine = VllmEngine(options.model, context, options.batch_size, dtype=options.dtype)
+        return self._engine
 
     def release(self) -> None:
         import gc
@@ -156,6 +137,9 @@ class _Student:
 
 
 def _check(options: argparse.Namespace, tokenizer: Any) -> None:
+    from ..generation.engines import check_vllm
+    from ..models import check_name, is_builtin
+
     if tokenizer is None:
         raise UsageError("`--model` is needed: the model that the rollouts are sampled from")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -167,80 +151,85 @@ def _check(options: argparse.Namespace, tokenizer: Any) -> None:
             raise UsageError(f"`--{name}` must be 1 or more, got {getattr(options, name)}")
     if options.temperature <= 0:
         raise UsageError(f"`--temperature` must be above 0: rollouts are sampled, got {options.temperature}")
-    if options.use_vllm and options.model.startswith("builtin:"):
-        raise UsageError("`--use_vllm` needs a model on disk or on the hub; the built-in ones are made in memory")
-    if options.teacher_url and options.teacher.startswith("builtin:"):
+    if options.use_vllm:
+        check_vllm(options.model)
+    if options.teacher_url and is_builtin(options.teacher):
         raise UsageError(f"`--teacher_url`: a server cannot serve {options.teacher}, which is made in memory")
-
-
-def _template_kwargs(text: str | None) -> dict[str, Any]:
-    try:
-        values = json.loads(text or "{}")
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise UsageError(f"`--chat_template_kwargs {text}` is no JSON mapping")
-    return values
+    check_name(options.teacher, "--teacher")
 
 
 def _prompt(row: dict[str, Any]) -> Any:
-    from ..demonstrations.rows import split_demonstration
+    from ..data.rows import prompt_of
 
-    return row["prompt"] if "prompt" in row else split_demonstration(row)[0]
+    return prompt_of(row)
 
 
 def _jobs(options: argparse.Namespace, rows: "Dataset", tokenizer: Any, kwargs: dict[str, Any]) -> "list[Job]":
-    from ..generation.generate import Job, job_seed, prompt_ids
+    from ..generation.engines import jobs_of
 
-    jobs = []
-    for question, row in enumerate(rows):
-        ids = prompt_ids(_prompt(row), tokenizer, kwargs)
-        if not ids:
-            raise ValueError(f"row {question} of {options.name} has an empty prompt")
-        seeds = (job_seed(options.seed, "rollouts", question, sample) for sample in range(options.samples))
-        jobs += [Job(question, sample, ids, seed) for sample, seed in enumerate(seeds)]
+    jobs = jobs_of(map(_prompt, rows), tokenizer, options.samples, options.seed, "rollouts", kwargs)
+    empty = next((job.question for job in jobs if not job.ids), None)
+    if empty is not None:
+        raise ValueError(f"row {empty} of {options.name} has an empty prompt")
     return jobs
 
 
 def _sampling(options: argparse.Namespace, jobs: "list[Job]") -> "Sampling":
-    from ..generation.generate import Sampling
+    from ..generation.engines import Sampling, fitting_length
+    from ..models import context_of
 
-    # A server that scores is asked for one new token too.
-    contexts = [(_context(options.model), options.model, 0)]
-    contexts += [(_context(options.teacher), options.teacher, 1 if options.teacher_url else 0)]
-    longest = max(len(job.ids) for job in jobs)
-    left, wanted = None, options.max_new_tokens
-    for context, name, asked in contexts:
-        if context is None:
-            continue
-        fits = context - longest - asked
-        if fits < (wanted or 1):
-            raise UsageError(
-                f"`--max_new_tokens {wanted or 1}`: the longest prompt has {longest} tokens and {name} a context of {context}, "
-                f"which leaves {max(fits, 0)}"
-            )
-        left = fits if left is None else min(left, fits)
-    if wanted is None:
-        wanted = _MAX_NEW_TOKENS if left is None else min(_MAX_NEW_TOKENS, left)
-    return Sampling(wanted, options.temperature, options.top_p)
+    contexts = {options.model: context_of(options.model)}
+    teacher = context_of(options.teacher)
+    if options.teacher_url and teacher is not None:
+        contexts[f"{options.teacher}, whose server is asked for one token more,"] = teacher - 1
+    else:
+        contexts[options.teacher] = teacher
+    length = fitting_length(jobs, contexts, options.max_new_tokens, _MAX_NEW_TOKENS)
+    return Sampling(length, options.temperature, options.top_p)
 
 
-def _context(name: str) -> int | None:
-    if name.startswith("builtin:") or (Path(name) / "adapter_config.json").is_file():
-        return None
-    from transformers import AutoConfig
+def _identity(
+    options: argparse.Namespace,
+    tokenizer: "PreTrainedTokenizerBase",
+    sampling: "Sampling",
+    served: Any,
+    template_kwargs: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """What is stored beside each row."""
+    from ..distillation.identity import rollout_identity
 
-    return getattr(AutoConfig.from_pretrained(name).get_text_config(), "max_position_embeddings", None)
+    drawn = {name: getattr(sampling, name) for name in ("temperature", "top_p", "max_new_tokens")}
+    teacher = _describe(options.teacher, options.dtype, served is not None)
+    return rollout_identity(
+        student=_describe(options.model, options.dtype),
+        teacher={**teacher, "engine": served.name if served else "transformers"},
+        sft_teacher=options.sft_teacher,
+        tokenizer=tokenizer,
+        conversational=template_kwargs is not None,
+        chat_template_kwargs=template_kwargs or {},
+        sampling={**drawn, "seed": options.seed, "engine": "vllm" if options.use_vllm else "transformers"},
+    )
+
+
+def _describe(name: str, dtype: str, served: bool = False) -> dict[str, Any]:
+    """A model's name and what tells it from another of that name. Of a served one the name is all that can be known."""
+    from ..distillation.identity import model_name
+    from ..generation.records import model_identity
+    from ..models import is_builtin
+
+    if served:
+        return {"model": model_name(name)}
+    found = {} if is_builtin(name) else model_identity(name)
+    known = {key: value for key, value in found.items() if value is not None}
+    return {"model": model_name(name), "dtype": dtype, **known}
 
 
 def _check_teacher(options: argparse.Namespace, tokenizer: Any) -> None:
-    from trl import ModelConfig
-
-    from ..data.log import warn
+    from ..data.files import warn
     from ..distillation.identity import template_hash, vocabulary_hash
-    from .datasets import load_tokenizer
+    from ..models import load_tokenizer
 
-    own = load_tokenizer(ModelConfig(model_name_or_path=options.teacher))
+    own = load_tokenizer(options.teacher)
     if vocabulary_hash(own) != vocabulary_hash(tokenizer):
         raise UsageError(
             f"`--teacher {options.teacher}` has another vocabulary than {options.model}: it would score other tokens. Take a "
@@ -263,27 +252,10 @@ def _check_served(options: argparse.Namespace, served: str) -> None:
         )
 
 
-def _describe(name: str, dtype: str, served: bool = False) -> dict[str, Any]:
-    """A model's name and what tells it from another of that name. Of a served one the name is all that can be known."""
-    from ..distillation.identity import model_name
-    from ..generation.records import model_identity
-
-    found: dict[str, Any] = {"model": model_name(name)}
-    if served:
-        return found
-    found["dtype"] = dtype
-    return found if name.startswith("builtin:") else found | model_identity(name, {})
-
-
 def _load(name: str, dtype: str) -> Any:
     from accelerate import PartialState
 
-    if name.startswith("builtin:"):
-        from .train import builtin_model
+    from ..models import load
 
-        model = builtin_model(name, seed=0)["model"]
-    else:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    model: Any = load(name, dtype=dtype)
     return model.to(PartialState().device)

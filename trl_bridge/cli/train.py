@@ -10,9 +10,7 @@ from .errors import UsageError, user_errors
 from .parsing import CommandLine, import_by_path, parse_command_line
 
 
-__all__ = ["build_trainer", "builtin_model", "main", "run"]
-
-_BUILTIN_MODELS = ("builtin:tiny", "builtin:smollm2-135m")
+__all__ = ["build_trainer", "main", "run"]
 
 
 def run(name: str, argv: list[str]) -> None:
@@ -47,13 +45,12 @@ def build_trainer(method: Method, line: CommandLine) -> Any:
     from trl import get_peft_config, get_quantization_config
 
     from .datasets import load_splits
-    from .rewards import load_reward_functions
 
     evaluate = line.training.eval_strategy != "no"
-    splits = load_splits(method.family, line.script, line.datasets, evaluate, line.model, line.training)
+    splits = load_splits(line.script, line.datasets, evaluate, line.model, line.training)
     arguments: dict[str, Any] = {"args": line.training, **splits}
     if isinstance(line.script, RewardArguments):
-        arguments["reward_funcs"] = load_reward_functions(line.script)
+        arguments["reward_funcs"] = _reward_functions(line.script)
     arguments.update(_model_arguments(line))
     if method.family == "distillation":
         arguments["teacher_model"] = _teacher(line)
@@ -66,59 +63,57 @@ def build_trainer(method: Method, line: CommandLine) -> Any:
     )
 
 
+def _reward_functions(arguments: RewardArguments) -> list[Any]:
+    """Reward model and reward functions that the script arguments name."""
+    from ..rewards.by_name import reward_function
+
+    rewards: list[Any] = [arguments.reward_model_name_or_path] if arguments.reward_model_name_or_path else []
+    rewards += [reward_function(name) for name in arguments.reward_funcs or []]
+    if not rewards:
+        raise ValueError(
+            "`reward_funcs` is not set: name at least one reward function (or `reward_model_name_or_path`)"
+        )
+    return rewards
+
+
 def _model_arguments(line: CommandLine) -> dict[str, Any]:
     """`model`, and for a model made in memory its tokenizer. One that is loaded by name gets its `model_init_kwargs`."""
-    name, training = line.model.model_name_or_path, line.training
-    if name is None:
-        raise UsageError("`model_name_or_path` is not set")
-    if name.startswith("builtin:"):
-        if line.model.dtype not in (None, "auto", "float32"):
-            raise UsageError(f"`model_name_or_path: {name}` is float32; remove `dtype: {line.model.dtype}`")
+    from ..models import check_name, is_builtin, load, load_tokenizer
+
+    training = line.training
+    name = check_name(line.model.model_name_or_path, "model_name_or_path", line.model.dtype)
+    if is_builtin(name):
         training.model_init_kwargs = None
-        return builtin_model(name, training.seed)
-    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
-        raise UsageError(f"`model_name_or_path`: there is no directory {name}")
-    training.model_init_kwargs = {
-        "revision": line.model.model_revision,
-        "trust_remote_code": training.trust_remote_code,
-        "attn_implementation": line.model.attn_implementation,
-        "dtype": line.model.dtype,
-        **(training.model_init_kwargs or {}),
-    }
+        return {"model": load(name, training.seed), "processing_class": load_tokenizer(name)}
+    training.model_init_kwargs = _init_kwargs(line, line.model.model_revision, training.model_init_kwargs)
     return {"model": name}
 
 
 def _teacher(line: CommandLine) -> Any:
     """The teacher, loaded as TRL's script loads it; a tiny one has the seed after the student's."""
-    name, training = line.training.teacher_model_name_or_path, line.training
-    if name is None:
+    from ..models import check_name, is_builtin, load
+
+    training = line.training
+    if training.teacher_model_name_or_path is None:
         return None  # on a server, or the trainer says that there is none
-    if name.startswith("builtin:"):
+    name = check_name(training.teacher_model_name_or_path, "teacher_model_name_or_path")
+    if is_builtin(name):
         training.teacher_model_init_kwargs = None
-        return builtin_model(name, training.seed + 1, "teacher_model_name_or_path")["model"]
-    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
-        raise UsageError(f"`teacher_model_name_or_path`: there is no directory {name}")
-    training.teacher_model_init_kwargs = {
-        "revision": training.teacher_model_revision,
-        "trust_remote_code": training.trust_remote_code,
-        "attn_implementation": line.model.attn_implementation,
-        "dtype": line.model.dtype,
-        **(training.teacher_model_init_kwargs or {}),
-    }
+        return load(name, training.seed + 1)
+    revision, own = training.teacher_model_revision, training.teacher_model_init_kwargs
+    training.teacher_model_init_kwargs = _init_kwargs(line, revision, own)
     return name
 
 
-def builtin_model(name: str, seed: int, argument: str = "model_name_or_path") -> dict[str, Any]:
-    """A model made in memory, with its tokenizer."""
-    from .. import models
-
-    if name == "builtin:tiny":
-        tokenizer = models.tiny_tokenizer(chat_template=True)
-        return {"model": models.tiny_model(tokenizer, seed=seed), "processing_class": tokenizer}
-    if name == "builtin:smollm2-135m":
-        model, loaded = models.load_smollm2()
-        return {"model": model, "processing_class": loaded}
-    raise UsageError(f"`{argument}: {name}`: the built-in models are {' and '.join(_BUILTIN_MODELS)}")
+def _init_kwargs(line: CommandLine, revision: str | None, own: dict[str, Any] | None) -> dict[str, Any]:
+    """How a model is loaded; what the config says wins."""
+    return {
+        "revision": revision,
+        "trust_remote_code": line.training.trust_remote_code,
+        "attn_implementation": line.model.attn_implementation,
+        "dtype": line.model.dtype,
+        **(own or {}),
+    }
 
 
 def _resume_from(training: Any) -> str | bool | None:

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from ..demonstrations.render import Renderer
 from ..demonstrations.rows import prompt_key
 from ..rewards import check_golds, knights_knaves_reward
-from .lengths import prompt_tokens
 from .overlap import Overlap, find_overlaps, question_text
+from .rows import prompt_tokens
 
 
 __all__ = ["GOLDS", "DatasetReport", "Finding", "Sample", "check_dataset", "rendered_samples"]

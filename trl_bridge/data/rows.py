@@ -1,50 +1,85 @@
-"""Datasets by name: sources, generated tasks, local files, directories and the hub, with columns mapped to TRL's names."""
+"""
+From a dataset's name to the rows that are trained on, checked or evaluated: one way for all verbs.
+
+A name stands for a source, a generated task, local files, a directory or a dataset on the hub. Of its splits one is taken; the
+columns get TRL's names; the prompt template and the system message go around the questions.
+"""
 
 import inspect
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+from transformers import PreTrainedTokenizerBase
 
+from ..demonstrations.rows import split_demonstration
+from ..generation import engines
 from .addition import addition_dataset, addition_pairs
-from .files import READERS, read_files
+from .files import READERS, code_of, read_files, warn
 from .reasoning_gym_tasks import reasoning_gym_dataset
 from .routes import routes_dataset
 from .sources import load_source
+from .templates import Prompting, with_prompting
 
 
-__all__ = ["load_named_dataset", "map_columns", "with_system_prompt"]
-
-
-"""From a file's ending to the reader of [`~datasets.load_dataset`]."""
+__all__ = [
+    "load",
+    "load_named_dataset",
+    "map_columns",
+    "prepared",
+    "prompt_of",
+    "prompt_tokens",
+    "take_split",
+    "within_prompt_length",
+]
 
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 AnyDatasetDict: TypeAlias = DatasetDict | IterableDatasetDict
+Columns: TypeAlias = Mapping[str, str | None]
 
-_ADDITION = "builtin:addition"
-_ROUTES = "builtin:routes"
-_REASONING_GYM = "reasoning-gym:"
-_SOURCE = "source:"
+
+def load(name: str, split: str, config: str | None = None, **options: Any) -> Any:
+    """Rows of a split by the dataset's name. `options` are those of [`prepared`]."""
+    return prepared(take_split(load_named_dataset(name, config), split, name), name, **options)
 
 
 def load_named_dataset(name: str, config: str | None = None, streaming: bool = False) -> AnyDatasetDict:
-    """Load a dataset by the name that a script argument gives."""
-    if name == _ADDITION:
-        return _call(_addition, name, config)
-    if name == _ROUTES:
-        return _call(routes_dataset, name, config)
-    if name.startswith(_REASONING_GYM):
-        return _call(reasoning_gym_dataset, name, config, task=name.removeprefix(_REASONING_GYM))
-    if name.startswith(_SOURCE):
-        return _call(load_source, name, config, name=name.removeprefix(_SOURCE), streaming=streaming)
+    """All splits of a dataset by its name, with the columns that it has."""
+    kind, _, rest = name.partition(":")
+    if kind == "reasoning-gym":
+        return _call(reasoning_gym_dataset, name, config, task=rest)
+    if kind == "source":
+        return _call(load_source, name, config, name=rest, streaming=streaming)
+    if name in _GENERATED:
+        return _call(_GENERATED[name], name, config)
     if Path(name).suffix in READERS:
         return read_files(name, streaming)
     return load_dataset(name, name=config, streaming=streaming)
 
 
-def map_columns(dataset: AnyDataset, columns: dict[str, str | None], what: str) -> AnyDataset:
+def take_split(splits: AnyDatasetDict, split: str, what: str, argument: str = "dataset_split") -> AnyDataset:
+    """One of the splits."""
+    if split not in splits:
+        known = ", ".join(map(str, splits))
+        raise ValueError(f"`{argument}: {split}`: {what} has no such split; it has: {known}")
+    return splits[split]
+
+
+def prepared(
+    rows: Any, what: str, columns: Columns | None = None, prompting: Prompting | None = None, limit: int | None = None
+) -> Any:
+    """Rows with the columns and the prompts that training reads."""
+    rows = map_columns(rows, columns or {}, what)
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    return rows if prompting is None else with_prompting(rows, prompting)
+
+
+def map_columns(dataset: AnyDataset, columns: Columns, what: str) -> AnyDataset:
     """Rename columns to the names that the trainers read."""
     for target, source in columns.items():
         if source is None or source == target:
@@ -58,28 +93,47 @@ def map_columns(dataset: AnyDataset, columns: dict[str, str | None], what: str) 
     return dataset
 
 
-def with_system_prompt(dataset: AnyDataset, system_prompt: str) -> AnyDataset:
-    """
-    Put a system message in front of every conversation; prompts and completions that are strings become messages.
-    """
-    present = list(dataset.column_names or [])
-    system = {"role": "system", "content": system_prompt}
+def within_prompt_length(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_length: int,
+    what: str,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> Dataset | IterableDataset:
+    """The rows whose prompt is short enough; how many are dropped is logged."""
+    if max_prompt_length < 1:
+        raise ValueError(f"`max_prompt_length` must be at least 1, got {max_prompt_length}")
+    if not {"prompt", "messages", "conversations"} & set(dataset.column_names or []):
+        raise ValueError(f"`max_prompt_length`: the rows of `{what}` have no prompt to measure")
+    kept = dataset.filter(
+        lambda row, code: len(prompt_tokens(row, tokenizer, chat_template_kwargs)) <= max_prompt_length,
+        fn_kwargs=code_of(sys.modules[__name__], engines),
+    )
+    if isinstance(dataset, IterableDataset):
+        warn(f"`{what}` is streamed: its prompts above `max_prompt_length={max_prompt_length}` are dropped uncounted.")
+        return kept
+    if not len(kept):
+        raise ValueError(
+            f"every prompt of `{what}` ({len(dataset)} rows) has more than `max_prompt_length={max_prompt_length}` tokens"
+        )
+    if len(kept) < len(dataset):
+        warn(
+            f"{len(dataset) - len(kept)} of {len(dataset)} rows of `{what}` have prompts of more than "
+            f"`max_prompt_length={max_prompt_length}` tokens and are dropped."
+        )
+    return kept
 
-    def convert(row: dict[str, Any]) -> dict[str, Any]:
-        converted = {}
-        for column, role in (("prompt", "user"), ("completion", "assistant"), ("messages", "user")):
-            if column not in present:
-                continue
-            value = row[column]
-            messages = [{"role": role, "content": value}] if isinstance(value, str) else list(value)
-            if column != "completion" and messages[0]["role"] != "system":
-                messages = [system, *messages]
-            converted[column] = messages
-        return converted
 
-    # Columns that change their type are dropped first: datasets would cast the messages back to strings.
-    changed = [column for column in ("prompt", "completion", "messages") if column in present]
-    return dataset.map(convert, remove_columns=changed)
+def prompt_tokens(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any] | None = None
+) -> list[int]:
+    """A row's prompt, as generation sees it."""
+    return engines.prompt_ids(prompt_of(row), tokenizer, chat_template_kwargs)
+
+
+def prompt_of(row: Mapping[str, Any]) -> Any:
+    """A row's prompt; of a whole conversation, all but the last answer."""
+    return row["prompt"] if "prompt" in row else split_demonstration(dict(row))[0]
 
 
 def _addition(
@@ -92,6 +146,9 @@ def _addition(
     return DatasetDict(
         {"train": addition_dataset(pairs[:size], wrong_share, seed), "test": addition_dataset(test, 0.0, seed)}
     )
+
+
+_GENERATED = {"builtin:addition": _addition, "builtin:routes": routes_dataset}
 
 
 def _call(maker: Any, called: str, config: str | None, **fixed: Any) -> Any:

@@ -7,35 +7,89 @@ The datasets of the paper and of the methods it is compared with, by name and in
 import difflib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 
-from . import raw_rows
-from .cache import code_of
-from .files import READERS, read_files
-from .log import warn
+from .files import READERS, code_of, read_files, warn
 
 
-__all__ = ["SOURCES", "Source", "find_source", "load_source"]
+__all__ = ["SOURCES", "Example", "Source", "find_source", "load_source"]
+
+
+class Example(NamedTuple):
+    """What every source has."""
+
+    question: str
+    solution: str
+    traces: tuple[str, ...] = ()
+
+
+def _math_level(row: Mapping[str, Any]) -> Example:
+    """SimpleRL-Zoo: the question without the prompt around it, which is released with a doubled brace in `\\boxed{{}}`."""
+    return Example(row["question"].strip(), str(row["gt_answer"]))
+
+
+def _limr(row: Mapping[str, Any]) -> Example:
+    """LIMR: its `prompt` is the bare question."""
+    return Example(row["prompt"].strip(), str(row["answer"]))
+
+
+def _deepmath(row: Mapping[str, Any]) -> Example:
+    """DeepMath-103K: its three solutions were kept because they agree with the final answer."""
+    traces = (row[f"r1_solution_{number}"] for number in (1, 2, 3))
+    return Example(row["question"].strip(), str(row["final_answer"]), _traces(traces))
+
+
+def _openr1_220k(row: Mapping[str, Any]) -> Example:
+    """OpenR1-Math-220k: the complete generations that math-verify found right; the flags stand by position."""
+    right, complete = row["correctness_math_verify"] or (), row["is_reasoning_complete"] or ()
+    traces = (trace for trace, *flags in zip(row["generations"] or (), right, complete, strict=False) if all(flags))
+    return Example(row["problem"].strip(), str(row["answer"]), _traces(traces))
+
+
+def _openr1_46k(row: Mapping[str, Any]) -> Example:
+    """OpenR1-Math-46k-8192: the user's turn (the system message around it is left out) and the first target."""
+    question = next(message["content"] for message in reversed(row["prompt"]) if message["role"] == "user")
+    targets = (message["content"] for message in (row["target"] or ())[:1])
+    return Example(question.strip(), str(row["reward_model"]["ground_truth"]), _traces(targets))
+
+
+def _knights_knaves(row: Mapping[str, Any]) -> Example:
+    """Knights and Knaves: the generator's own reasoning, then everybody's role between answer tags."""
+    roles = " ".join(row["solution_text_format"].split())
+    steps = [row["cot_head"], *row["cot_repeat_steps"], row["cot_foot"], f"<answer> {roles} </answer>"]
+    return Example(row["quiz"].strip(), roles, ("\n".join(step.strip() for step in steps if step),))
+
+
+def _traces(traces: Any) -> tuple[str, ...]:
+    return tuple(_with_open_think(trace) for trace in traces if trace and trace.strip())
+
+
+def _with_open_think(trace: str) -> str:
+    """Traces are released with the opening tag and without it; one form makes them comparable with a chat template's."""
+    trace = trace.strip()
+    if "</think>" not in trace:
+        return trace
+    return "<think>\n" + trace.removeprefix("<think>").lstrip()
 
 
 class Source(NamedTuple):
-    """A public dataset and how it becomes ours."""
+    """A public dataset, and the function from its raw rows to examples."""
 
     name: str
     summary: str
     hub_id: str
-    revision: str | None
-    files: Mapping[str, str]
     columns: tuple[str, ...]
-    convert: Any
-    has_traces: bool
-    reward: str
-    template: str
-    licence: str | None
+    convert: Callable[[Mapping[str, Any]], Example]
+    revision: str | None = None
+    files: Mapping[str, str] = {}
+    has_traces: bool = False
+    reward: str = "math_reward"
+    template: str = "boxed"
+    licence: str | None = None
     parameters: Mapping[str, Any] = {}
 
 
@@ -44,27 +98,16 @@ _ALL = (
         name="math-3to5",
         summary="MATH, levels 3 to 5, as in SimpleRL-Zoo (8,523 rows)",
         hub_id="hkust-nlp/SimpleRL-Zoo-Data",
-        revision=None,
         files={split: f"simplelr_qwen_level3to5/{split}.parquet" for split in ("train", "test")},
         columns=("question", "gt_answer"),
-        convert=raw_rows.math_level,
-        has_traces=False,
-        reward="math_reward",
-        template="boxed",
-        licence=None,
+        convert=_math_level,
     ),
     Source(
         name="limr",
         summary="LIMR: what it chose of MATH, levels 3 to 5, by the course of RL on it (1,389 rows)",
         hub_id="GAIR/LIMR",
-        revision=None,
-        files={},
         columns=("prompt", "answer"),
-        convert=raw_rows.limr,
-        has_traces=False,
-        reward="math_reward",
-        template="boxed",
-        licence=None,
+        convert=_limr,
     ),
     Source(
         name="deepmath",
@@ -73,10 +116,8 @@ _ALL = (
         revision="5cf055d1fe3d7a2eb19719ac020211469736ae44",
         files={"train": "data/train-*.parquet"},
         columns=("question", "final_answer", "r1_solution_1", "r1_solution_2", "r1_solution_3"),
-        convert=raw_rows.deepmath,
+        convert=_deepmath,
         has_traces=True,
-        reward="math_reward",
-        template="boxed",
         licence="MIT",
     ),
     Source(
@@ -86,24 +127,17 @@ _ALL = (
         revision="e4e141ec9dea9f8326f4d347be56105859b2bd68",
         files={"train": "data/train-*.parquet"},
         columns=("problem", "answer", "generations", "correctness_math_verify", "is_reasoning_complete"),
-        convert=raw_rows.openr1_220k,
+        convert=_openr1_220k,
         has_traces=True,
-        reward="math_reward",
-        template="boxed",
         licence="Apache-2.0",
     ),
     Source(
         name="openr1-math-46k",
         summary="OpenR1-Math up to 8,192 tokens, the data of LUFFY and its successors (45,792 rows)",
         hub_id="Elliott/Openr1-Math-46k-8192",
-        revision=None,
-        files={},
         columns=("prompt", "target", "reward_model"),
-        convert=raw_rows.openr1_46k,
+        convert=_openr1_46k,
         has_traces=True,
-        reward="math_reward",
-        template="boxed",
-        licence=None,
     ),
     Source(
         name="knights-knaves",
@@ -112,11 +146,10 @@ _ALL = (
         revision="2f68547989981b1af37cb3dde5fdefa847aa8619",
         files={split: f"{split}/people{{people}}_num*.jsonl" for split in ("train", "test")},
         columns=("quiz", "solution_text_format", "cot_head", "cot_repeat_steps", "cot_foot"),
-        convert=raw_rows.knights_knaves,
+        convert=_knights_knaves,
         has_traces=True,
         reward="knights_knaves_reward",
         template="knights-knaves",
-        licence=None,
         parameters={"people": "*"},
     ),
 )
@@ -209,7 +242,7 @@ def _converted(source: Source, raw: Dataset | IterableDataset, traces: int) -> D
             f"{', '.join(present)}. What is read here is the raw dataset, as on the hub."
         )
     raw = raw.select_columns(list(source.columns))
-    code = code_of(raw_rows, sys.modules[__name__])
+    code = code_of(sys.modules[source.convert.__module__], sys.modules[__name__])
     if source.has_traces:
         kept = raw.filter(lambda row, code: bool(source.convert(row).traces), fn_kwargs=code)
         if isinstance(kept, Dataset) and len(kept) < len(raw):
@@ -224,7 +257,7 @@ def _converted(source: Source, raw: Dataset | IterableDataset, traces: int) -> D
     )
 
 
-def _row(example: raw_rows.Example, traces: int) -> dict[str, Any]:
+def _row(example: Example, traces: int) -> dict[str, Any]:
     row: dict[str, Any] = {
         "prompt": [{"role": "user", "content": example.question}],
         "solution": example.solution,

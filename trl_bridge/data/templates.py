@@ -2,14 +2,24 @@
 
 import difflib
 import sys
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from datasets import Dataset, IterableDataset
 
-from .cache import code_of
+from .files import code_of
 
 
-__all__ = ["TEMPLATES", "Template", "find_template", "with_prompt_template", "without_open_think"]
+__all__ = [
+    "TEMPLATES",
+    "Prompting",
+    "Template",
+    "find_template",
+    "with_prompt_template",
+    "with_prompting",
+    "with_system_prompt",
+    "without_open_think",
+]
 
 _SLOT = "{prompt}"
 _PLAIN = "plain:"
@@ -50,11 +60,57 @@ def find_template(template: str) -> Template:
     """A template by name, or one's own."""
     if template in TEMPLATES:
         return TEMPLATES[template]
+    if _SLOT not in template:
+        template = template.replace("{question}", _SLOT)
     if _SLOT in template:
         return Template(template.removeprefix(_PLAIN), plain=template.startswith(_PLAIN))
     nearest = difflib.get_close_matches(template, TEMPLATES, n=1)
     hint = f"did you mean `{nearest[0]}`?" if nearest else f"there are: {', '.join(TEMPLATES)}"
     raise ValueError(f"`prompt_template`: no template is called {template!r} ({hint}), and it has no {_SLOT}")
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """
+    How questions become prompts.
+
+    Attributes:
+        system_prompt (`str`, *optional*):
+            System message. `None` sends none.
+        template (`str`, *optional*):
+            Prompt template: a name or a text with `{prompt}` (or `{question}`), as in training; see
+            [`~trl_bridge.data.templates.find_template`]. `None` is the benchmark's own, and for other datasets the prompt as
+            it stands.
+        chat_template (`bool`, *optional*, defaults to `True`):
+            Whether the questions of the benchmarks go through the tokenizer's chat template, unless the prompt template is
+            a plain one. Prompts of other datasets are what the dataset says, as in training.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Variables for the tokenizer's chat template, as in [`~trl.GRPOConfig`].
+
+    Raises:
+        ValueError: no such template, or a system prompt where there are no conversations.
+    """
+
+    system_prompt: str | None = None
+    template: str | None = None
+    chat_template: bool = True
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.template is not None and find_template(self.template).plain and self.system_prompt is not None:
+            raise ValueError(
+                f"`system_prompt` needs conversations, and `prompt_template: {self.template}` makes plain text: write the "
+                "system prompt into the template"
+            )
+        if self.system_prompt is not None and not self.chat_template:
+            raise ValueError("`system_prompt` needs conversations: leave `chat_template` on")
+
+
+def with_prompting(dataset: Dataset | IterableDataset, prompting: Prompting) -> Dataset | IterableDataset:
+    """Put the template around every question, then the system message in front of every conversation."""
+    if prompting.template is not None:
+        dataset = with_prompt_template(dataset, prompting.template)
+    return dataset if prompting.system_prompt is None else with_system_prompt(dataset, prompting.system_prompt)
 
 
 def with_prompt_template(dataset: Dataset | IterableDataset, template: str) -> Dataset | IterableDataset:
@@ -82,6 +138,30 @@ def with_prompt_template(dataset: Dataset | IterableDataset, template: str) -> D
         return {prompts: prompt, **answers}
 
     return dataset.map(convert, fn_kwargs=code_of(sys.modules[__name__]), remove_columns=changed)
+
+
+def with_system_prompt(dataset: Dataset | IterableDataset, system_prompt: str) -> Dataset | IterableDataset:
+    """
+    Put a system message in front of every conversation; prompts and completions that are strings become messages.
+    """
+    present = list(dataset.column_names or [])
+    system = {"role": "system", "content": system_prompt}
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        converted = {}
+        for column, role in (("prompt", "user"), ("completion", "assistant"), ("messages", "user")):
+            if column not in present:
+                continue
+            value = row[column]
+            messages = [{"role": role, "content": value}] if isinstance(value, str) else list(value)
+            if column != "completion" and messages[0]["role"] != "system":
+                messages = [system, *messages]
+            converted[column] = messages
+        return converted
+
+    # Columns that change their type are dropped first: datasets would cast the messages back to strings.
+    changed = [column for column in ("prompt", "completion", "messages") if column in present]
+    return dataset.map(convert, remove_columns=changed)
 
 
 def without_open_think(trace: str, prompt: str) -> str:

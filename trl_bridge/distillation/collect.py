@@ -1,7 +1,6 @@
 """Rollouts that are sampled once and scored once, on disk after every batch: a run that is killed goes on where it stopped."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any, NamedTuple
 from datasets import Dataset, Features, List, Value
 from tqdm import tqdm
 
-from ..generation.generate import Engine, Job, Sampling
+from ..data.files import write_rows
+from ..generation.engines import Engine, Job, Sampling
 from ..generation.records import Store
 from .identity import Identity
 from .scoring import Rollout, Scorer, check_scores
@@ -127,12 +127,7 @@ def write_rollouts(
         made |= {"teacher_logprobs": scores[key], "row": row["question"], "scored_with": text}
         rows.append({**made, "reference_logprobs": own[key]} if own else made)
     dataset = Dataset.from_list(rows, features=Features({**features, "scored_with": Value("string")}))
-    temporary = path.with_name(f".{path.name}.tmp")
-    if path.suffix == ".parquet":
-        dataset.to_parquet(temporary)
-    else:
-        dataset.to_json(temporary, force_ascii=False)
-    os.replace(temporary, path)
+    write_rows(dataset, path)
     return dataset
 
 

@@ -11,8 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..data.cache import code_of
-from ..data.log import warn
+from ..data.files import code_of, warn
 from . import scoring
 from .identity import check_identity
 from .scoring import Rollout, check_scores

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .._upstream import add_fused_lm_head
-from ..generation.generate import HalvingBatches
+from ..generation.engines import HalvingBatches
 
 
 __all__ = ["LocalTeacher", "Rollout", "Scorer", "ServedTeacher", "check_scores"]

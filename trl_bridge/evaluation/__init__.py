@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from ..generation.generate import Sampling, TransformersEngine
+    from ..data.templates import Prompting
+    from ..generation.engines import Sampling, TransformersEngine
     from .benchmarks import BENCHMARKS, Benchmark
     from .callback import AccuracyCallback
     from .run import evaluate_task, make_jobs
     from .statistics import bootstrap_interval, pass_at_k, wilson_interval
-    from .tasks import Prompting, Task, load_task
+    from .tasks import Task, load_task
 
 
 # Lazy (PEP 562): the callback imports TRL, and the command's help must not wait for it.
@@ -18,10 +19,10 @@ _EXPORTS = {
     "AccuracyCallback": ".callback",
     "BENCHMARKS": ".benchmarks",
     "Benchmark": ".benchmarks",
-    "Prompting": ".tasks",
-    "Sampling": "..generation.generate",
+    "Prompting": "..data.templates",
+    "Sampling": "..generation.engines",
     "Task": ".tasks",
-    "TransformersEngine": "..generation.generate",
+    "TransformersEngine": "..generation.engines",
     "bootstrap_interval": ".statistics",
     "evaluate_task": ".run",
     "load_task": ".tasks",

@@ -9,9 +9,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from trl.distributed import DistributedBackend
 from trl.models import unwrap_model_for_generation
 
-from ..generation.generate import Sampling, generate_batch, job_seed, prompt_ids
+from ..generation.engines import Sampling, generate_batch, job_seed, prompt_ids
 from ..training.randomness import forked_python_rng
 from .statistics import mean_interval, wilson_interval
+from .tasks import completed
 
 
 if TYPE_CHECKING:
@@ -196,16 +197,9 @@ class AccuracyCallback(TrainerCallback):
         return right
 
     def _judge(self, rows: list[dict[str, Any]], texts: list[str]) -> list[bool]:
-        columns = {key: [row[key] for row in rows] for key in rows[0]}
-        prompts = columns.pop("prompt")
-        completions = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
+        columns = completed(rows, texts)
         columns.pop("completion", None)
-        scores = self.reward_func(
-            prompts=prompts, completions=completions, **columns, trainer_state=self.trainer.state
-        )
+        scores = self.reward_func(**columns, trainer_state=self.trainer.state)
         return [score is not None and float(score) >= self.success_threshold for score in scores]
 
 

@@ -5,10 +5,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..tables import markdown_table
 from .statistics import mean_interval, pass_at_k, wilson_interval
 
 
 __all__ = ["markdown", "summarise", "write_report"]
+
+_HEAD = (
+    "benchmark",
+    "questions",
+    "n",
+    "decoding",
+    "accuracy, %",
+    "95 % interval",
+    "pass@n, %",
+    "no answer",
+    "truncated",
+    "grader",
+)
 
 
 def summarise(
@@ -57,30 +71,26 @@ def _ks(samples: int) -> list[int]:
 
 def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Table of results, one row per task."""
-    lines = [
-        "| benchmark | questions | n | decoding | accuracy, % | 95 % interval | pass@n, % | no answer | truncated | grader |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    return markdown_table(_HEAD, [_cells(name, result) for name, result in results.items()])
+
+
+def _cells(name: str, result: Mapping[str, Any]) -> list[Any]:
+    sampling = result["sampling"]
+    low, high = result["accuracy_interval"]
+    best = result.get("pass_at_k", {}).get(str(result["n"]))
+    total = result["questions"] * result["n"]
+    return [
+        name,
+        result["questions"],
+        result["n"],
+        "greedy" if sampling["temperature"] == 0 else f"T={sampling['temperature']:g}, top-p {sampling['top_p']:g}",
+        f"{100 * result['accuracy']:.1f}",
+        f"{100 * low:.1f} to {100 * high:.1f}",
+        "" if best is None else f"{100 * best:.1f}",
+        "" if result["no_answer"] is None else f"{100 * result['no_answer'] / total:.1f} %",
+        f"{100 * result['truncated_share']:.1f} %",
+        result["grader"].rpartition(".")[2],
     ]
-    for name, result in results.items():
-        sampling = result["sampling"]
-        greedy = sampling["temperature"] == 0
-        low, high = result["accuracy_interval"]
-        best = result.get("pass_at_k", {}).get(str(result["n"]))
-        total = result["questions"] * result["n"]
-        cells = [
-            name,
-            result["questions"],
-            result["n"],
-            "greedy" if greedy else f"T={sampling['temperature']:g}, top-p {sampling['top_p']:g}",
-            f"{100 * result['accuracy']:.1f}",
-            f"{100 * low:.1f} to {100 * high:.1f}",
-            "" if best is None else f"{100 * best:.1f}",
-            "" if result["no_answer"] is None else f"{100 * result['no_answer'] / total:.1f} %",
-            f"{100 * result['truncated_share']:.1f} %",
-            result["grader"].rpartition(".")[2],
-        ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
 
 
 def write_report(folder: Path) -> str:

@@ -14,13 +14,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
-from ..generation.generate import Engine, Generated, Job, Sampling, job_seed, prompt_ids
+from ..generation.engines import Engine, Generated, Job, Sampling, jobs_of
 from ..generation.records import Store
 from .report import summarise
 from .tasks import Task, check_grader, grade
 
 
-__all__ = ["check_task", "evaluate_task", "longest_prompt", "make_jobs"]
+__all__ = ["check_task", "evaluate_task", "make_jobs"]
 
 
 def make_jobs(task: Task, tokenizer: PreTrainedTokenizerBase, samples: int, seed: int) -> list[Job]:
@@ -45,16 +45,8 @@ def make_jobs(task: Task, tokenizer: PreTrainedTokenizerBase, samples: int, seed
     """
     if samples < 1:
         raise ValueError(f"`n` must be 1 or more, got {samples}.")
-    jobs = []
-    for question, row in enumerate(task.rows):
-        ids = prompt_ids(row["prompt"], tokenizer, task.prompting.chat_template_kwargs)
-        jobs += [Job(question, sample, ids, job_seed(seed, task.name, question, sample)) for sample in range(samples)]
-    return jobs
-
-
-def longest_prompt(jobs: Sequence[Job]) -> int:
-    """Length of the longest prompt, in tokens."""
-    return max(len(job.ids) for job in jobs)
+    prompts = [row["prompt"] for row in task.rows]
+    return jobs_of(prompts, tokenizer, samples, seed, task.name, task.prompting.chat_template_kwargs)
 
 
 def check_task(

@@ -1,23 +1,24 @@
 """Tasks: the rows of a benchmark or of any dataset, with prompts made and the grader found."""
 
 import hashlib
-import importlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 from datasets import Dataset, load_dataset
 
-from ..data.rows import load_named_dataset, map_columns, with_system_prompt
-from ..data.templates import Template, find_template, with_prompt_template
+from ..data.files import READERS
+from ..data.rows import load_named_dataset, prepared, take_split
+from ..data.templates import Prompting, Template, find_template
 from ..rewards.code_rewards import CodeExecutionRefused
 from .benchmarks import BENCHMARKS, Benchmark
 
 
-__all__ = ["Grade", "Prompting", "Task", "check_grader", "grade", "load_task", "parse_benchmarks"]
+__all__ = ["Grade", "Prompting", "Task", "check_grader", "completed", "grade", "load_task", "parse_benchmarks"]
 
 
 Grader = Callable[..., Sequence[float | None]]
@@ -27,46 +28,6 @@ _GENERATED = {
     "builtin:addition": "trl_bridge.rewards.answer_reward",
     "reasoning-gym:": "trl_bridge.rewards.reasoning_gym_reward",
 }
-
-
-@dataclass(frozen=True)
-class Prompting:
-    """
-    How questions become prompts.
-
-    Attributes:
-        system_prompt (`str`, *optional*):
-            System message. `None` sends none.
-        template (`str`, *optional*):
-            Prompt template: a name or a text with `{prompt}` (or `{question}`), as in training; see
-            [`~trl_bridge.data.templates.find_template`]. `None` is the benchmark's own, and for other datasets the prompt as
-            it stands.
-        chat_template (`bool`, *optional*, defaults to `True`):
-            Whether the questions of the benchmarks go through the tokenizer's chat template, unless the prompt template is
-            a plain one. Prompts of other datasets are what the dataset says, as in training.
-        chat_template_kwargs (`dict[str, Any]`, *optional*):
-            Variables for the tokenizer's chat template, as in [`~trl.GRPOConfig`].
-
-    Raises:
-        ValueError: no such template, or a system prompt where there are no conversations.
-    """
-
-    system_prompt: str | None = None
-    template: str | None = None
-    chat_template: bool = True
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        plain = self.template is not None and self.found(self.template).plain
-        if self.system_prompt is not None and (plain or not self.chat_template):
-            raise ValueError(
-                "`system_prompt` needs conversations: leave `chat_template` on and take a `prompt_template` that is not "
-                "plain, or write the system prompt into the template."
-            )
-
-    def found(self, default: str) -> Template:
-        """The template, in place of a default one."""
-        return find_template((self.template or default).replace("{question}", "{prompt}"))
 
 
 @dataclass(frozen=True)
@@ -111,7 +72,7 @@ def parse_benchmarks(text: str) -> dict[str, tuple[str, str | None]]:
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, equals, path = item.partition("=")
         entry = (name, path) if equals and name in BENCHMARKS else (item, None)
-        stem = Path(entry[0]).stem if Path(entry[0]).suffix in (".jsonl", ".json", ".parquet", ".csv") else entry[0]
+        stem = Path(entry[0]).stem if Path(entry[0]).suffix in READERS else entry[0]
         folder = re.sub(r"[^\w.-]+", "-", stem).strip("-.")
         if folder in found:
             raise ValueError(f"`benchmarks` names {folder!r} twice: {found[folder][0]} and {entry[0]}.")
@@ -170,82 +131,60 @@ def load_task(
     template: str | None
     if name in BENCHMARKS:
         benchmark = BENCHMARKS[name]
-        found = prompting.found(benchmark.template)
-        template = found.text
-        rows, source = _benchmark_rows(name, benchmark, path, limit, seed)
-        rows = [_put(row, found, prompting) for row in rows]
-        grader_name = benchmark.grader
+        found = find_template(prompting.template or benchmark.template)
+        raw, source = _raw_rows(name, benchmark, path)
+        chosen = raw if limit is None else raw.select(range(min(limit, len(raw))))
+        rows = [_put(benchmark.render(row, index, seed), found, prompting) for index, row in enumerate(chosen)]
+        template, grader_name = found.text, benchmark.grader
     else:
-        template = None if prompting.template is None else prompting.found(prompting.template).text
-        rows, source = _dataset_rows(
-            name, prompt_column, solution_column, dataset_config, dataset_split, limit, prompting
-        )
+        columns = {"prompt": prompt_column, "solution": solution_column}
+        rows, source = _dataset_rows(name, dataset_config, dataset_split, columns, prompting, limit)
+        template = None if prompting.template is None else find_template(prompting.template).text
         grader_name = next((own for prefix, own in _GENERATED.items() if name.startswith(prefix)), _MATH)
     if not rows:
         raise ValueError(f"`benchmarks`: {name} has no rows.")
-    grader_name, function = grader or (grader_name, _import(grader_name))
+    grader_name, function = grader or (grader_name, resolve_name(grader_name))
     return Task(folder, rows, function, grader_name, source, template, prompting)
 
 
-def _benchmark_rows(
-    name: str, benchmark: Benchmark, path: str | None, limit: int | None, seed: int
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    raw, source = _raw_rows(benchmark, path)
+def _raw_rows(name: str, benchmark: Benchmark, path: str | None) -> tuple[Dataset, dict[str, Any]]:
+    """A benchmark's raw rows, and where they come from."""
+    fields = ("hub_id", "revision", "config", "split", "data_file")
+    source = {"file": path} if path is not None else {field: getattr(benchmark, field) for field in fields}
+    raw: Any
+    if path is not None:
+        raw = load_named_dataset(path)["train"]
+    elif benchmark.data_file is not None:
+        url = f"hf://datasets/{benchmark.hub_id}@{benchmark.revision}/{benchmark.data_file}"
+        raw = load_dataset("json", data_files=url, split="train")
+    else:
+        raw = load_dataset(benchmark.hub_id, name=benchmark.config, split=benchmark.split, revision=benchmark.revision)
     missing = [column for column in benchmark.columns if column not in raw.column_names]
     if missing:
         raise ValueError(
             f"`benchmarks`: {path or benchmark.hub_id} lacks the columns {', '.join(missing)} of {name}'s raw schema; it "
             f"has: {', '.join(raw.column_names)}."
         )
-    chosen = raw if limit is None else raw.select(range(min(limit, len(raw))))
-    return [benchmark.render(row, index, seed) for index, row in enumerate(chosen)], source
-
-
-def _raw_rows(benchmark: Benchmark, path: str | None) -> tuple[Dataset, dict[str, Any]]:
-    if path is not None:
-        return load_named_dataset(path)["train"], {"file": path}
-    source = {
-        "hub_id": benchmark.hub_id,
-        "revision": benchmark.revision,
-        "config": benchmark.config,
-        "split": benchmark.split,
-        "data_file": benchmark.data_file,
-    }
-    if benchmark.data_file is not None:
-        url = f"hf://datasets/{benchmark.hub_id}@{benchmark.revision}/{benchmark.data_file}"
-        return load_dataset("json", data_files=url, split="train"), source
-    loaded = load_dataset(benchmark.hub_id, name=benchmark.config, split=benchmark.split, revision=benchmark.revision)
-    return loaded, source
+    return raw, source
 
 
 def _dataset_rows(
     name: str,
-    prompt_column: str | None,
-    solution_column: str | None,
     config: str | None,
     split: str | None,
-    limit: int | None,
+    columns: Mapping[str, str | None],
     prompting: Prompting,
+    limit: int | None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of a dataset that is no benchmark, and where they come from."""
     splits = load_named_dataset(name, config)
-    chosen = split or ("test" if "test" in splits or len(splits) > 1 else next(iter(splits)))
-    if chosen not in splits:
-        raise ValueError(
-            f"`dataset_split: {chosen}`: {name} has no such split; it has: {', '.join(map(str, splits))}."
-        )
-    dataset = splits[chosen]
-    dataset = map_columns(dataset, {"prompt": prompt_column, "solution": solution_column}, "benchmarks")
+    chosen = split or ("test" if "test" in splits or len(splits) > 1 else str(next(iter(splits))))
+    dataset = prepared(take_split(splits, chosen, name), name, columns, prompting, limit)
     if "prompt" not in dataset.column_names:
         raise ValueError(
             f"`benchmarks`: {name} has no column `prompt`; name it with `prompt_column`. It has: "
             f"{', '.join(dataset.column_names)}."
         )
-    if limit is not None:
-        dataset = dataset.select(range(min(limit, len(dataset))))
-    if prompting.template is not None:
-        dataset = with_prompt_template(dataset, prompting.template.replace("{question}", "{prompt}"))
-    if prompting.system_prompt is not None:
-        dataset = with_system_prompt(dataset, prompting.system_prompt)
     # A demonstration is no part of a question, and would be part of the fingerprint.
     rows = [{key: value for key, value in row.items() if key != "completion"} for row in dataset]
     return rows, {"dataset": name, "config": config, "split": chosen}
@@ -253,17 +192,11 @@ def _dataset_rows(
 
 def _put(row: dict[str, Any], template: Template, prompting: Prompting) -> dict[str, Any]:
     """`question` as a prompt. Replaced, not formatted: questions and templates are full of LaTeX's braces."""
-    columns = {key: value for key, value in row.items() if key != "question"}
-    text = template.text.replace("{prompt}", row["question"])
+    text = template.text.replace("{prompt}", row.pop("question"))
     if template.plain or not prompting.chat_template:
-        return {"prompt": text, **columns}
+        return {"prompt": text, **row}
     system = [] if prompting.system_prompt is None else [{"role": "system", "content": prompting.system_prompt}]
-    return {"prompt": [*system, {"role": "user", "content": text}], **columns}
-
-
-def _import(path: str) -> Grader:
-    module, _, attribute = path.rpartition(".")
-    return getattr(importlib.import_module(module), attribute)
+    return {"prompt": [*system, {"role": "user", "content": text}], **row}
 
 
 # What rewards write to TRL's table of completions where they found no answer.
@@ -290,22 +223,10 @@ def grade(task: Task, questions: Sequence[int], texts: Sequence[str]) -> list[Gr
 
 
 def _call(task: Task, questions: Sequence[int], texts: Sequence[str]) -> tuple[list[Grade], bool]:
-    rows = [task.rows[question] for question in questions]
     extra: dict[str, list[Any]] = {}
     metrics: dict[str, float] = {}
-    columns = {key: [row[key] for row in rows] for key in rows[0]}
-    prompts = columns.pop("prompt")
-    completions = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
-    scores = task.grader(
-        prompts=prompts,
-        completions=completions,
-        **columns,
-        log_extra=extra.__setitem__,
-        log_metric=metrics.__setitem__,
-    )
+    columns = completed([task.rows[question] for question in questions], texts)
+    scores = task.grader(**columns, log_extra=extra.__setitem__, log_metric=metrics.__setitem__)
     stopped = any(value > 0 for name, value in metrics.items() if name.endswith("/timeouts"))
     answers = extra.get("answer")
     grades = []
@@ -316,6 +237,16 @@ def _call(task: Task, questions: Sequence[int], texts: Sequence[str]) -> tuple[l
     if len(grades) != len(texts):
         raise ValueError(f"`grader`: {task.grader_name} gave {len(grades)} scores for {len(texts)} completions.")
     return grades, stopped
+
+
+def completed(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> dict[str, list[Any]]:
+    """Arguments of a reward function for rows with `prompt`, of which one completion each has been drawn."""
+    columns = {f"{key}s" if key == "prompt" else key: [row[key] for row in rows] for key in rows[0]}
+    completions = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(columns["prompts"], texts, strict=True)
+    ]
+    return {**columns, "completions": completions}
 
 
 def check_grader(task: Task) -> None:

@@ -152,7 +152,7 @@ def model_fingerprint(directory: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def model_identity(name: str, options: dict[str, Any]) -> dict[str, Any]:
+def model_identity(name: str, **options: Any) -> dict[str, Any]:
     """What tells a model apart from another one of the same name, its weights not loaded."""
     from transformers import AutoConfig
 
@@ -161,6 +161,5 @@ def model_identity(name: str, options: dict[str, Any]) -> dict[str, Any]:
         found["weights"] = model_fingerprint(Path(name))
     if not (Path(name) / "adapter_config.json").is_file():
         # An adapter's directory has no config of its own.
-        commit = getattr(AutoConfig.from_pretrained(name, **options), "_commit_hash", None)
-        found |= {} if commit is None else {"revision": commit}
+        found["revision"] = getattr(AutoConfig.from_pretrained(name, **options), "_commit_hash", None)
     return found

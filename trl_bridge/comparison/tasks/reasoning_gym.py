@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ...data.reasoning_gym_tasks import reasoning_gym_dataset
-from ...generation.generate import Sampling, generate_batch, job_seed, prompt_ids
+from ...generation.engines import Sampling, generate_batch, job_seed, prompt_ids
 from ...models import load_smollm2
 from ...rewards.reasoning_gym_rewards import reasoning_gym_reward
 from ...training.randomness import forked_python_rng

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ...distillation.collect import sample_rollouts, score_rollouts, write_rollouts
 from ...distillation.identity import rollout_identity
 from ...distillation.scoring import LocalTeacher
-from ...generation.generate import Job, Sampling, TransformersEngine, job_seed, prompt_ids
+from ...generation.engines import Job, Sampling, TransformersEngine, job_seed, prompt_ids
 from .task import BuiltTask
 
 

@@ -1,32 +1,19 @@
-"""Reward functions by name."""
+"""Reward functions by name, for training and evaluation."""
 
 import difflib
-import importlib
 import os
 import sys
 from collections.abc import Callable
+from pkgutil import resolve_name
 from typing import Any
 
-from .arguments import RewardArguments
 
-
-__all__ = ["load_reward_functions", "reward_function"]
+__all__ = ["reward_function"]
 
 _TRL_NAMES = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
 
 
-def load_reward_functions(arguments: RewardArguments) -> list[Any]:
-    """Reward model and reward functions that the script arguments name."""
-    rewards: list[Any] = [arguments.reward_model_name_or_path] if arguments.reward_model_name_or_path else []
-    rewards += [reward_function(name) for name in arguments.reward_funcs or []]
-    if not rewards:
-        raise ValueError(
-            "`reward_funcs` is not set: name at least one reward function (or `reward_model_name_or_path`)"
-        )
-    return rewards
-
-
-def reward_function(name: str) -> Callable[..., Any]:
+def reward_function(name: str, argument: str = "reward_funcs") -> Callable[..., Any]:
     """
     A reward function by name: from `trl_bridge.rewards`, from TRL's GRPO script, or by dotted path (the current
     directory is looked into as well).
@@ -42,14 +29,14 @@ def reward_function(name: str) -> Callable[..., Any]:
         known = sorted({*own, *_TRL_NAMES})
         nearest = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean `{nearest[0]}`?" if nearest else f"known are {', '.join(known)}"
-        raise ValueError(f"`reward_funcs`: no reward function is called {name!r} ({hint}, or a dotted path)")
-    module, _, attribute = name.rpartition(".")
+        raise ValueError(f"`{argument}`: no reward function is called {name!r} ({hint}, or a dotted path)")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"`reward_funcs`: {name} cannot be imported: {error}") from error
+        # With a colon: a module's own import errors are not mistaken for a name that it does not have.
+        return resolve_name(":".join(name.rsplit(".", 1)))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"`{argument}`: {name} cannot be imported: {error}") from error
 
 
 def _from_trl(name: str) -> Callable[..., Any]:

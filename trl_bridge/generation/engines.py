@@ -1,7 +1,7 @@
-"""Batched generation with transformers, reproducible for each question and sample whatever the batch or the resume point."""
+"""Batched generation with transformers or vLLM, reproducible for each question and sample whatever the batch or the resume point."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +17,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..models import is_builtin
+
 
 __all__ = [
     "Engine",
@@ -25,8 +27,13 @@ __all__ = [
     "Job",
     "Sampling",
     "TransformersEngine",
+    "VllmEngine",
+    "check_vllm",
+    "fitting_length",
     "generate_batch",
     "job_seed",
+    "jobs_of",
+    "longest_prompt",
     "prompt_ids",
 ]
 
@@ -118,12 +125,48 @@ def prompt_ids(
         return list(tokenizer(prompt)["input_ids"])
     if tokenizer.chat_template is None:
         raise ValueError(
-            "the prompts are conversations and the tokenizer has no chat template: switch `chat_template` off"
+            "the prompts are conversations and the tokenizer has no chat template: give it one, or make the prompts text"
         )
     encoded: Any = tokenizer.apply_chat_template(
         prompt, add_generation_prompt=True, return_dict=True, **(template_kwargs or {})
     )
     return list(encoded["input_ids"])
+
+
+def jobs_of(
+    prompts: Iterable[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    seed: int,
+    name: str,
+    template_kwargs: dict[str, Any],
+) -> list[Job]:
+    """All completions of some prompts, question by question. `name` keeps the seeds of two lists of prompts apart."""
+    jobs = []
+    for question, prompt in enumerate(prompts):
+        ids = prompt_ids(prompt, tokenizer, template_kwargs)
+        jobs += [Job(question, sample, ids, job_seed(seed, name, question, sample)) for sample in range(samples)]
+    return jobs
+
+
+def longest_prompt(jobs: Sequence[Job]) -> int:
+    """Length of the longest prompt, in tokens."""
+    return max(len(job.ids) for job in jobs)
+
+
+def fitting_length(
+    jobs: Sequence[Job], contexts: Mapping[str, int | None], wanted: int | None, default: int, of: str = ""
+) -> int:
+    """Longest completion: what is wanted, or the default as far as the longest prompt leaves room in each context."""
+    longest = longest_prompt(jobs)
+    left = {name: context - longest for name, context in contexts.items() if context is not None}
+    for name, fits in left.items():
+        if fits < (wanted or 1):
+            raise ValueError(
+                f"`--max_new_tokens {wanted or 1}`: the longest prompt{of} has {longest} tokens and {name} a context of "
+                f"{contexts[name]}, which leaves {max(fits, 0)}"
+            )
+    return min([default, *left.values()]) if wanted is None else wanted
 
 
 @torch.no_grad()
@@ -246,3 +289,49 @@ class TransformersEngine(HalvingBatches):
             )
 
         return self.in_batches(jobs, work)
+
+
+def check_vllm(model: str) -> None:
+    """Refuse a model that vLLM cannot load."""
+    if is_builtin(model):
+        raise ValueError("`use_vllm` needs a model on disk or on the hub; the built-in ones are made in memory")
+
+
+class VllmEngine:
+    """Generation with vLLM's offline engine; each completion has its own seed."""
+
+    name = "vllm"
+
+    def __init__(self, model: str, max_model_len: int, batch_size: int = 1024, **options: Any):
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
+        try:
+            import vllm
+        except ImportError as error:
+            raise ImportError("`use_vllm` needs the package `vllm`: pip install 'trl-bridge[vllm]'") from error
+        self.batch_size = batch_size
+        self._params = vllm.SamplingParams
+        self._llm = vllm.LLM(model=model, max_model_len=max_model_len, **options)
+
+    def __call__(self, jobs: Sequence[Job], sampling: Sampling) -> Iterator[list[Generated]]:
+        for start in range(0, len(jobs), self.batch_size):
+            batch = jobs[start : start + self.batch_size]
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": job.ids} for job in batch],
+                sampling_params=[
+                    self._params(
+                        n=1,
+                        temperature=sampling.temperature,
+                        top_p=sampling.top_p if sampling.temperature > 0 else 1.0,
+                        max_tokens=sampling.max_new_tokens,
+                        seed=job.seed,
+                    )
+                    for job in batch
+                ],
+                use_tqdm=False,
+            )
+            firsts = [output.outputs[0] for output in outputs]
+            yield [
+                Generated(first.text, len(first.token_ids), first.finish_reason == "length", list(first.token_ids))
+                for first in firsts
+            ]
