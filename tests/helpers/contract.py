@@ -113,6 +113,7 @@ OWN_NAMES = {
     "save_coordinator",
     "sft_coefficient",
     "sft_pass",
+    "sft_step",
     "sft_steps",
     "sft_weights",
     "shadow_state_dict",

@@ -175,11 +175,11 @@ def test_the_step_leaves_gradients_and_random_numbers_alone(tmp_path):
     before, state = trainer.snapshot(), torch.get_rng_state()
     for parameter in trainer.model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    stale = trainer.sft_pass.run(demonstrations)
+    stale = trainer.sft_step(demonstrations)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
     trainer.model.load_state_dict(before, strict=False)
-    fresh = trainer.sft_pass.run(demonstrations)
+    fresh = trainer.sft_step(demonstrations)
     assert fresh == stale  # the same dropout, and nothing left of the gradients that were there
 
 
@@ -201,7 +201,7 @@ def test_lora_student_and_its_reference(tmp_path):
     assert sum(p.numel() for group in held for p in group["params"]) == size
     # The demonstrations' likelihood grows: the step went through the adapter.
     demonstrations = [(prompt, trace) for taken in trainer.taken for _, prompt, trace in taken]
-    losses = [trainer.sft_pass.run(demonstrations)["loss"] for _ in range(3)]
+    losses = [trainer.sft_step(demonstrations)["loss"] for _ in range(3)]
     assert losses[0] > losses[1] > losses[2]
 
 

@@ -18,7 +18,7 @@ from ..training.group_config import ExpertConfig
 from ..training.options import at_least, options
 from ..training.refusals import SIDE_OPTIMIZERS
 from ..training.shaping import UNCLIPPED
-from .relift_sft_step import SFTPass
+from .relift_sft_step import Demonstration, SFTPass
 
 
 @options
@@ -145,6 +145,12 @@ class ReLIFTTrainer(ExpertTrainer):
     # SFT steps done.
     sft_steps = 0
 
+    def sft_step(self, demonstrations: list[Demonstration]) -> dict[str, float]:
+        """Take an SFT step: mean loss, and norm of the gradient before clipping. Collective."""
+        optimizer: Any = self.optimizer
+        rate = self.args.sft_rate * self.rate_factor() if self.args.separate_optimizer else None
+        return self.sft_pass.run(self.model_wrapped, demonstrations, optimizer, rate)
+
     def assign(self, output: dict[str, Any], plan: ExpertPlan) -> None:
         size: Any = self.num_generations
         rewards = self.rollouts.total_rewards().view(-1, size)  # (groups, G)
@@ -169,10 +175,7 @@ class ReLIFTTrainer(ExpertTrainer):
         if used_up and len(self.buffer) >= self.args.buffer_size:
             newest = self.buffer[-self.args.buffer_size :]
             del self.buffer[-self.args.buffer_size :]
-            rate = self.args.sft_rate * self.rate_factor() if self.args.separate_optimizer else None
-            optimizer: Any = self.optimizer
-            demonstrations = [(prompt, trace) for _, prompt, trace in newest]
-            values = self.sft_pass.run(self.model_wrapped, demonstrations, optimizer, rate)
+            values = self.sft_step([(prompt, trace) for _, prompt, trace in newest])
             self.sft_steps += 1
             self.record({"sft/loss": values["loss"], "relift/sft_grad_norm": values["grad_norm"]})
         self.record({"relift/buffer_size": len(self.buffer), "relift/sft_steps": self.sft_steps})
