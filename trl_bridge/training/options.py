@@ -37,6 +37,7 @@ class Bound(NamedTuple):
 # A field belongs to one class, and those derived from it share it until they redefine it. Metadata cannot hold bounds:
 # transformers' parser passes all of it to argparse.
 _BOUNDS: dict[dataclasses.Field, Bound] = {}
+_ENTRIES: dict[dataclasses.Field, str] = {}  # of the documentation of every class that has the field
 
 
 def must(words: str, holds: Callable[[Any], bool]) -> dict[str, Any]:
@@ -68,11 +69,11 @@ def one_of(*choices: str) -> dict[str, Any]:
 @dataclass_transform(field_specifiers=(field,))
 def options(cls: Config) -> Config:
     """
-    Make a class a dataclass whose fields have the strings below them as `help`, and whose documentation lists them. Where the
-    source cannot be read there is no help.
+    Make a class a dataclass whose fields have the strings below them as `help`, and whose documentation lists them with the
+    inherited ones. Where the source cannot be read there is no help.
     """
     made: Any = dataclasses.dataclass(cls)
-    sentences, own, listed = _sentences(cls), inspect.get_annotations(cls), []
+    sentences, own = _sentences(cls), inspect.get_annotations(cls)
     for option in (each for each in dataclasses.fields(made) if each.name in own):
         metadata = dict(option.metadata)
         if "bound" in metadata:
@@ -81,11 +82,12 @@ def options(cls: Config) -> Config:
             _BOUNDS[option] = metadata.pop("bound")._replace(takes_none=takes_none)
         if option.name in sentences:
             text = sentences[option.name]
-            listed.append(f"    {option.name} ({_facts(option)}):\n{textwrap.indent(text, ' ' * 8)}")
+            _ENTRIES[option] = f"    {option.name} ({_facts(option)}):\n{textwrap.indent(text, ' ' * 8)}"
             metadata["help"] = " ".join(text.split()).replace("`", "").replace("%", "%%")
         option.metadata = MappingProxyType(metadata)
-    if listed:
-        made.__doc__ = "\n".join([inspect.cleandoc(made.__doc__ or ""), "\nParameters:", *listed])
+    entries = [_ENTRIES[option] for option in dataclasses.fields(made) if option in _ENTRIES]
+    if entries:
+        made.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "\nParameters:", *entries])
     return made
 
 
