@@ -18,27 +18,10 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations import deepspeed as transformers_deepspeed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer, is_conversational
 from trl.chat_template_utils import parse_response
 from trl.trainer.utils import add_fused_lm_head
 
-
-__all__ = [
-    "PREFIX_CHECKPOINT_DIR",
-    "add_demonstration_head",
-    "asked_twice",
-    "decode_completions",
-    "isolated_bookkeeping",
-    "optimizer_for",
-    "plain_copy",
-    "policy_term_only",
-    "scored_by",
-    "served_log_probs",
-    "set_up_again",
-    "teacher_client",
-    "without_reference_model",
-]
 
 # Set on a model's instance by TRL (fused head) and accelerate (autocast wrapper); bound to the model they were set on.
 _INSTANCE_FORWARDS = ("forward", "_original_forward")
@@ -91,19 +74,19 @@ def plain_copy(
         if name in module.__dict__
     ]
     try:
-        twin = copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     finally:
         for module, name, value in set_aside:
             setattr(module, name, value)
     outputs = ("log_probs", "entropy") if entropy else ("log_probs",)
-    add_fused_lm_head(twin, temperature=temperature, cast_lm_head_to_fp32=cast_lm_head_to_fp32, outputs=outputs)
-    return twin
+    add_fused_lm_head(copied, temperature=temperature, cast_lm_head_to_fp32=cast_lm_head_to_fp32, outputs=outputs)
+    return copied
 
 
 @contextlib.contextmanager
 def isolated_bookkeeping(trainer: GRPOTrainer, entropy_control: tuple[float, float] | None = None) -> Iterator[None]:
     """
-    Call the parent's loss or rewards without a trace: metrics, completion logs and the adaptive-entropy controller are
+    Call TRL's loss or rewards without a trace: metrics, completion logs and the adaptive-entropy controller are
     put back as they were.
     """
     names = ("_metrics", "_pending_extra_logs", "_pending_metrics")
@@ -141,7 +124,7 @@ def decode_completions(
 @contextlib.contextmanager
 def without_reference_model(args: Any) -> Iterator[None]:
     """
-    Keep the parent's constructor from building a KL reference.
+    Keep TRL's constructor from building a KL reference.
 
     For a model object it would load one by the config's id: that fails for a model made in memory, and silently takes
     the hub's weights for one that was changed since.
@@ -171,7 +154,7 @@ def optimizer_for(
 def decay_groups(
     trainer: Trainer, model: nn.Module, parameters: Mapping[str, nn.Parameter], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """The parent's two weight-decay groups (`Trainer.create_optimizer`) for another model."""
+    """TRL's two weight-decay groups (`Trainer.create_optimizer`) for another model."""
     decaying = set(trainer.get_decay_parameter_names(model))
     return [
         {"params": [p for name, p in parameters.items() if name in decaying], "weight_decay": weight_decay},
@@ -234,7 +217,7 @@ def outside_zero3() -> Iterator[None]:
         transformers_deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
-class TwiceAsked:
+class DeferredGeneration:
     """
     In the place of a trainer's client of a vLLM server, so that the same generation can be asked for and fetched apart.
 
@@ -265,22 +248,22 @@ class TwiceAsked:
 
 
 @contextlib.contextmanager
-def asked_twice(trainer: GRPOTrainer) -> Iterator[None]:
+def deferred_generation(trainer: GRPOTrainer) -> Iterator[None]:
     """
     While inside, the first `_generate_single_turn` of a trainer in vLLM's server mode only sends the request, and the
-    second fetches the answer (see [`TwiceAsked`]).
+    second fetches the answer (see [`DeferredGeneration`]).
     """
     generation: Any = trainer.vllm_generation
     if not trainer.accelerator.is_main_process:
         yield
         return
     client = generation.vllm_client
-    twice = generation.vllm_client = TwiceAsked(client)
+    deferred = generation.vllm_client = DeferredGeneration(client)
     try:
         yield
     finally:
         generation.vllm_client = client
-        twice.close()
+        deferred.close()
 
 
 def teacher_client(url: str, timeout: float) -> Any:

@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 
-__all__ = ["launch_command", "launch_options", "launch_parser", "print_trl_env", "trl_accelerate_config"]
-
-
 def launch_parser() -> argparse.ArgumentParser:
     """Parser of `accelerate launch`."""
     from accelerate.commands.launch import launch_command_parser

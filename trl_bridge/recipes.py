@@ -9,16 +9,6 @@ import shutil
 from pathlib import Path
 
 
-__all__ = [
-    "RecipeNotFoundError",
-    "accelerate_configs",
-    "copy_recipe",
-    "find_recipe",
-    "list_recipes",
-    "recipe_folder",
-    "summary_line",
-]
-
 _PACKAGE = Path(__file__).parent
 # Accelerate's configs are named by `--accelerate_config`, they are no recipes.
 _ACCELERATE_CONFIGS = "accelerate_configs"

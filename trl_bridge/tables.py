@@ -4,9 +4,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 
-__all__ = ["markdown_table"]
-
-
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: int | None = None) -> str:
     """A table; the columns from the `left`th on are aligned to the right, by default none."""
     left = len(head) if left is None else left

@@ -8,18 +8,6 @@ from trl import ModelConfig, ScriptArguments
 from ..training.options import options
 
 
-__all__ = [
-    "FAMILY_ARGUMENTS",
-    "CoordinatorModelConfig",
-    "DatasetArguments",
-    "GroupArguments",
-    "RewardArguments",
-    "ScoredArguments",
-    "StreamArguments",
-    "SupervisedArguments",
-]
-
-
 @options
 class DatasetArguments(ScriptArguments):
     """

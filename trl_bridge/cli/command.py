@@ -15,8 +15,6 @@ from ..recipes import accelerate_configs, copy_recipe, find_recipe, list_recipes
 from .errors import ToolParser, user_errors
 
 
-__all__ = ["TOOLS", "main"]
-
 TOOLS: dict[str, tuple[str, str]] = {
     "compare": (
         "trl_bridge.cli.compare:main",

@@ -11,8 +11,6 @@ from ..comparison.workers import read_records, run_all
 from .errors import ToolParser, UsageError
 
 
-__all__ = ["TABLE_FILE", "main"]
-
 TABLE_FILE = "table.md"
 
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from ..data.checks import DatasetReport, Sample
 
 
-__all__ = ["main"]
-
 # Lines to print, and the exit code.
 Printed = tuple[list[str], int]
 

@@ -18,9 +18,6 @@ from .arguments import (
 )
 
 
-__all__ = ["load_splits"]
-
-
 def load_splits(
     script: DatasetArguments, mixture: DatasetMixtureConfig, evaluate: bool, model: ModelConfig, training: Any = None
 ) -> dict[str, Any]:

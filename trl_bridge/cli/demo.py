@@ -6,9 +6,6 @@ import sys
 from .errors import ToolParser
 
 
-__all__ = ["main"]
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the demo."""
     options = _parse(sys.argv[1:] if argv is None else argv)

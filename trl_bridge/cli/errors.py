@@ -10,9 +10,6 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 
-__all__ = ["DEBUG_VARIABLE", "RaisingParser", "ToolParser", "UsageError", "json_mapping", "user_errors"]
-
-
 DEBUG_VARIABLE = "TRL_BRIDGE_DEBUG"
 _USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError, ImportError)
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     Work = list[tuple[Task, list[Job], Sampling]]
 
 
-__all__ = ["EvaluationArguments", "main"]
-
 _PROGRAM = "trl-bridge eval"
 # The paper's longest answer in evaluation.
 _MAX_NEW_TOKENS = 5000

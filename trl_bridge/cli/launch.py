@@ -10,9 +10,6 @@ from ..recipes import accelerate_configs
 from .errors import UsageError
 
 
-__all__ = ["find_accelerate_config", "launch"]
-
-
 def launch(method: Method, options: list[str], forwarded: list[str]) -> int:
     """Run a method's script and wait for it."""
     parser = launch_parser()

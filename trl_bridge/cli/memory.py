@@ -13,9 +13,6 @@ from ..methods.catalogue import METHODS, Method
 from .errors import ToolParser, UsageError
 
 
-__all__ = ["main", "scaling_table"]
-
-
 # What the table holds fixed: 8 rollouts of 1024 + 3072 tokens and one demonstration as long in a micro-batch, two of them in
 # an update, bfloat16, AdamW, gradient checkpointing, rollouts from a vLLM server.
 _RUN = Run(rows=8, prompt_length=1024, completion_length=3072, accumulation=2)
@@ -154,7 +151,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", help="folder or hub name, in place of the recipe's model_name_or_path")
     model.add_argument("--params", metavar="SIZE", help="size in place of a model: 1.5B, 3B, 7B, 14B, 32B or 70B")
-    parser.add_argument("--backend", choices=BACKENDS, help="way of training (default: what --accelerate_config says)")
+    parser.add_argument("--backend", choices=BACKENDS, help="backend (default: what --accelerate_config says)")
     parser.add_argument(
         "--prompt_length", type=int, help="longest prompt in tokens (default: max_prompt_length, or 512)"
     )

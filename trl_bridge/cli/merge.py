@@ -9,8 +9,6 @@ from typing import Any
 from .errors import ToolParser, UsageError
 
 
-__all__ = ["main", "merge_adapter"]
-
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _TOKENIZER = "tokenizer_config.json"

@@ -23,16 +23,6 @@ from .arguments import FAMILY_ARGUMENTS, DatasetArguments
 from .errors import RaisingParser, UsageError
 
 
-__all__ = [
-    "LAUNCH_KEYS",
-    "CommandLine",
-    "MethodParser",
-    "build_parser",
-    "import_by_path",
-    "parse_command_line",
-    "parse_values",
-]
-
 # Keys of older recipes whose new name does not look like the old one.
 _RENAMED = {"torch_dtype": "dtype", "warmup_ratio": "warmup_steps", "dataset_prompt_column": "prompt_column"}
 # Read by the launcher beside accelerate's own options.

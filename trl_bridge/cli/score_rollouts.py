@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from ..generation.engines import Engine, Job, Sampling
 
-__all__ = ["add_options", "run"]
-
 # The longest completion of the released program.
 _MAX_NEW_TOKENS = 4096
 

@@ -10,9 +10,6 @@ from .errors import UsageError, user_errors
 from .parsing import CommandLine, import_by_path, parse_command_line
 
 
-__all__ = ["build_trainer", "main", "run"]
-
-
 def run(name: str, argv: list[str]) -> None:
     """What `accelerate launch -m trl_bridge.cli.train METHOD ...` runs: parse, build, train, save."""
     method = METHODS[name]

@@ -23,8 +23,6 @@ from .tasks.task import BuiltTask, Scores
 from .trainers import build_trainer
 
 
-__all__ = ["Curve", "demo_comparison", "draw", "run_demo", "train"]
-
 # The rows that the curves are measured on.
 _HELD_OUT = "validation"
 _EXAMPLES = 3

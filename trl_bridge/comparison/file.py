@@ -23,8 +23,6 @@ from ..recipes import find_recipe
 from .tasks.specs import TASKS, Number, Strict, TaskSpec
 
 
-__all__ = ["Comparison", "Row", "Setting", "load_comparison", "parse_comparison", "read_values"]
-
 # Families of methods that read demonstrations, and of those that read a teacher.
 _WITH_DEMONSTRATIONS = ("bridge", "stream", "group", "sft")
 _WITH_TEACHER = ("distillation", "scored")

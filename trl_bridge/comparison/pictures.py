@@ -12,8 +12,6 @@ from .plan import Records
 from .report import Results, results_of
 
 
-__all__ = ["STYLES", "check_matplotlib", "draw_all", "new_figure", "style"]
-
 # Told apart by line and marker, so that a print in black and white can be read.
 STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1)), "v"), ((0, (1, 1)), "x"), ("--", "+"))
 _SERIES = {

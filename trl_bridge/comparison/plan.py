@@ -9,18 +9,6 @@ from typing import Any
 from .file import Comparison, Row, Setting
 
 
-__all__ = [
-    "Records",
-    "Run",
-    "all_runs",
-    "best_rate",
-    "next_runs",
-    "number_of_runs",
-    "runs_of",
-    "tuning_runs",
-    "validation_scores",
-]
-
 Records = Mapping[str, Mapping[str, Any]]
 
 

@@ -14,8 +14,6 @@ from trl import SFTConfig
 from .tasks.task import BuiltTask
 
 
-__all__ = ["Recorder", "Stopwatch", "short"]
-
 _FIRST_STEPS = 3
 _FIRST = (
     "loss",

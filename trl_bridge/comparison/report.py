@@ -10,9 +10,6 @@ from .file import Comparison, Row, Setting
 from .plan import Records, best_rate, runs_of, tuning_runs, validation_scores
 
 
-__all__ = ["Difference", "Result", "Results", "overview", "report", "results_of"]
-
-
 @dataclasses.dataclass(frozen=True)
 class Difference:
     """A row against a reference on the seeds that both have."""

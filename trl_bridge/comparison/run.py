@@ -22,8 +22,6 @@ from .tasks.task import BuiltTask
 from .trainers import build_trainer, sample_offline
 
 
-__all__ = ["execute", "policy_of"]
-
 _PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate", "datasets")
 _TASKS: dict[str, BuiltTask] = {}
 # High-water mark of this process, and where Linux lets it be set back.

@@ -17,8 +17,6 @@ from .tasks.scored_rollouts import SAMPLING, scored_rollouts
 from .tasks.task import BuiltTask
 
 
-__all__ = ["build_trainer", "check_rows", "config_fields", "sample_offline"]
-
 # What the comparison sets itself, for every method.
 _OWN = {
     "disable_tqdm": True,

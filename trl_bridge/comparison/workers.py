@@ -14,8 +14,6 @@ from .file import Comparison
 from .plan import Run, all_runs, next_runs, number_of_runs
 
 
-__all__ = ["RUNS_FILE", "read_records", "run_all"]
-
 RUNS_FILE = "runs.jsonl"
 _LOG = "worker-{}.log"
 

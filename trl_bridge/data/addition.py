@@ -9,18 +9,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-__all__ = [
-    "ERRORS",
-    "WRONG_KINDS",
-    "WrongKind",
-    "addition_dataset",
-    "addition_pairs",
-    "worked_dataset",
-    "worked_sum",
-    "wrong_answer",
-    "wrong_sum",
-]
-
 # From two numbers, and a generator to draw from, to what is said of their sum.
 Answer = Callable[[int, int, random.Random], str]
 

@@ -14,8 +14,6 @@ from .overlap import Overlap, find_overlaps, question_text
 from .rows import prompt_tokens
 
 
-__all__ = ["GOLDS", "DatasetReport", "Finding", "Sample", "check_dataset", "rendered_samples"]
-
 GOLDS = ("math", "roles", "none")
 """How the `solution` column is checked: as golds of `math_reward`, of `knights_knaves_reward`, or not at all."""
 

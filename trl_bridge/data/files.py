@@ -9,8 +9,6 @@ from types import ModuleType
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 
 
-__all__ = ["READERS", "code_of", "read_files", "warn", "write_rows"]
-
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 """From a file's ending to the reader of [`~datasets.load_dataset`]."""
 

@@ -5,8 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
-__all__ = ["Overlap", "find_overlaps", "question_text"]
-
 _WORD = re.compile(r"\w+")
 _QUESTIONS = ("prompt", "messages", "problem", "question", "quiz", "Problem", "Question")
 

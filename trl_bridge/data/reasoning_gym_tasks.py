@@ -15,8 +15,6 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 
 
-__all__ = ["WORKED_SOLUTIONS", "reasoning_gym_dataset", "worked_solution"]
-
 # Row i of a reasoning-gym dataset is drawn from seed + i, so seeds that are neighbours share nearly all rows.
 _SEED_STRIDE = 1_000_000
 

@@ -16,9 +16,6 @@ from datasets import Dataset, DatasetDict
 from ..rewards.route_rewards import CRITERIA, Network, Stop
 
 
-__all__ = ["LINE_NAMES", "STOP_NAMES", "all_routes", "route_difficulty", "route_text", "routes_dataset"]
-
-
 LINE_NAMES = "Amber Azure Coral Ivory Jade Onyx Pearl Ruby Saffron Slate Teal Violet".split()
 """Names of lines."""
 

@@ -25,18 +25,6 @@ from .sources import load_source
 from .templates import Prompting, with_prompting
 
 
-__all__ = [
-    "load",
-    "load_named_dataset",
-    "map_columns",
-    "prepared",
-    "prompt_of",
-    "prompt_tokens",
-    "take_split",
-    "within_prompt_length",
-]
-
-
 AnyDataset: TypeAlias = Dataset | IterableDataset
 AnyDatasetDict: TypeAlias = DatasetDict | IterableDatasetDict
 Columns: TypeAlias = Mapping[str, str | None]

@@ -16,9 +16,6 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict,
 from .files import READERS, code_of, read_files, warn
 
 
-__all__ = ["SOURCES", "Example", "Source", "find_source", "load_source"]
-
-
 class Example(NamedTuple):
     """What every source has."""
 

@@ -10,17 +10,6 @@ from datasets import Dataset, IterableDataset
 from .files import code_of
 
 
-__all__ = [
-    "TEMPLATES",
-    "Prompting",
-    "Template",
-    "find_template",
-    "with_prompt_template",
-    "with_prompting",
-    "with_system_prompt",
-    "without_open_think",
-]
-
 _SLOT = "{prompt}"
 _PLAIN = "plain:"
 _THINK = "<think>"

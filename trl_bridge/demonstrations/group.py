@@ -15,8 +15,6 @@ from .steps import read_steps, step_ends
 from .stream import PromptIndex, fingerprint, generator
 
 
-__all__ = ["Experts"]
-
 logger = get_logger(__name__)
 
 # Told apart from the generators of the stream and of the choice among several traces, which take the same numbers.

@@ -15,8 +15,6 @@ from trl.data_utils import prepare_multimodal_messages
 from .rows import check_dataset, prompt_key, split_demonstration, without_none
 
 
-__all__ = ["OVERLONG", "prompt_key", "render_demonstrations"]
-
 logger = get_logger(__name__)
 
 OVERLONG = ("drop", "truncate", "error")

@@ -18,7 +18,7 @@ def generator(*entropy: int) -> torch.Generator:
 
 class DemonstrationStream:
     """
-    Draws demonstrations without replacement, epoch by epoch, each epoch shuffled anew.
+    Draws demonstrations without replacement, epoch by epoch, each epoch shuffled again.
 
     An epoch's order is made by a generator of its own, seeded from the seed and the epoch: nothing global is touched,
     and every rank draws the same.

@@ -16,8 +16,6 @@ from .identity import Identity
 from .scoring import Rollout, Scorer, check_scores
 
 
-__all__ = ["FORMATS", "Done", "sample_rollouts", "score_rollouts", "write_rollouts"]
-
 FORMATS = ("parquet", "jsonl")
 Record = dict[str, Any]
 

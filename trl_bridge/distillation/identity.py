@@ -9,8 +9,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 
-__all__ = ["check_identity", "model_name", "rollout_identity", "template_hash", "tokenizer_hash", "vocabulary_hash"]
-
 Identity = dict[str, Any]
 
 
@@ -82,7 +80,7 @@ def _refuse_if_different(part: str, stored: str, own: str | None, identity: Iden
         raise ValueError(
             f"`{what}` was sampled by {identity['student']['model']!r} with another {part} ({stored}) than this "
             f"student's ({own}): its token ids would mean something else here. Take the student that sampled, or make the "
-            "rollouts anew with `trl-bridge data score-rollouts`."
+            "rollouts again with `trl-bridge data score-rollouts`."
         )
 
 

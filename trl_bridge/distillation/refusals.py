@@ -24,7 +24,7 @@ REFUSED: Rules = {
     "parallelism_config": "only data parallelism is built. Remove it, and launch with DDP (torchrun)",
     "auto_find_batch_size": "it would change the rollouts of an update half-way. Set it to False",
     "enable_jit_checkpoint": (
-        "it may save inside an update, which cannot be gone on with exactly. Save often (`save_steps`) in place of it"
+        "it may save inside an update, which cannot be resumed exactly. Save often (`save_steps`) in place of it"
     ),
 }
 
@@ -46,7 +46,7 @@ _SAMPLING: dict[str, tuple[Any, ...]] = {
 
 
 def check_backend(accelerator: Accelerator, owner: str) -> None:
-    """Refuse ways of training that no distillation trainer supports, which would else fail at the first checkpoint."""
+    """Refuse backends that no distillation trainer supports, which would else fail at the first checkpoint."""
     refuse_spread(accelerator.distributed_type, owner)
     backend_for(accelerator)
 

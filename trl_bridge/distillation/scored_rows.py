@@ -17,8 +17,6 @@ from .identity import check_identity
 from .scoring import Rollout, check_scores
 
 
-__all__ = ["SCORES", "ScoredCollator", "rows_hash", "scored_rows"]
-
 SCORES = ("teacher_logprobs", "reference_logprobs")
 """Columns with one number for each token of a row; the second one may be absent."""
 
@@ -75,7 +73,7 @@ def scored_rows(
 
 def rows_hash(rows: Dataset) -> str:
     """
-    Hash of what rows hold, in their order: a resumed run goes on with the same ones, wherever they were read from.
+    Hash of what rows hold, in their order: a resumed run reads the same ones, wherever they were read from.
     """
     digest = hashlib.sha256()
     for batch in rows.with_format("arrow").iter(batch_size=1000):

@@ -11,9 +11,6 @@ from .._upstream import add_fused_lm_head
 from ..generation.engines import HalvingBatches
 
 
-__all__ = ["LocalTeacher", "Rollout", "Scorer", "ServedTeacher", "check_scores"]
-
-
 class Rollout(NamedTuple):
     """A prompt and one completion of it, as token ids."""
 

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 
-__all__ = ["BENCHMARKS", "Benchmark"]
-
 Row = Mapping[str, Any]
 Render = Callable[[Row, int, int], dict[str, Any]]
 

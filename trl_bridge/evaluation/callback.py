@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 
-__all__ = ["AccuracyCallback"]
-
-
 class AccuracyCallback(TrainerCallback):
     """
     Logs the accuracy of the policy on held-out rows, judged by a reward function of training.

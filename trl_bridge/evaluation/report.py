@@ -9,8 +9,6 @@ from ..tables import markdown_table
 from .statistics import mean_interval, pass_at_k, wilson_interval
 
 
-__all__ = ["markdown", "summarise", "write_report"]
-
 _HEAD = (
     "benchmark",
     "questions",

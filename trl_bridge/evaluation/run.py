@@ -20,9 +20,6 @@ from .report import summarise
 from .tasks import Task, check_grader, grade
 
 
-__all__ = ["check_task", "evaluate_task", "make_jobs"]
-
-
 def make_jobs(task: Task, tokenizer: PreTrainedTokenizerBase, samples: int, seed: int) -> list[Job]:
     """
     All completions that a task needs, question by question.

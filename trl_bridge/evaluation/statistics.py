@@ -6,8 +6,6 @@ from statistics import NormalDist
 import numpy as np
 
 
-__all__ = ["bootstrap_interval", "mean_interval", "pass_at_k", "wilson_interval"]
-
 Interval = tuple[float, float]
 
 # Numbers that a bootstrap holds at a time.
@@ -77,7 +75,7 @@ def wilson_interval(successes: int, trials: int, level: float = 0.95) -> Interva
 
 def bootstrap_interval(values: Sequence[float], level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
     """
-    Percentile interval of a mean over questions, by drawing the questions anew with replacement.
+    Percentile interval of a mean over questions, by drawing the questions again with replacement.
 
     The questions are the unit: samples of one question are alike, so an interval over all samples would be too narrow.
 

@@ -18,9 +18,6 @@ from ..rewards.code_rewards import CodeExecutionRefused
 from .benchmarks import BENCHMARKS, Benchmark
 
 
-__all__ = ["Grade", "Prompting", "Task", "check_grader", "completed", "grade", "load_task", "parse_benchmarks"]
-
-
 Grader = Callable[..., Sequence[float | None]]
 
 _MATH = "trl_bridge.rewards.math_reward"

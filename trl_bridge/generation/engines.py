@@ -20,24 +20,6 @@ from transformers import (
 from ..models import is_builtin
 
 
-__all__ = [
-    "Engine",
-    "Generated",
-    "HalvingBatches",
-    "Job",
-    "Sampling",
-    "TransformersEngine",
-    "VllmEngine",
-    "check_vllm",
-    "fitting_length",
-    "generate_batch",
-    "job_seed",
-    "jobs_of",
-    "longest_prompt",
-    "prompt_ids",
-]
-
-
 @dataclass(frozen=True)
 class Sampling:
     """

@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 
-__all__ = ["Store", "append_lines", "model_fingerprint", "model_identity", "read_lines"]
-
-
 def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Append records, one JSON line each. What a kill left of a line is cut off first."""
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -66,7 +63,7 @@ class Store:
         return self.folder / f"{_NAME}.jsonl"
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Refuse to go on with completions that were made in another way."""
+        """Refuse to continue with completions that were made in another way."""
         path = self.folder / "config.json"
         if not path.is_file():
             if self._files():

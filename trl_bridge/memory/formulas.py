@@ -7,8 +7,6 @@ Pure arithmetic: no torch. `benchmarks/memory.py` compares it with measured peak
 from dataclasses import dataclass, field
 
 
-__all__ = ["BACKENDS", "Estimate", "ModelShape", "Run", "estimate", "optimizer_bytes"]
-
 BACKENDS = ("one-process", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 # Of these `benchmarks/memory.py` measures the peak; of the rest nothing has been measured.
 _MEASURED = ("one-process", "ddp", "fsdp2")

@@ -6,8 +6,6 @@ from typing import Any
 from .formulas import ModelShape
 
 
-__all__ = ["SIZES", "config_of_size", "load_config", "shape_of"]
-
 _QWEN: dict[str, Any] = {"model_type": "qwen2", "vocab_size": 152064, "tie_word_embeddings": False}
 SIZES: dict[str, dict[str, Any]] = {
     "1.5B": {**_QWEN, "vocab_size": 151936, "tie_word_embeddings": True, "hidden_size": 1536, "intermediate_size": 8960,

@@ -1,4 +1,4 @@
-"""ActGuide: groups without a success are rolled out anew with as little guidance as works."""
+"""ActGuide: groups without a success are rolled out again with as little guidance as works."""
 
 import math
 import re
@@ -92,11 +92,11 @@ class ActGuideTrainer(ExpertTrainer):
       rewards are alike, in place of new ones;
     - the search begins at one step: the unguided rollouts have shown that none does not suffice;
     - the last step is not shown unless `show_last_step` is set: in a worked solution it mostly is the answer;
-    - a hard prompt without solution keeps its rollouts; the released code samples them anew;
+    - a hard prompt without solution keeps its rollouts; the released code samples them again;
     - `loss_type="dapo"`, `beta=0.001` and `delta=3.0` are the released token mean, KL and dual clip.
 
     With vLLM the correction for its sampling (`vllm_importance_sampling_correction`) compares a guided rollout's
-    log-probabilities under the prompt that it was sampled from. The parent alone would compare them under the other one
+    log-probabilities under the prompt that it was sampled from. TRL's trainer alone would compare them under the other one
     and, in its default mode, leave out such rollouts.
 
     Metrics, as shares of all groups: `actguide/hard_rate` and `actguide/guided_rate`. Of guided groups:
@@ -225,7 +225,7 @@ class ActGuideTrainer(ExpertTrainer):
         return known
 
     def _parent_scores_old_policy(self) -> bool:
-        """Whether the parent's first scoring of a generation batch is that of the old policy."""
+        """Whether TRL's first scoring of a generation batch is that of the old policy."""
         args = self.args
         misaligned = args.gradient_accumulation_steps % (args.steps_per_generation * self.num_iterations) != 0
         return misaligned or (self.use_vllm and self.vllm_importance_sampling_correction)
@@ -234,7 +234,7 @@ class ActGuideTrainer(ExpertTrainer):
         scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if not self._old_log_probs_due:
             return scores
-        # The parent corrects vLLM's sampling by these, so guided rows must have them under their own prompt by now.
+        # TRL's trainer corrects vLLM's sampling by these, so guided rows must have them under their own prompt by now.
         self._old_log_probs_due = False
         _, ids, mask, length = args[:4]
         guided = self._guided_log_probs(ids[:, -length:], mask[:, -length:])

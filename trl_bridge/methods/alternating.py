@@ -69,7 +69,7 @@ class AlternatingTrainer(DemonstrationTrainer):
     paper states neither the intervals nor who goes first: the defaults are choices of ours.
 
     The data loader moves on in SFT updates too, so the RL rows that come up in them are passed over: an epoch of
-    `train_dataset` sees `rl_steps / (rl_steps + sft_steps)` of its rows, drawn anew in the next one.
+    `train_dataset` sees `rl_steps / (rl_steps + sft_steps)` of its rows, drawn again in the next one.
 
     Args and errors: as in [`DemonstrationTrainer`].
 

@@ -7,8 +7,6 @@ Strings only, so that reading it imports no torch. The verbs of the command and 
 from typing import NamedTuple
 
 
-__all__ = ["FAMILIES", "METHODS", "Method"]
-
 FAMILIES = {
     "bridge": "RL rows and demonstrations; the `lora_*` keys describe the coordinator",
     "stream": "RL rows and demonstrations",

@@ -88,7 +88,7 @@ class CHORDTrainer(DemonstrationTrainer):
 
     over the N demonstrated tokens of the update (all micro-batches and ranks), p_t the policy's probability of token t
     at temperature 1. The weight w_t is 1 (CHORD-mu), sg[p_t (1 - p_t)] with `enable_phi_function` (CHORD-phi), or
-    sg[p_t] with `enable_is_function`. mu follows `state.global_step`, so a resumed run goes on with it. At mu = 0 the SFT
+    sg[p_t] with `enable_is_function`. mu follows `state.global_step`, so a resumed run continues with it. At mu = 0 the SFT
     pass is left out, and the update is GRPO's.
 
     With `sft_weighting="judge"`, `"verdict"` or `"judge_verdict"` w_t is multiplied by the demonstration's weight.

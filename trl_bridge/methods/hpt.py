@@ -90,7 +90,7 @@ class HPTTrainer(ShapedTrainer):
     With `s` right rollouts in a group (reward of `success_threshold` and above; one that nobody could score is wrong):
 
         s <= gate, and the prompt has a trace      -sft_loss_coef mean log p(trace)        the rollouts are not trained on
-        otherwise                                  the parent's RL loss
+        otherwise                                  TRL's RL loss
 
     The group that is switched leaves the RL loss as a whole, with its KL and entropy terms, and its trace takes the
     last row, so shapes stay as they are. For a sum of token losses that is the removal of the group. The mean is over
@@ -98,7 +98,7 @@ class HPTTrainer(ShapedTrainer):
 
     With `gate_off`, groups with `gate < s <= gate_off` have their trace in the last row, in the place of a rollout, by
     LUFFY's off-policy term `-f(p_t) A` (see [`LUFFYTrainer`]). The reward functions are then asked about the trace, and
-    the group's advantages are formed anew.
+    the group's advantages are formed again.
 
     Metrics, as shares of all groups: `hpt/gate_rate` (trained by SFT), `hpt/off_rate` (by the second gate),
     `hpt/solve_none` and `hpt/solve_all` (no rollout is right, all are).

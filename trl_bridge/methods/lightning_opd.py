@@ -36,7 +36,7 @@ _REFUSED: Rules = {
         "its noise would enter the log-probabilities that are compared with the teacher's",
     ),
     "parallelism_config": "only data parallelism is built",
-    "enable_jit_checkpoint": "it may save inside an update, which cannot be gone on with exactly",
+    "enable_jit_checkpoint": "it may save inside an update, which cannot be resumed exactly",
 }
 
 
@@ -92,13 +92,13 @@ class LightningOPDTrainer(Resumable, SFTTrainer):
         A_t = sg[clamp(l_T,t - log p(y_t | x, y_<t), -c, c)]
         L   = - mean_i 1/|y_i| sum_t A_t log p(y_t | x, y_<t)
 
-    The advantage is recomputed with the current policy in every update; the rollouts are not drawn anew. Rows come from
+    The advantage is recomputed with the current policy in every update; the rollouts are not drawn again. Rows come from
     `trl-bridge data score-rollouts`, which says who sampled and who scored; scores of another tokenizer, chat template or
     teacher than the student's SFT data are refused.
 
     Deviations from the released program (`jet-ai-projects/Lightning-OPD`): advantages are clamped at `advantage_clip=10`
     (`None` for its way); its PPO ratio is one with one update per batch and its clipping is left out; sampled token ids are
-    kept as they are, with the end of sequence, where it decodes and tokenises anew and drops that token.
+    kept as they are, with the end of sequence, where it decodes and tokenises again and drops that token.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
@@ -117,7 +117,7 @@ class LightningOPDTrainer(Resumable, SFTTrainer):
 
     Raises:
         ValueError: rows that cannot be trained on; see [`~trl_bridge.distillation.scored_rows.scored_rows`].
-        NotImplementedError: an option of the parent that would change the loss, or a backend that is not supported.
+        NotImplementedError: an option of TRL's trainer that would change the loss, or a backend that is not supported.
     """
 
     _tag_names = ["trl", "lightning-opd"]
@@ -184,7 +184,7 @@ class LightningOPDTrainer(Resumable, SFTTrainer):
         check_backend(self.accelerator, type(self).__name__)
         if self.accelerator.parallelism_config is not None:
             raise NotImplementedError("`parallelism_config` is not supported: only data parallelism is built.")
-        # The parent has no option for it, and its head would round logits, and so advantages, to 16 bits.
+        # TRL's trainer has no option for it, and its head would round logits, and so advantages, to 16 bits.
         plain: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         add_fused_lm_head(plain, cast_lm_head_to_fp32=True, outputs=("log_probs", "entropy", "is_top1"))
         self.data_collator = ScoredCollator(
@@ -220,7 +220,7 @@ class LightningOPDTrainer(Resumable, SFTTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         if self.args.loss_aggregation == "sequence":
-            # One label for each row: the parent then counts sequences over the window and the ranks.
+            # One label for each row: TRL's trainer then counts sequences over the window and the ranks.
             batch_samples = [{"labels": _one_label(batch["labels"])} for batch in batch_samples]
         return super()._get_num_items_in_batch(batch_samples, device)
 
@@ -228,8 +228,8 @@ class LightningOPDTrainer(Resumable, SFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """
-        The parent's loss, which is minus the sum of the log-probabilities over a count, with the method's terms in their
-        place. All that the parent does beside it (metrics, ranks, the auxiliary loss of a mixture of experts) stays.
+        TRL's loss, which is minus the sum of the log-probabilities over a count, with the method's terms in their
+        place. All that TRL's trainer does beside it (metrics, ranks, the auxiliary loss of a mixture of experts) stays.
         """
         if return_outputs:
             raise NotImplementedError("Lightning OPD evaluates its loss and metrics alone; use `evaluate`.")
@@ -252,9 +252,9 @@ class LightningOPDTrainer(Resumable, SFTTrainer):
             sums |= reference_weights(outputs.log_probs, scores[SCORES[1]], mask)
         self._record(sums)
         if alone and args.loss_aggregation == "sequence":
-            # Without a count for the window (evaluation) the parent divides by this batch's tokens.
+            # Without a count for the window (evaluation) TRL's trainer divides by this batch's tokens.
             terms = terms * mask.sum() / len(mask)
-        return -terms  # in the place of log-probabilities, whose sum the parent negates
+        return -terms  # in the place of log-probabilities, whose sum TRL's trainer negates
 
     def _record(self, sums: dict[str, torch.Tensor]) -> None:
         gathered = self.accelerator.gather(torch.stack([value.float() for value in sums.values()])[None])

@@ -71,7 +71,7 @@ class OPDTrainer(BufferResumable, DistillationTrainer):
     One update is made for each batch of rollouts, so there is no importance ratio and no clipping of it.
 
     Metrics: `opd/advantage_mean`, `opd/advantage_abs`, `opd/advantage_clip_fraction`, `opd/teacher_logprob`,
-    `opd/reverse_kl` (the sampled estimate, in nats for each token), and the parent's `entropy`.
+    `opd/reverse_kl` (the sampled estimate, in nats for each token), and TRL's `entropy`.
 
     Sources: "On-Policy Distillation of Language Models" (arXiv 2306.13649) for training on the student's own samples;
     the sampled-token loss as in the programs of AOPD (arXiv 2605.06387) and Lightning OPD (arXiv 2604.13010).
@@ -181,7 +181,7 @@ class OPDTrainer(BufferResumable, DistillationTrainer):
             "opd/reverse_kl": (-term.advantages, everywhere),
         }
 
-    # The parent's methods
+    # TRL's methods
 
     def register_state(self, saved: Registry) -> None:
         super().register_state(saved)

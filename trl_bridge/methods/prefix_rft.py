@@ -91,7 +91,7 @@ class PrefixRFTTrainer(ExpertTrainer):
     - the released code forms the prefix's advantage from rewards it has already overwritten; here it is formed from the
       raw ones, which changes nothing in the first variant there, and is what the second means to do. `preset="code"` is
       that second variant: the continuation has advantage 0;
-    - the prefix's tokens are the trace's own; there they are decoded and tokenised anew;
+    - the prefix's tokens are the trace's own; there they are decoded and tokenised again;
     - the settings of the published run are not released. `prefix_high`, `prefix_low` and the decay over the whole run
       are quoted from memory of the paper and from reports of it; `loss_type`, `scale_rewards` (none), the clip range
       (0.2) and `delta` are the first variant's and the released code's;
@@ -137,7 +137,7 @@ class PrefixRFTTrainer(ExpertTrainer):
         return heads
 
     def assign(self, output: dict[str, Any], plan: ExpertPlan) -> None:
-        # Prefix tokens are in the parent's loss like own ones.
+        # Prefix tokens are in TRL's loss like own ones.
         output["tool_mask"] = torch.ones_like(output["expert_mask"])
         local = [
             head / max(len(expert) - 1, 1) if expert else 0.0

@@ -28,7 +28,7 @@ class ReLIFTConfig(ExpertConfig):
     buffer_size: int = field(default=128, metadata=at_least(1))
     """Unsolved questions that start an SFT step, and that it trains on."""
     buffer_max_age: int | None = field(default=None, metadata=at_least(1))
-    """Generation batches after which a question leaves the buffer untrained. `None` keeps it for ever, as published."""
+    """Generation batches after which a question leaves the buffer untrained. `None` keeps it forever, as published."""
     separate_optimizer: bool = True
     """Whether SFT steps have an optimizer (of the kind `optim`) and a state of their own. Otherwise they are additional
     steps of the student's."""
@@ -86,7 +86,7 @@ class ReLIFTTrainer(ExpertTrainer):
     """
     ReLIFT: plain GRPO, interleaved with SFT on the hardest questions.
 
-    Every update is the parent's, on own rollouts alone. A group without a right rollout (reward of
+    Every update is TRL's, only on own rollouts. A group without a right rollout (reward of
     `success_threshold` and above), whose prompt has a trace, puts prompt and trace into a buffer. Once the buffer
     holds `buffer_size` of them and the generation batch is used up, the newest `buffer_size` leave it, and one SFT
     step on them follows the RL step:

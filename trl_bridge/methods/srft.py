@@ -67,8 +67,8 @@ class SRFTTrainer(LUFFYTrainer):
     sums are scaled as `loss_type` says. Probabilities and entropies are at the sampling temperature, in `L_SFT` the
     probabilities at temperature 1.
 
-    `L_self` is formed by the parent's loss from an advantage for each token and a ratio of 1, so that KL and entropy
-    terms stay the parent's. Its gradient is exact; the value in `loss` and `rl/loss` is not that of the formula, which
+    `L_self` is formed by TRL's loss from an advantage for each token and a ratio of 1, so that KL and entropy
+    terms stay TRL's. Its gradient is exact; the value in `loss` and `rl/loss` is not that of the formula, which
     is logged as `srft/right_loss` and `srft/wrong_loss`. Samples older than the policy (`num_iterations`,
     `steps_per_generation`) have no ratio and no clipping, as in the formula; vLLM's correction applies as in GRPO.
 
@@ -123,7 +123,7 @@ class SRFTTrainer(LUFFYTrainer):
         advantages = verdict_advantages(log_probs, inputs["verdicts"], right_weights, self.args.wrong_log_prob_floor)
         self._measure(inputs, log_probs, entropy, advantages)
         own = inputs["tool_mask"].bool()
-        # Without old log-probabilities the parent's ratio is 1, whatever the sample's age.
+        # Without old log-probabilities TRL's ratio is 1, whatever the sample's age.
         kept = {name: value for name, value in inputs.items() if name != "old_per_token_logps"}
         return {**kept, "advantages": torch.where(own, advantages, inputs["advantages"].unsqueeze(1))}
 

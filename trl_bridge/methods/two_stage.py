@@ -186,7 +186,7 @@ class TwoStageTrainer:
             raise ValueError("TwoStageTrainer needs `reward_funcs` for its RL stage.")
         if peft_config is not None and not isinstance(model, str):
             raise NotImplementedError(
-                "`peft_config` with a model object is not supported: the second stage loads the base anew. Pass the "
+                "`peft_config` with a model object is not supported: the second stage loads the base again. Pass the "
                 "model's name or path."
             )
         self.args = args

@@ -71,7 +71,7 @@ def reduce_tokens(
     num_items: torch.Tensor | float,
 ) -> torch.Tensor:
     """
-    Sum of token losses, scaled as GRPO's loss types scale theirs, so that it can be added to the parent's loss.
+    Sum of token losses, scaled as GRPO's loss types scale theirs, so that it can be added to TRL's loss.
 
     Shapes: `per_token` (B, T), `mask` (B, T).
     """

@@ -90,7 +90,7 @@ def student_scores(
     """
     The student's log-probabilities of tokens, and of the teacher's likeliest ones.
 
-    The logits of a chunk are thrown away after it and computed anew in the backward pass.
+    The logits of a chunk are thrown away after it and computed again in the backward pass.
 
     Shapes: `hidden` (N, H), `token_ids` (N,), `top_ids` (N, K).
     """

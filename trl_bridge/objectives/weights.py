@@ -78,7 +78,7 @@ def trapo(log_probs: torch.Tensor, mask: torch.Tensor, bound: float = 0.1) -> to
 
 @dataclasses.dataclass(frozen=True)
 class JudgeFit:
-    """A fitted judge: the reward that a log-likelihood `s` foretells, `sigmoid(b0 + b1 (s - mean) / std)`."""
+    """A fitted judge: the reward that a log-likelihood `s` predicts, `sigmoid(b0 + b1 (s - mean) / std)`."""
 
     b0: float
     b1: float
@@ -91,7 +91,7 @@ class JudgeFit:
 
 def fit_judge(s: Numbers, r: Numbers, penalty: float) -> JudgeFit | None:
     """
-    Learn from rollouts what reward a log-likelihood foretells: a logistic regression with a penalised slope.
+    Learn from rollouts what reward a log-likelihood predicts: a logistic regression with a penalised slope.
 
     Minimises `sum_j BCE(r_j, sigmoid(b0 + b1 z_j)) + penalty b1^2`, `z = (s - mean s) / std s`, by four Newton steps
     from `b0 = log((mean r + .01) / (1.01 - mean r))`, `b1 = 0`, with 1e-3 added to the intercept's curvature, which

@@ -6,8 +6,6 @@ from typing import Any
 from .completions import Completion, message_text
 
 
-__all__ = ["answer_reward", "closeness_reward"]
-
 _INTEGER = re.compile(r"-?\d+")
 
 

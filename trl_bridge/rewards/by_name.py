@@ -8,8 +8,6 @@ from pkgutil import resolve_name
 from typing import Any
 
 
-__all__ = ["reward_function"]
-
 _TRL_NAMES = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
 
 

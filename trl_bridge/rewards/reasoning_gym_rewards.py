@@ -9,8 +9,6 @@ from typing import Any
 from .completions import LogMetric, visible_text
 
 
-__all__ = ["extract_answer", "reasoning_gym_reward"]
-
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _PHRASE = re.compile(r"(?:answer is|answer:|####)\s*(.+)", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

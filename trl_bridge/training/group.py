@@ -46,14 +46,14 @@ class ExpertTrainer(StudentTrainer):
     GRPO with experts in the rollout group: the base of the group methods.
 
     The RL dataset has an `expert` column. For each generation batch: every group draws its trace; `expert_heads` says
-    which rows begin with how much of it; the parent samples, scores with the reward functions (experts included) and
+    which rows begin with how much of it; TRL's trainer samples, scores with the reward functions (experts included) and
     forms advantages; `assign` sets the masks, and may change advantages or write experts into rows. For each
-    micro-batch there is one forward; the loss is the parent's over own tokens, plus `expert_loss` over expert tokens,
+    micro-batch there is one forward; the loss is TRL's over own tokens, plus `expert_loss` over expert tokens,
     plus `sft_coefficient` times the NLL of the SFT tokens weighted by `sft_weights`. Shapes are fixed and every rank
-    runs the same passes, so it trains wherever the parent does. Evaluation takes the parent's path.
+    runs the same passes, so it trains wherever TRL's trainer does. Evaluation takes TRL's path.
 
     Tensors that travel with a generation batch, all (B, T): `expert_mask` (tokens written by the expert), `tool_mask`
-    (the parent's: tokens in its RL loss), `sft_mask` (tokens in the SFT term).
+    (TRL's: tokens in its RL loss), `sft_mask` (tokens in the SFT term).
 
     Args:
         train_dataset ([`~datasets.Dataset`]):
@@ -154,14 +154,14 @@ class ExpertTrainer(StudentTrainer):
 
         Args:
             output (`dict[str, Any]`):
-                As the parent's `_generate_and_score_completions` returns it, with `expert_mask`, `tool_mask` (1 at own
+                As TRL's `_generate_and_score_completions` returns it, with `expert_mask`, `tool_mask` (1 at own
                 tokens) and `sft_mask` (0).
             plan ([`ExpertPlan`]):
                 The batch.
         """
 
     def policy_inputs(self, inputs: dict[str, Any], scores: Scores) -> dict[str, Any]:
-        """Inputs of the parent's loss, once the micro-batch is scored: where a method sets advantages per token."""
+        """Inputs of TRL's loss, once the micro-batch is scored: where a method sets advantages per token."""
         return inputs
 
     def expert_loss(
@@ -329,7 +329,7 @@ class ExpertTrainer(StudentTrainer):
         return items.clamp(min=1.0) / self.accelerator.num_processes * steps
 
     def reduce(self, per_token: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-        """Sum of token losses, scaled as the parent scales its own and as it enters the window's sum."""
+        """Sum of token losses, scaled as TRL's trainer scales its own and as it enters the window's sum."""
         return reduce_tokens(
             per_token,
             mask,
@@ -423,7 +423,7 @@ class ExpertTrainer(StudentTrainer):
         return bool(self._sums)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        # A window that an exception cut off in an earlier call of `train` is not gone on with.
+        # A window that an exception cut off in an earlier call of `train` is not continued.
         self._sums, self._sft_items = {}, None
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 

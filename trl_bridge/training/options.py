@@ -21,8 +21,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, dataclass_transform, get_args
 
 
-__all__ = ["above", "at_least", "check_options", "must", "one_of", "options", "within"]
-
 Config = TypeVar("Config", bound=type)
 
 

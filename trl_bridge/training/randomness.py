@@ -1,4 +1,4 @@
-"""The global random state: keeping what is ours out of it, and starting it anew."""
+"""The global random state: keeping what is ours out of it, and starting it again."""
 
 import contextlib
 import random

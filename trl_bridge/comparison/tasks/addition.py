@@ -20,8 +20,6 @@ from .specs import AdditionSpec
 from .task import BuiltTask, Scores
 
 
-__all__ = ["greedy_answers", "make_task"]
-
 _OOD_NUMBERS = 10
 # Of a plain answer and of a worked one, some wrong ones included.
 _MAX_NEW_TOKENS, _MAX_WORKED_TOKENS = 4, 10

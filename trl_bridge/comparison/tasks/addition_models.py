@@ -20,8 +20,6 @@ from ...models import tiny_model
 from .specs import AdditionSpec
 
 
-__all__ = ["AdditionModels", "answer_probability"]
-
 # Half of what the base model learns from is wrong: it knows the form of an answer, and often prefers the right one.
 _BASE_WRONG_SHARE = 0.5
 # Of worked answers each of two steps is wrong by chance, and half of them come with their first steps in the prompt.

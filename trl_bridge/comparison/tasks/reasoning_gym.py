@@ -17,8 +17,6 @@ from .specs import ReasoningGymSpec
 from .task import BuiltTask
 
 
-__all__ = ["make_task"]
-
 _BATCH = 32
 
 

@@ -13,8 +13,6 @@ from ...generation.engines import Job, Sampling, TransformersEngine, job_seed, p
 from .task import BuiltTask
 
 
-__all__ = ["SAMPLING", "scored_rollouts"]
-
 SAMPLING = {"temperature": 1.0, "max_completion_length": 256}
 """Keys of a row that say how its rollouts are sampled, and their defaults."""
 

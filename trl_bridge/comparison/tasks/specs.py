@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from .task import BuiltTask
 
 
-__all__ = ["TASKS", "AdditionSpec", "AdditionStepsSpec", "Number", "ReasoningGymSpec", "Strict", "TaskSpec"]
-
 # Fields that sums worked in steps do not have.
 _FORMS = ("wrong_kind", "base_wrong_kind", "leading_zero_pays")
 

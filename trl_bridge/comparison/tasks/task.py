@@ -12,8 +12,6 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-__all__ = ["BuiltTask", "Scores"]
-
 Scores = dict[str, float]
 
 

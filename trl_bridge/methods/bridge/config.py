@@ -72,7 +72,7 @@ class BridgeConfig(DemonstrationConfig):
     batch). Its gradient is scaled to that of all rollouts. 1 is exact."""
     shadow_update_steps: int = field(default=1, metadata=at_least(1))
     """The shadow runs and steps in every so many-th update. Between them the coordinator's gradient takes the projection
-    of the shadow's last gradient; before the first one the bracket is zero. 1 is exact."""
+    of the shadow's last gradient; before the first one the gain gradient is zero. 1 is exact."""
     shadow_overlap: bool = False
     """Whether the shadow runs on an update's rollouts while the vLLM server generates the next ones, in which time the
     trainer's GPUs have nothing else to do. Its part of the coordinator's gradient is then one batch of rollouts old.

@@ -131,7 +131,7 @@ def default_peft_config() -> LoraConfig:
 
 class ProjectedGradient(CoordinatorGradient):
     """
-    Projects the gradient that has come together so far, on whatever way of training.
+    Projects the gradient that has come together so far, on any backend.
 
     Where the engine takes gradients away (DeepSpeed), each is projected as it comes, and the sums are kept here.
     """

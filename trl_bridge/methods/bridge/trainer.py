@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.training_args import OptimizerNames
 
-from ..._upstream import asked_twice, decay_groups, optimizer_for, plain_copy
+from ..._upstream import decay_groups, deferred_generation, optimizer_for, plain_copy
 from ...training.backends import Weights
 from ...training.checkpoint.registry import LOCAL, SHARDED, SHARED, Registry
 from ...training.policy import Scores, Snapshot
@@ -385,7 +385,7 @@ class BridgeTrainer(DemonstrationTrainer):
         generate = functools.partial(super()._generate_single_turn, *args, **kwargs)
         if not self._overlap.waits or not self.model.training:
             return generate()
-        with asked_twice(self):
+        with deferred_generation(self):
             generate()  # sends the request
             with self.compute_loss_context_manager():
                 self._overlap.run(self._run_shadow)

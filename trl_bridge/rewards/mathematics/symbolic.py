@@ -12,7 +12,7 @@ from math_verify.grader import sympy_expr_eq
 from sympy.core.cache import clear_cache
 from sympy.core.function import AppliedUndef
 
-from .equality import compare, is_name, same
+from .equality import compare, is_name
 from .numbers import exact
 from .regions import RegionError, same_region
 from .structure import Node, parse
@@ -332,6 +332,3 @@ def verdict(job: list[str]) -> bool:
         # What one answer left in SymPy's caches must not decide on the next one.
         clear_cache()
         to_sympy.cache_clear()
-
-
-__all__ = ["ParseError", "is_gold", "leaf", "same", "same_value", "to_sympy", "verdict"]
