@@ -10,6 +10,7 @@ from .completions import Completion, LogExtra, LogMetric, check_lengths, log_ans
 from .mathematics.equality import Verdict, quick
 from .mathematics.numbers import exact
 from .mathematics.surface import clean
+from .mathematics.units import split_unit
 from .mathematics.workers import Outcome, shared_pool
 
 
@@ -41,7 +42,7 @@ def is_plain(gold: str) -> bool:
     cleaned = clean(gold)
     if not cleaned:
         return False
-    return exact(cleaned) is not None or cleaned.replace(" ", "").isalpha()
+    return exact(split_unit(cleaned)[0]) is not None or cleaned.replace(" ", "").isalpha()
 
 
 def same_batch(
