@@ -64,7 +64,7 @@ _UNDEFINED = {"dne", "does not exist", "undefined", "not defined", "do not exist
 _DOES_NOT_EXIST = re.compile(r"(?:the |this )?(?:limit|it|value|integral|sum|derivative) (?:does not|doesn't) exist")
 # One of i, j, k as a unit vector: `\hat{i}`, or plain beside another of them.
 _UNIT_VECTOR = r"(?:\\(?:hat|vec|widehat|mathbf|boldsymbol|bar)\s*\{?\s*(?:\\[ij]math|([ijk]))\s*\}?|([ijk]))"
-_VECTOR_TERM = re.compile(rf"\s*([+-]?)\s*((?:[^+\-ijk]|\([^()]*\))*?)\s*{_UNIT_VECTOR}\s*")
+_VECTOR_TERM = re.compile(rf"\s*([+-]?)\s*((?:[^+\-ijk()]|\([^()]*\))*?)\s*{_UNIT_VECTOR}\s*")
 _ENGINEERS_COMPLEX = re.compile(r"[+-]?\s*[\d.]+\s*[+-]\s*[\d.]*\s*j")
 _ALL_REALS = {
     "all real numbers",

@@ -120,7 +120,7 @@ _PREFIX = re.compile(
     r"^(?:so|thus|hence|therefore)?,?\s*(?:the|my|our)?\s*(?:final|correct)?\s*(?:answer|solution|result|value)\s*(?:is|are|:|=)\s*:?\s*",
     re.IGNORECASE,
 )
-_HOPE = re.compile(r"[\s.]*I hope (?:it|this) is correct\.?$", re.IGNORECASE)
+_HOPE = re.compile(r"(?<![\s.])[\s.]*+I hope (?:it|this) is correct\.?$", re.IGNORECASE)
 _SYNONYMS = {
     "leqslant": "le", "leq": "le", "geqslant": "ge", "geq": "ge", "neq": "ne", "lt": "<", "gt": ">", "dots": "ldots",
     "cdots": "ldots", "lbrace": "{", "rbrace": "}", "lbrack": "[", "rbrack": "]", "varnothing": "emptyset", "lvert": "|",
