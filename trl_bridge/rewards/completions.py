@@ -60,6 +60,9 @@ def visible_text(completion: Completion, blocks: Blocks = REASONING_BLOCKS) -> s
     if _BARE_CHANNEL.match(text):
         _, closed, visible = text.rpartition(_BARE_FINAL)
         return visible if closed else None
+    lower = text.lower()
+    if not any(mark.lower() in lower for block in blocks for mark in block):
+        return text  # nearly every completion, and a tenth of the time that the patterns take
     opening, closing = _marks(tuple((first, last) for first, last in blocks))
     end = 0
     for match in closing.finditer(text):

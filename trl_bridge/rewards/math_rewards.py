@@ -143,7 +143,7 @@ class MathReward:
             Seconds that the comparison of one answer may take by itself; an answer that takes longer pays 0.
         batch_limit (`float`, *optional*):
             Seconds for a batch. What has not been judged by then gets `None`, and a warning says so. `None` takes 30 and
-            a quarter of a second for each completion.
+            a twentieth of a second for each completion.
         memory_gb (`float`, *optional*, defaults to `1.0`):
             Memory in GB that the comparison of one answer may take.
         evaluated (`bool`, *optional*, defaults to `False`):
@@ -198,7 +198,7 @@ class MathReward:
         rows = [i for i, (gold, answer) in enumerate(zip(golds, answers, strict=True)) if gold and answer]
         pairs = [(golds[i] or "", answers[i] or "") for i in rows]
         distinct = list(dict.fromkeys(gold for gold in golds if gold))
-        seconds = 30.0 + 0.25 * len(completions) if self.batch_limit is None else self.batch_limit
+        seconds = 30.0 + 0.05 * len(completions) if self.batch_limit is None else self.batch_limit
         outcomes, parsed, symbolic = same_batch(pairs, self.limit, seconds, self.memory_gb, distinct)
         by_row = dict(zip(rows, outcomes, strict=True))
         rewards = [
