@@ -2,7 +2,8 @@
 Accuracy of `math_reward` by kind of answer, beside TRL's `accuracy_reward` and plain math-verify, on one file of
 labelled pairs: `python benchmarks/rewards_accuracy.py [tests/rewards/cases.jsonl]`.
 
-A pair is a JSON line with `kind`, `gold`, `answer` and `equal`. Answers are put into `\\boxed{}`. TRL's reward and
+A pair is a JSON line with `kind`, `gold`, `answer` and `equal`, or `kind`, `gold`, `completion` and `right`. Answers are put
+into `\\boxed{}`, completions are taken as they are. TRL's reward and
 math-verify get every gold in `$...$`, which is the form that serves them best, unless `--raw` is given.
 """
 
@@ -51,6 +52,9 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     rows = [json.loads(line) for line in arguments.file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    for row in rows:
+        if "completion" in row:
+            row["answer"], row["equal"] = row["completion"], bool(row["right"])
     graders = {"math_reward": ours, "accuracy_reward": trl, "math-verify": math_verify}
     table: dict[str, dict[str, list[int]]] = defaultdict(lambda: {name: [0, 0, 0] for name in graders})
     for name, grader in graders.items():

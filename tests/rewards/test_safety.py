@@ -51,7 +51,7 @@ def test_the_deadline_of_a_batch_holds_and_honest_answers_come_first():
     start = time.monotonic()
     rewards = reward(completions, golds, log_metric=metrics.__setitem__)
     assert time.monotonic() - start < 11.0
-    assert rewards == [0.0] * 2 + [1.0] * 20
+    assert rewards == [None] * 2 + [1.0] * 20  # not judged is not wrong
     assert metrics["math_reward/timeouts"] == 2
 
 

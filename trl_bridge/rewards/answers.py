@@ -16,11 +16,11 @@ _JOINT = re.compile(
     rf"{_GAP}(?:,|;|/|,?{_GAP}(?:\\text\s*\{{)?\s*,?\s*(?:and|or)\b\s*\}}?){_GAP}(?:[A-Za-z](?:_\{{?\w+\}}?)?\s*=)?{_GAP}"
 )
 _PHRASE = re.compile(
-    r"(?:final|correct)?\s*\banswer\b\s*(?:\*\*|__)?\s*(?:\([^()\n]{0,40}\)\s*)?(?:is|are|:|=)\s*(?:\*\*|__)?\s*:?\s*\}?",
+    r"\banswer\b\s*+(?:\*\*|__)?\s*+(?:\([^()\n]{0,40}\)\s*+)?(?:is|are|:|=)\s*+(?:\*\*|__)?\s*+:?\s*+\}?",
     re.IGNORECASE,
 )
-_HASHES = re.compile(r"####[ \t]*")
-_HOPE = re.compile(r"[\s.]*I hope (?:it|this) is correct.*$", re.IGNORECASE | re.DOTALL)
+_HASHES = re.compile(r"####[ \t]*+")
+_HOPE = re.compile(r"(?<![\s.])[\s.]*+I hope (?:it|this) is correct.*$", re.IGNORECASE | re.DOTALL)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 
 

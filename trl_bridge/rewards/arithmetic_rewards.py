@@ -3,10 +3,15 @@
 import re
 from typing import Any
 
-from .completions import Completion, message_text
+from .completions import Completion, cannot_judge, gold_text, message_text
 
 
 _INTEGER = re.compile(r"-?\d+")
+
+
+def _value(digits: str) -> int:
+    """An integer, of its first 300 digits where it has more: Python refuses to read thousands, and takes long to."""
+    return int(digits[:300])
 
 
 def answer_reward(completions: list[Completion], solution: list[str], **kwargs: Any) -> list[float | None]:
@@ -20,11 +25,15 @@ def answer_reward(completions: list[Completion], solution: list[str], **kwargs: 
             Expected completion of each.
 
     Returns:
-        `list[float]`: one reward for each completion.
+        `list[float | None]`: one reward for each completion, `None` where the solution is missing.
     """
+    golds = [gold_text(value) for value in solution]
+    for row, gold in enumerate(golds):
+        if gold is None:
+            cannot_judge("answer_reward", "solution", row, solution[row], "is no text")
     return [
-        float(message_text(completion).strip() == gold.strip())
-        for completion, gold in zip(completions, solution, strict=True)
+        None if gold is None else float(message_text(completion).strip() == gold.strip())
+        for completion, gold in zip(completions, golds, strict=True)
     ]
 
 
@@ -41,10 +50,15 @@ def closeness_reward(completions: list[Completion], solution: list[str], **kwarg
             An integer for each.
 
     Returns:
-        `list[float]`: one reward in [0, 1] for each completion.
+        `list[float | None]`: one reward in [0, 1] for each completion, `None` where the solution is no integer.
     """
     rewards: list[float | None] = []
-    for completion, gold in zip(completions, solution, strict=True):
+    for row, (completion, value) in enumerate(zip(completions, solution, strict=True)):
+        gold = _INTEGER.fullmatch((gold_text(value) or "").strip())
+        if gold is None:
+            cannot_judge("closeness_reward", "solution", row, value, "is no integer")
+            rewards.append(None)
+            continue
         found = _INTEGER.search(message_text(completion))
-        rewards.append(0.0 if found is None else 1.0 / (1.0 + abs(int(found.group()) - int(gold))))
+        rewards.append(0.0 if found is None else 1.0 / (1.0 + abs(_value(found.group()) - _value(gold.group()))))
     return rewards

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .answers import gold_answer
-from .math_rewards import is_plain
+from .completions import gold_text
+from .math_rewards import is_gold, is_plain
 from .mathematics.workers import shared_pool
 
 
@@ -20,7 +21,8 @@ class BadGold:
         gold (`str`):
             The gold as it stands there.
         reason (`str`):
-            `"missing"`, `"does not parse"`, or why its check was stopped (`"timeout"`, `"killed"`, `"deadline"`).
+            `"missing"`, `"does not parse"`, why it is none (a placeholder, a control character, a float above 2^53), or why its
+            check was stopped (`"timeout"`, `"memory"`, `"killed"`, `"deadline"`).
     """
 
     row: int
@@ -58,9 +60,16 @@ def check_golds(
         if column not in example:
             raise KeyError(f"`column` is {column!r}, but row {row} has the columns {sorted(example)}.")
         value = example[column]
-        gold = "" if value is None else gold_answer(str(value))
+        text = gold_text(value)
+        gold = "" if text is None else gold_answer(text)
         if not gold.strip():
             bad.append(BadGold(row, str(value), "missing"))
+        elif isinstance(value, float) and abs(value) >= 2**53:
+            bad.append(BadGold(row, str(value), "a float that has lost digits: store it as text"))
+        elif not is_gold(text or ""):
+            bad.append(
+                BadGold(row, repr(value), "no gold: a placeholder, or a control character in place of a backslash")
+            )
         elif not is_plain(gold):
             pending.append((row, str(value), gold))
     for start in range(0, len(pending), 1000):

@@ -5,7 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from .answers import final_answer
-from .completions import Completion, LogExtra, LogMetric, check_lengths, log_answers, visible_text
+from .completions import (
+    Completion,
+    LogExtra,
+    LogMetric,
+    cannot_judge,
+    check_lengths,
+    gold_text,
+    log_answers,
+    visible_text,
+)
 from .mathematics.surface import clean
 
 
@@ -14,21 +23,86 @@ _LETTER = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _LETTER_FIRST = re.compile(r"[(\[]?\s*(?:\\text\s*\{\s*)?[(\[]?\s*([A-Z])\s*[)\]]\s*\}?\s*\S.*", re.DOTALL)
-_SECOND = re.compile(r"(?:\b(?:or|and)\b|[,/&])\s*(?:\\text\s*\{)?\(?\s*[A-Z]\b\s*\)?\s*\}?\s*$")
+_SEVERAL = re.compile(
+    r"^\W*([A-Z])\b\W*(?:or|and|,|/|&)\s*(?:\\text\s*\{)?\(?\s*([A-Z])\b|(?:\b(?:or|and)\b|[,/&])\s*(?:\\text\s*\{)?\(?\s*[A-Z]\b\s*\)?\s*\}?\s*$"
+)
+_BRACKETED = re.compile(r"\(\s*([A-Z])\s*\)")
+_VERDICT = re.compile(
+    r"\(?\b([A-Z])\b\)?\s*+(?:is|are|=|:)\s*+(?:the\s++|an?\s++)?(not\s++)?(?:the\s++)?(right|correct|true|wrong|incorrect|false)\b",
+    re.IGNORECASE,
+)
+_REASON = re.compile(r",?\s(?:because|since|as|due|given|for)\s", re.IGNORECASE)
+_PHRASE = re.compile(r"\b(?:option|choice|alternative)\b\s*+(?:is|are|:|=)\s*+(?:\*\*|__)?\s*+:?", re.IGNORECASE)
+_LETTERS = re.compile(r"(?:\\text\s*\{)?\s*\(?[A-J]\)?(?:\s*(?:,\s*and|,|and|&|/|;)?\s*\(?[A-J]\)?)+\s*\}?")
+_LIMIT = 400
 
 
 def choice_letter(answer: str | None) -> str | None:
-    """Upper-case letter of an answer such as `B`, `(B)`, `B.`, `\\text{(B)}`, `(B) 12 J` or `option b`."""
-    text = clean(re.sub(r"\*\*", "", answer)) if answer else None
-    if not text or _SECOND.search(text):
+    """
+    Upper-case letter of an answer such as `B`, `(B)`, `B.`, `\\text{(B)}`, `(B) 12 J`, `option b`, `B because ...`.
+
+    Of several letters the one that is called right; `None` where none or more than one is.
+    """
+    answer = _REASON.split((answer or "")[:_LIMIT], maxsplit=1)[0].strip(" ,")
+    text = clean(answer.replace("**", "")) if answer else None
+    if not text:
+        return None
+    if verdicts := _VERDICT.findall(text):
+        right = {
+            letter.upper()
+            for letter, no, word in verdicts
+            if bool(no) == (word.lower() in ("wrong", "incorrect", "false"))
+        }
+        return right.pop() if len(right) == 1 else None
+    if _SEVERAL.search(text) or len(set(_BRACKETED.findall(text))) > 1:
         return None
     match = _LETTER.fullmatch(text) or _LETTER_FIRST.fullmatch(text)
     return match[1].upper() if match else None
 
 
+def labels(value: Any, choices: Any = None) -> frozenset[str] | None:
+    """
+    Labels that a gold names: one letter or several (`"AC"`, `["A", "C"]`), a digit, a word; `None` for none.
+
+    An integer beside the row's `choices` is their index from 0, a `ClassLabel` as datasets stores it.
+    """
+    if isinstance(value, (list, tuple)) and len(value) > 1:
+        parts = [labels(part, choices) for part in value]
+        return None if None in parts else frozenset().union(*parts)  # type: ignore[arg-type]
+    text = gold_text(value)
+    if text is None or not text.strip():
+        return None
+    if isinstance(value, int) and isinstance(choices, (list, tuple)) and 0 <= value < min(len(choices), 26):
+        return frozenset(chr(ord("A") + value))
+    return _named(text)
+
+
+def _named(text: str | None) -> frozenset[str] | None:
+    stated = (text or "").replace("**", "").strip().strip(".$ ")[:_LIMIT]
+    if (letter := choice_letter(stated)) is not None:
+        return frozenset(letter)
+    if _LETTERS.fullmatch(stated):
+        found = re.findall("[A-J]", re.sub(r"\\text|and", "", stated))
+        return frozenset(found) if len(set(found)) == len(found) else None
+    bare = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", stated).strip(" ()[].").lower()
+    return frozenset([bare]) if re.fullmatch(r"\d|[^\W\d_][\w '-]*", bare) else None
+
+
+def _stated(text: str | None) -> str | None:
+    """The answer's own words: a box, what follows "the answer is", or what follows "the correct option is"."""
+    answer = final_answer(text, "phrase")
+    if answer is None and text is not None and r"\boxed" not in text:
+        matches = list(_PHRASE.finditer(text))
+        if matches:
+            tail = text[matches[-1].end() :][:_LIMIT].split("\n", 1)[0]
+            answer = re.split(r"[.!?](?=\s|$)", tail, maxsplit=1)[0]
+    return answer
+
+
 def choice_reward(
     completions: Sequence[Completion],
     solution: Sequence[Any],
+    choices: Sequence[Any] | None = None,
     log_extra: LogExtra | None = None,
     log_metric: LogMetric | None = None,
     **kwargs: Any,
@@ -40,7 +114,10 @@ def choice_reward(
         completions (`list[str]` or `list[list[dict]]`):
             Completions, standard or conversational; the text after a think block counts.
         solution (`list[str]`):
-            Gold letters, as in GPQA (`"B"`, `"(B)"`).
+            Gold letters, as in GPQA (`"B"`, `"(B)"`); several (`"AC"`), which the answer must all name; digits (ARC's `"1"`)
+            and words (`"entailment"`), which the answer gives as they stand.
+        choices (`list[list]`, *optional*):
+            Choices of each row. With them an integer gold is their index from 0, answered by a letter.
         log_extra (`callable`, *optional*):
             Given by the trainer; gets the columns `solution` and `answer`.
         log_metric (`callable`, *optional*):
@@ -50,16 +127,21 @@ def choice_reward(
 
     Returns:
         `list[float | None]`:
-            One reward per completion, `None` where the gold is no letter.
+            One reward per completion, `None` where the gold names no choice.
 
     Raises:
         `ValueError`:
             If `solution` does not have one value per completion.
     """
     check_lengths(completions, solution, "solution")
-    golds = [choice_letter(None if gold is None else str(gold)) for gold in solution]
-    answers = [choice_letter(final_answer(visible_text(completion), "phrase")) for completion in completions]
-    log_answers(log_extra, golds, answers)
+    golds = [labels(gold, choices[row] if choices is not None else None) for row, gold in enumerate(solution)]
+    for row, gold in enumerate(golds):
+        if gold is None:
+            cannot_judge("choice_reward", "solution", row, solution[row], "names no choice")
+    stated = [_stated(visible_text(completion)) for completion in completions]
+    answers = [_named(answer) for answer in stated]
+    shown = ([None if v is None else ", ".join(sorted(v)) for v in values] for values in (golds, answers))
+    log_answers(log_extra, next(shown), next(shown))
     if log_metric is not None:
         log_metric("choice_reward/no_answer_fraction", sum(a is None for a in answers) / max(1, len(answers)))
     return [None if gold is None else float(gold == a) for gold, a in zip(golds, answers, strict=True)]

@@ -1,35 +1,49 @@
 """Reward for puzzles about knights and knaves."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .answers import last_box, phrase_answer
-from .completions import Completion, LogExtra, LogMetric, check_lengths, log_answers, visible_text
+from .completions import (
+    Completion,
+    LogExtra,
+    LogMetric,
+    cannot_judge,
+    check_lengths,
+    last_tagged,
+    log_answers,
+    read_json,
+    visible_text,
+)
 
 
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-_HEADING = re.compile(r"(?:final answer|conclusion|answer)\W{0,6}(?:is)?\s*:?\W{0,4}\n(.*)", re.IGNORECASE | re.DOTALL)
-_CLAIM = re.compile(r"([A-Z][\w'-]*)\s*(?:\\?\s)*(?:is|:|=|->|→)\s*(not\s+)?(?:an?\s+)?([a-z]+)", re.IGNORECASE)
-_MARKUP = re.compile(r"\\text\s*\{([^{}]*)\}|\*\*|__|[{}$\\]")
+_HEADING = re.compile(r"(?:final answer|conclusion|answer)\W{0,6}(?:is)? ?:?\W{0,4}\n(.*)", re.IGNORECASE | re.DOTALL)
+# A name, and the first word said of it; what is said after "or" takes it back.
+_CLAIM = re.compile(
+    r"(?<![\w'-])([A-Z][\w'-]{0,60}) ?(?:is|:|=|->|→) ?(not )?(either )?(?:an? )?([a-z]+)(?:(?= ?(?:or|/) ?(?:an? )?([a-z]+)(?! ?(?:is|:|=)))|)",
+    re.IGNORECASE,
+)
+_MARKUP = re.compile(r"\\text\s*+\{([^{}]*+)\}|\*\*|__|[{}$\\]")
 
 
 def assignment(text: str | None) -> dict[str, str] | None:
     """Roles by name, both in lower case, of a text such as "Zoey is a knight, and Riley is a knave"."""
+    plain = re.sub(r"\s+", " ", _MARKUP.sub(lambda m: m.group(1) or " ", text or ""))
     roles: dict[str, str] = {}
-    for name, negation, role in _CLAIM.findall(_MARKUP.sub(lambda m: m.group(1) or " ", text or "")):
-        if negation or roles.setdefault(name.lower(), role.lower()) != role.lower():
+    for name, negation, either, role, other in _CLAIM.findall(plain):
+        hedged = either or (other and other.lower() != role.lower())
+        if negation or hedged or roles.setdefault(name.lower(), role.lower()) != role.lower():
             return None
     return roles or None
 
 
 def _gold(solution: Any) -> dict[str, str] | None:
     if isinstance(solution, str) and solution.lstrip().startswith("{"):
-        solution = json.loads(solution)
+        solution = read_json(solution)
     if isinstance(solution, Mapping):
         return {str(name).lower(): str(role).lower() for name, role in solution.items() if role is not None} or None
-    return assignment(solution)
+    return assignment(solution) if isinstance(solution, str) else None
 
 
 def _stated(text: str | None) -> str | None:
@@ -37,8 +51,9 @@ def _stated(text: str | None) -> str | None:
         return None
     if r"\boxed" in text:
         return last_box(text)
-    if tagged := _TAGGED.findall(text):
-        return tagged[-1]
+    if (tagged := last_tagged(text, "answer")) is not None:
+        return tagged
+    text = re.sub(r" ?\n[ \n]*", "\n", re.sub(r"[^\S\n]+", " ", text))
     if heading := _HEADING.search(text):
         return heading[1]
     return phrase_answer(text) or text
@@ -80,6 +95,9 @@ def knights_knaves_reward(
     """
     check_lengths(completions, solution, "solution")
     golds = [_gold(gold) for gold in solution]
+    for row, gold in enumerate(golds):
+        if gold is None:
+            cannot_judge("knights_knaves_reward", "solution", row, solution[row], "holds no assignment of roles")
     answers = [assignment(_stated(visible_text(completion))) for completion in completions]
     log_answers(log_extra, golds, answers)
     if log_metric is not None:

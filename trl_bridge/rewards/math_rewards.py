@@ -1,15 +1,28 @@
 """Rewards for mathematics: the value of the last box against the gold, and whether there is a box at all."""
 
 import logging
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 from .answers import Fallback, final_answer, gold_answer, last_box
-from .completions import Completion, LogExtra, LogMetric, check_lengths, log_answers, visible_text
+from .completions import (
+    REASONING_BLOCKS,
+    Blocks,
+    Completion,
+    LogExtra,
+    LogMetric,
+    cannot_judge,
+    check_lengths,
+    gold_text,
+    log_answers,
+    visible_text,
+)
 from .mathematics.equality import Verdict, quick
 from .mathematics.numbers import exact
 from .mathematics.surface import clean
+from .mathematics.units import split_unit
 from .mathematics.workers import Outcome, shared_pool
 
 
@@ -34,6 +47,11 @@ class _Cache:
 
 _cache = _Cache(100_000)
 _warned: set[str] = set()
+# What an answer may still have to be worked out for: products, sums, powers, factorials, and signs of summation.
+_OPERATION = re.compile(
+    r"\\(?:times|cdot|div|sum|prod|int|lim|binom)(?![a-zA-Z])|(?<=[\w})\]!\s])[+*!^-]|(?<=\w)/(?=\w*[!^])"
+)
+_NO_GOLDS = {"proof", "notfound", "not found", "see solution", "n/a", "nan"}
 
 
 def is_plain(gold: str) -> bool:
@@ -41,7 +59,20 @@ def is_plain(gold: str) -> bool:
     cleaned = clean(gold)
     if not cleaned:
         return False
-    return exact(cleaned) is not None or cleaned.replace(" ", "").isalpha()
+    return exact(split_unit(cleaned)[0]) is not None or cleaned.replace(" ", "").isalpha()
+
+
+def is_gold(text: str) -> bool:
+    """Whether a text may be a gold at all: no placeholder, and no backslash that JSON has eaten (`\\f` + `rac`)."""
+    return text.strip().lower() not in _NO_GOLDS and not re.search(
+        r"[\x07\x08\x0b\x0c]|\t(?:ext|imes|heta|an)\b|\r(?:ight|ho)\b", text
+    )
+
+
+def is_evaluated(answer: str, gold: str) -> bool:
+    """Whether an answer leaves no operation to be done that the gold does not have as well."""
+    answer, gold = clean(answer) or "", clean(gold) or ""
+    return exact(answer) is not None or set(_OPERATION.findall(answer)) <= set(_OPERATION.findall(gold))
 
 
 def same_batch(
@@ -109,11 +140,17 @@ class MathReward:
         tolerance (`float`, *optional*):
             Relative tolerance between two plain numbers. `None` means exact values: 0.33 is not 1/3.
         limit (`float`, *optional*, defaults to `5.0`):
-            Seconds after which the comparison of one answer is killed; it then pays 0.
-        batch_limit (`float`, *optional*, defaults to `30.0`):
-            Seconds after which whatever still runs for a batch is killed; it then pays 0.
+            Seconds that the comparison of one answer may take by itself; an answer that takes longer pays 0.
+        batch_limit (`float`, *optional*):
+            Seconds for a batch. What has not been judged by then gets `None`, and a warning says so. `None` takes 30 and
+            a twentieth of a second for each completion.
         memory_gb (`float`, *optional*, defaults to `1.0`):
             Memory in GB that the comparison of one answer may take.
+        evaluated (`bool`, *optional*, defaults to `False`):
+            Whether an answer that repeats the question (`123 \times 456`, `\sum_{k=1}^{100} k`) pays 0: no operation may be
+            left in it that the gold does not have too.
+        reasoning_blocks (`Sequence[tuple[str, str]]`, *optional*):
+            Marks that open and close reasoning, in addition to `trl_bridge.rewards.completions.REASONING_BLOCKS`.
 
     Raises:
         `ValueError`:
@@ -125,13 +162,15 @@ class MathReward:
         fallback: Fallback = "none",
         tolerance: float | None = None,
         limit: float = 5.0,
-        batch_limit: float = 30.0,
+        batch_limit: float | None = None,
         memory_gb: float = 1.0,
+        evaluated: bool = False,
+        reasoning_blocks: Blocks = (),
     ):
         if fallback not in ("none", "phrase", "text"):
             raise ValueError(f"`fallback` is {fallback!r}: choose 'none', 'phrase' or 'text'.")
         for name, value in (("limit", limit), ("batch_limit", batch_limit), ("memory_gb", memory_gb)):
-            if value <= 0:
+            if value is not None and value <= 0:
                 raise ValueError(f"`{name}` is {value}: it must be above 0.")
         if tolerance is not None and not 0 <= tolerance < 1:
             raise ValueError(f"`tolerance` is {tolerance}: it must be at least 0 and below 1.")
@@ -141,6 +180,8 @@ class MathReward:
         self.limit = limit
         self.batch_limit = batch_limit
         self.memory_gb = memory_gb
+        self.evaluated = evaluated
+        self.blocks = (*REASONING_BLOCKS, *((first, last) for first, last in reasoning_blocks))
 
     def __call__(
         self,
@@ -151,29 +192,48 @@ class MathReward:
         **kwargs: Any,
     ) -> list[float | None]:
         check_lengths(completions, solution, "solution")
-        golds = [None if gold is None else gold_answer(str(gold)) for gold in solution]
-        answers = [final_answer(visible_text(completion), self.fallback) for completion in completions]
+        texts = [gold_text(gold) for gold in solution]
+        golds = [gold_answer(text) if text is not None and is_gold(text) else None for text in texts]
+        answers = [final_answer(visible_text(completion, self.blocks), self.fallback) for completion in completions]
         rows = [i for i, (gold, answer) in enumerate(zip(golds, answers, strict=True)) if gold and answer]
         pairs = [(golds[i] or "", answers[i] or "") for i in rows]
         distinct = list(dict.fromkeys(gold for gold in golds if gold))
-        outcomes, parsed, symbolic = same_batch(pairs, self.limit, self.batch_limit, self.memory_gb, distinct)
+        seconds = 30.0 + 0.05 * len(completions) if self.batch_limit is None else self.batch_limit
+        outcomes, parsed, symbolic = same_batch(pairs, self.limit, seconds, self.memory_gb, distinct)
         by_row = dict(zip(rows, outcomes, strict=True))
-        rewards: list[float | None] = []
-        for i, gold in enumerate(golds):
-            if gold is None or parsed.get(gold, False) is not True:
-                _warn_once(i, solution[i])
-                rewards.append(None)
-            else:
-                rewards.append(1.0 if by_row.get(i) is True or self._near(gold, answers[i]) else 0.0)
+        rewards = [
+            self._reward(i, solution[i], gold, answers[i], parsed.get(gold or "", False), by_row.get(i, False))
+            for i, gold in enumerate(golds)
+        ]
         log_answers(log_extra, golds, answers)
         if log_metric is not None:
-            stopped = sum(outcome in ("timeout", "deadline", "killed") for outcome in outcomes)
+            stopped = sum(outcome in ("timeout", "deadline", "killed", "memory") for outcome in outcomes)
             total = max(1, len(completions))
             log_metric("math_reward/timeouts", float(stopped))
             log_metric("math_reward/errors", float(sum(str(outcome).startswith("error") for outcome in outcomes)))
             log_metric("math_reward/symbolic_fraction", symbolic / total)
             log_metric("math_reward/no_answer_fraction", sum(answer is None for answer in answers) / total)
         return rewards
+
+    def _reward(
+        self, row: int, solution: Any, gold: str | None, answer: str | None, parsed: Outcome, outcome: Outcome
+    ) -> float | None:
+        if gold is not None and parsed is not True and parsed is not False and parsed != "timeout":
+            _warn_once(f"the check of a gold was stopped ({parsed})")
+            return None
+        if gold is None or parsed is not True:
+            hint = ". List such rows before training with `trl_bridge.rewards.check_golds(dataset)`."
+            cannot_judge("math_reward", "solution", row, solution, "cannot be parsed", hint)
+            return None
+        if outcome in ("deadline", "killed"):
+            _warn_once(
+                "an answer could not be judged in the batch's time"
+                if outcome == "deadline"
+                else "a worker was killed twice"
+            )
+            return None
+        right = outcome is True or self._near(gold, answer)
+        return float(right and (not self.evaluated or is_evaluated(answer or "", gold)))
 
     def _near(self, gold: str, answer: str | None) -> bool:
         if self.tolerance is None or answer is None:
@@ -184,15 +244,13 @@ class MathReward:
         return abs(one - two) <= self.tolerance * max(abs(one), abs(two))
 
 
-def _warn_once(row: int, solution: Any) -> None:
-    key = repr(solution)[:200]
-    if key not in _warned:
-        _warned.add(key)
+def _warn_once(what: str) -> None:
+    if what not in _warned:
+        _warned.add(what)
         logger.warning(
-            "`solution` of row %d of this batch cannot be parsed and is not rewarded (reward None): %s. List such rows "
-            "before training with `trl_bridge.rewards.check_golds(dataset)`.",
-            row,
-            key,
+            "math_reward: %s; such rows are not rewarded (reward None). `MathReward(batch_limit=...)` gives more time; the "
+            "metric `math_reward/timeouts` counts them.",
+            what,
         )
 
 
@@ -210,7 +268,8 @@ def math_reward(
     Reward 1.0 where the completion's last `\boxed{}` equals the gold, else 0.0; `None` where the gold does not parse.
 
     Exact values (0.5 is 1/2, 0.33 is not 1/3), by latex2sympy2_extended, SymPy and math-verify in worker processes that
-    are killed after 5 seconds or 1 GB an answer and 30 seconds a batch. For other options make a [`MathReward`].
+    are killed after 5 seconds or 1 GB an answer. What could not be judged in the batch's time gets `None`. For other options
+    make a [`MathReward`].
 
     Args:
         completions (`list[str]` or `list[list[dict]]`):

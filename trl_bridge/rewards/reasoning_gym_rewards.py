@@ -1,16 +1,14 @@
 """Reward of reasoning-gym tasks: the task's own scorer."""
 
 import functools
-import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from .completions import LogMetric, visible_text
+from .completions import LogMetric, cannot_judge, gold_text, last_tagged, read_json, visible_text
 
 
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_PHRASE = re.compile(r"(?:answer is|answer:|####)\s*(.+)", re.IGNORECASE)
+_PHRASE = re.compile(r"(?:answer is|answer:|####)\s*+(.+)", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -38,10 +36,11 @@ def reasoning_gym_reward(
             TRL's hook for metrics; gets `reasoning_gym_reward/no_answer_fraction`.
 
     Returns:
-        `list[float]`: one score in [0, 1] for each completion; 0 where no answer is found.
+        `list[float | None]`: one score in [0, 1] for each completion; 0 where no answer is found, or where the task's scorer
+        cannot read it; `None` where the metadata are broken or name no task.
     """
     answers = [
-        extract_answer(visible_text(completion) or "", gold)
+        extract_answer(visible_text(completion) or "", gold_text(gold) or "")
         for completion, gold in zip(completions, solution, strict=True)
     ]
     if log_extra is not None:
@@ -50,11 +49,24 @@ def reasoning_gym_reward(
     if log_metric is not None:
         log_metric("reasoning_gym_reward/no_answer_fraction", sum(a is None for a in answers) / max(1, len(answers)))
     rewards: list[float | None] = []
-    for answer, gold, facts in zip(answers, solution, metadata, strict=True):
-        entry = {"answer": gold, "metadata": json.loads(facts)}
-        score = _scorer(entry["metadata"]["source_dataset"])
-        rewards.append(0.0 if answer is None else float(score(answer, entry)))
+    for row, (answer, gold, value) in enumerate(zip(answers, solution, metadata, strict=True)):
+        facts = read_json(value)
+        if not isinstance(facts, Mapping) or not isinstance(facts.get("source_dataset"), str):
+            cannot_judge("reasoning_gym_reward", "metadata", row, value, "names no task (`source_dataset`)")
+            rewards.append(None)
+            continue
+        score = _scorer(facts["source_dataset"])
+        # A task that has no one answer (a puzzle with many solutions) leaves the gold empty: its scorer needs none.
+        rewards.append(0.0 if answer is None else _score(score, answer, {"answer": gold, "metadata": facts}))
     return rewards
+
+
+def _score(scorer: Callable[[str, dict[str, Any]], float], answer: str, entry: dict[str, Any]) -> float:
+    """A task's score; 0 for text that its scorer raises on, since it is written for answers of its own form."""
+    try:
+        return float(scorer(answer, entry))
+    except Exception:  # scorers parse the answer with eval, int and the like, and raise what those raise
+        return 0.0
 
 
 def extract_answer(text: str, gold: str) -> str | None:
@@ -63,7 +75,8 @@ def extract_answer(text: str, gold: str) -> str | None:
     "####" on its line, else the last line. Where the gold is a number, the last number in there.
     """
     lines = [line for line in text.splitlines() if line.strip()]
-    candidates = _TAGGED.findall(text) or _PHRASE.findall(text) or lines
+    tagged = last_tagged(text, "answer")
+    candidates = _PHRASE.findall(text) or lines if tagged is None else [tagged]
     if not candidates:
         return None
     answer = candidates[-1].strip()

@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from .answers import last_box, phrase_answer
-from .completions import Completion, LogExtra, LogMetric, check_lengths, log_answers, visible_text
+from .completions import Completion, LogExtra, LogMetric, cannot_judge, check_lengths, log_answers, visible_text
 
 
 RouteMode = Literal["verified", "exact", "prefix"]
@@ -23,7 +23,6 @@ _SCALES = {
     "metro": {"time": Fraction(1, 3), "price": Fraction(2, 3), "comfort": Fraction(1), "transfer": Fraction(1, 3)},
     "travel": {"time": Fraction(1, 180), "price": Fraction(1, 200), "comfort": Fraction(1, 5), "transfer": Fraction(0)},
 }  # fmt: skip
-_MARKED = re.compile(r"<answer_begin>(.*?)<answer_end>", re.DOTALL)
 _SEPARATOR = re.compile(r"\s*(?:->|→|\\to\b|\\rightarrow\b|-|–|,)\s*")
 _TRANSFER = re.compile(r"\s*\(\s*transfer\s*\)", re.IGNORECASE)
 _MAX_LENGTH = 4000
@@ -194,8 +193,9 @@ def _answer(text: str | None) -> str | None:
         return None
     if r"\boxed" in text:
         return last_box(text)
-    if marked := _MARKED.findall(text):
-        return marked[-1]
+    end = text.rfind("<answer_end>")
+    if end >= 0 and (start := text.rfind("<answer_begin>", 0, end)) >= 0:
+        return text[start + len("<answer_begin>") : end]
     return phrase_answer(text)
 
 
@@ -243,7 +243,16 @@ class RouteReward:
         rewards: list[float | None] = []
         valid = 0
         for row, answer in enumerate(answers):
-            network = Network.read(tables[row], criteria[row] if criteria is not None else None)
+            try:
+                network = Network.read(tables[row], criteria[row] if criteria is not None else None)
+            except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
+                # Null, a wrong type, broken JSON, a missing key, an edge that joins no stops.
+                why = f"cannot be read ({type(error).__name__}: {error})"
+                cannot_judge(
+                    "route_reward", "criteria" if "`criteria`" in str(error) else "tables", row, tables[row], why
+                )
+                rewards.append(None)
+                continue
             route = parse_route(answer, network.stops)
             cost = network.cost(route) if route else None
             valid += cost is not None
@@ -251,7 +260,11 @@ class RouteReward:
                 rewards.append(_ratio(network, cost))
             else:
                 references = routes[row] if routes is not None else []
-                rewards.append(self._matched(answer, route, references, network.stops))
+                if not isinstance(references, Sequence) or isinstance(references, str):
+                    cannot_judge("route_reward", "routes", row, references, "is no list of routes")
+                    rewards.append(None)
+                else:
+                    rewards.append(self._matched(answer, route, references, network.stops))
         log_answers(log_extra, routes or [None] * len(answers), answers, "routes")
         if log_metric is not None:
             log_metric("route_reward/valid_fraction", valid / max(1, len(answers)))
@@ -337,10 +350,7 @@ def route_reward(
 
     Returns:
         `list[float | None]`:
-            One reward per completion; `None` where no route leads from start to goal.
-
-    Raises:
-        `ValueError`:
-            If a row's tables or criteria are malformed.
+            One reward per completion; `None` where no route leads from start to goal, and, with a warning that names the
+            column, where a row's tables or criteria are malformed.
     """
     return _default(completions, tables, criteria, routes, log_extra, log_metric, **kwargs)

@@ -27,6 +27,10 @@ _LETTER = re.compile(r"\(?\s*(?:\\text\s*\{\s*)?\(?\s*([A-Ja-j])\s*\)?\s*\.?\s*\
 _LETTER_AND_TEXT = re.compile(r"\(?\s*(?:\\text\s*\{\s*)?\(?\s*([A-J])\s*(?:\)|[.:](?=\s))\s*\}?\s*\S.*", re.DOTALL)
 _LETTER_AND_VALUE = re.compile(r"\(?\\text\s*\{\s*\(?[A-J]\)?[.:]?\s*\}\)?[.:]?\s*([\d.,/]+)")
 _SPACE = re.compile(r"(?<!\d) +| +(?!\d| )")
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
+_CONSTANT = re.compile(
+    r"(.*[a-zA-Z].*?)\s*\+\s*([CcKk](?:_\{?\d\}?)?|\\text\s*\{\s*(?:constant|const\.?|C)\s*\})", re.DOTALL
+)
 _RANKS = {kind: rank for rank, kind in enumerate(
     ("expression", "text", "ratio", "based", "congruence", "equation", "list", "set", "tuple", "sequence", "interval", "inequality", "union",
      "intersection", "difference", "matrix", "determinant", "row"))}  # fmt: skip
@@ -49,7 +53,30 @@ def compare(first: str, second: str, leaf: Leaf) -> Verdict:
         return True
     if (letters := _letters(a, b)) is not None:
         return letters
-    return same(parse(a), parse(b), leaf)
+    verdict = same(parse(a), parse(b), leaf)
+    if verdict is False and (decimals := _decimal_commas(a, b)) is not None:
+        return decimals
+    if verdict is not True and (constants := _other_constant(a, b)) is not None:
+        return same(parse(constants[0]), parse(constants[1]), leaf)
+    return verdict
+
+
+def _decimal_commas(a: str, b: str) -> Verdict:
+    """`3,14` as 3.14, where the other side is one number; `None` where that is not the case."""
+    for one, two in ((a, b), (b, a)):
+        if _DECIMAL_COMMA.fullmatch(one) and (value := exact(two)) is not None:
+            return exact(one.replace(",", ".")) == value
+    return None
+
+
+def _other_constant(a: str, b: str) -> tuple[str, str] | None:
+    """Two antiderivatives whose constants of integration have different letters, with one letter in both."""
+    found = [_CONSTANT.fullmatch(text) for text in (a, b)]
+    if not all(found) or "C" not in (found[0][2][:1].upper(), found[1][2][:1].upper()):  # type: ignore[index]
+        return None
+    if found[0][2] == found[1][2] or any(match[2] in match[1] for match in found):  # type: ignore[index]
+        return None
+    return tuple(f"{match[1]}+C" for match in found)  # type: ignore[index, return-value]
 
 
 def _letters(a: str, b: str) -> Verdict:
@@ -100,6 +127,8 @@ def same(a: Node, b: Node, leaf: Leaf) -> Verdict:
     if kinds == ("list", "set"):
         return _unordered(_values(a), _values(b), leaf)
     if a.kind == "list" and b.kind in ("tuple", "sequence"):
+        if a.text == "or":
+            return False  # one of two numbers is no point
         return _ordered(_by_name(a), b.items, leaf)
     if kinds == ("tuple", "sequence"):
         return _ordered(a.items, b.items, leaf)
@@ -121,7 +150,9 @@ def _same_kind(a: Node, b: Node, leaf: Leaf) -> Verdict:
         return _same_expression(a, b, leaf)
     if a.kind == "congruence":
         return False if a.text and b.text and a.text != b.text else _ordered(a.items, b.items, leaf)
-    if a.kind in ("text", "ratio", "based"):
+    if a.kind == "ratio":
+        return _same_parts(a, b)
+    if a.kind in ("text", "based"):
         return a.text == b.text or squash(a.text) == squash(b.text)
     if a.kind == "equation":
         left = same(a.items[0], b.items[0], _spelling)
@@ -172,6 +203,21 @@ def _same_ratio(a: Node, b: Node) -> bool:
     if match is None or not ("/" in a.text or "frac" in a.text) or a.unit:
         return False
     return exact(a.text) == Fraction(int(match[1]), int(match[2]))
+
+
+def _same_parts(a: Node, b: Node) -> bool:
+    """Two ratios, or two times. `6:8` is `3:4`; what may both be times (`1:15`, `3:45`) is compared as written."""
+    if (
+        a.text == b.text
+        or (a.unit and not b.unit and a.unit == b.text)
+        or (b.unit and not a.unit and b.unit == a.text)
+    ):
+        return True
+    parts = [re.fullmatch(r"([1-9]\d*)((?::[1-9]\d*)+)", node.text) for node in (a, b)]
+    if not all(parts) or a.unit or b.unit or all(re.fullmatch(r"\d\d?(?::[0-5]\d)+", n.text) for n in (a, b)):
+        return False
+    one, two = ([int(part) for part in node.text.split(":")] for node in (a, b))
+    return len(one) == len(two) and all(x * two[0] == y * one[0] for x, y in zip(one, two, strict=True))
 
 
 def _either(a: Verdict, b: Verdict) -> Verdict:

@@ -11,8 +11,10 @@ import logging
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -83,6 +85,7 @@ class Host:
         limit = batch["limit"]
         queue = deque((index, job, min(SLICES[0], limit)) for index, job in enumerate(batch["jobs"]))
         running: dict[Future, tuple[int, list[str], float]] = {}
+        again: set[int] = set()
         while queue or running:
             # No more than the workers can take: a job that waits in the pool cannot be withdrawn from it.
             while queue and len(running) <= self.workers:
@@ -104,6 +107,9 @@ class Host:
                 if outcome == "timeout" and seconds < limit:
                     longer = [slice_ for slice_ in SLICES if seconds < slice_ < limit]
                     queue.append((index, job, longer[0] if longer else limit))
+                elif outcome == "killed" and index not in again:
+                    again.add(index)
+                    queue.append((index, job, seconds))
                 else:
                     self.send({"batch": batch["batch"], "index": index, "outcome": outcome})
         self.send({"batch": batch["batch"], "done": True})
@@ -114,8 +120,11 @@ class Host:
             return future.result()
         except TimeoutError:
             return "timeout"
-        except (MemoryError, ProcessExpired):
-            return "killed"
+        except MemoryError:
+            return "memory"
+        except ProcessExpired as error:
+            # Libraries in C abort where the memory limit stops them; any other end is not the answer's own.
+            return "memory" if error.exitcode in (-signal.SIGABRT, -signal.SIGSEGV) else "killed"
         except (BrokenProcessPool, CancelledError):
             raise
         except Exception as error:
@@ -127,6 +136,7 @@ def watch_parent(parent: int) -> None:
     """End the whole process group when the training process is gone, even if it was killed."""
     while os.getppid() == parent:
         time.sleep(1.0)
+    shutil.rmtree(tempfile.gettempdir(), ignore_errors=True)
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 

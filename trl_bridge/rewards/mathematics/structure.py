@@ -56,7 +56,16 @@ _SIGNED = re.compile(r"\\(pm|mp)(?![a-zA-Z])|\+(?:\s*/\s*)?-(?=\s*[\d\\(])")
 _CLOCK = re.compile(r"0?(\d\d?)(:\d\d)(?::00|(:\d\d))?([ap]m)?")
 _COLON = re.compile(r"\s*\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+\s*(?:\\?[ap]\.?m\.?)?\s*", re.IGNORECASE)
 _EMPTY = {"no solution", "no solutions", "none", "empty set", "the empty set", "no real solution", "no real solutions"}
-_UNDEFINED = {"dne", "does not exist", "undefined", "not defined", "do not exist"}
+_NO_SOLUTION = re.compile(
+    r"(?:there (?:is|are)|(?:the |this )?(?:equation|system|inequality|problem) has|it has)?\s*no\s+"
+    r"(?:(?:real|integer|such|valid|possible|positive)\s+)*(?:solutions?|roots?|values?|numbers?|integers?)(?:\s+exists?)?"
+)
+_UNDEFINED = {"dne", "does not exist", "undefined", "not defined", "do not exist", "doesn't exist", "nonexistent"}
+_DOES_NOT_EXIST = re.compile(r"(?:the |this )?(?:limit|it|value|integral|sum|derivative) (?:does not|doesn't) exist")
+# One of i, j, k as a unit vector: `\hat{i}`, or plain beside another of them.
+_UNIT_VECTOR = r"(?:\\(?:hat|vec|widehat|mathbf|boldsymbol|bar)\s*\{?\s*(?:\\[ij]math|([ijk]))\s*\}?|([ijk]))"
+_VECTOR_TERM = re.compile(rf"\s*([+-]?)\s*((?:[^+\-ijk()]|\([^()]*\))*?)\s*{_UNIT_VECTOR}\s*")
+_ENGINEERS_COMPLEX = re.compile(r"[+-]?\s*[\d.]+\s*[+-]\s*[\d.]*\s*j")
 _ALL_REALS = {
     "all real numbers",
     "all reals",
@@ -126,14 +135,17 @@ def _worded(text: str) -> Node | None:
         return Node("interval", "()", (Node("expression", r"-\infty"), Node("expression", r"\infty")))
     if re.fullmatch(r"\\mathbb\s*\{?\s*[NZQC]\s*\}?\s*(?:[\^_]\s*\{?[+*\->0-9]+\}?)*", text):
         return Node("text", text.replace(" ", ""))
-    if words in _EMPTY or text.strip() in (r"\emptyset", r"\{\}", r"\{ \}"):
+    if words in _EMPTY or _NO_SOLUTION.fullmatch(words) or text.strip() in (r"\emptyset", r"\{\}", r"\{ \}"):
         return Node("set")
-    if words in _UNDEFINED:
+    if words in _UNDEFINED or words.replace(".", "").replace(" ", "") == "dne" or _DOES_NOT_EXIST.fullmatch(words):
         return Node("text", "undefined")
     if words == "no":
         return Node("text", words)
     if _COLON.fullmatch(words):
-        return Node("ratio", _CLOCK.sub(_clock, re.sub(r"[\s.]", "", words)))
+        bare = re.sub(r"[\s.]", "", words)
+        # A time that does not say which half of the day is compared without it.
+        halfless = re.sub(r"\\?[ap]m$", "", bare)
+        return Node("ratio", _CLOCK.sub(_clock, bare), (), _CLOCK.sub(_clock, halfless) if halfless != bare else "")
     if re.fullmatch(r"\\text\s*\{[^{}]*\}", text):
         inner = text[text.index("{") + 1 : -1].strip()
         if exact(inner) is not None:
@@ -206,6 +218,8 @@ def _single(text: str) -> Node:
     """Shape of an answer without separators at its top level."""
     if text == r"\ldots":
         return Node("text", text)
+    if (vector := _vector(text)) is not None:
+        return vector
     if _SIGNED.search(text) and not _braced(text):
         plus = _SIGNED.sub(lambda m: "-" if m.group(1) == "mp" else "+", text)
         minus = _SIGNED.sub(lambda m: "+" if m.group(1) == "mp" else "-", text)
@@ -235,6 +249,28 @@ def _single(text: str) -> Node:
     return _leaf(text)
 
 
+def _vector(text: str) -> Node | None:
+    r"""A sum over the unit vectors i, j, k, as a tuple: `\hat{i} - 2\hat{j}`, and `i - 2j`, but never `3 + 4i`."""
+    marked = r"\hat" in text or r"\vec" in text or r"\widehat" in text
+    if not (marked or ("j" in text and ("i" in text or "k" in text))) or len(text) > 200:
+        return None
+    components: dict[str, str] = {}
+    position = 0
+    while position < len(text):
+        term = _VECTOR_TERM.match(text, position)
+        if term is None or (position > 0 and not term[1]):
+            return None
+        name = term[3] or term[4] or ("i" if r"\imath" in term.group() else "j")
+        if name in components or re.search(r"(?<!\\)[a-zA-Z]{2}|=", re.sub(r"\\[a-zA-Z]+", "", term[2])):
+            return None
+        components[name] = (term[1] if term[1] == "-" else "") + (term[2].strip() or "1")
+        position = term.end()
+    if len(components) < 2:
+        return None
+    last = "ijk"[: 3 if "k" in components else 2]
+    return Node("tuple", "", tuple(parse(components.get(name, "0")) for name in last))
+
+
 def _tidy(text: str) -> str:
     return re.sub(r"(^|(?<=[=(,{]))\s*\+", "", text).strip()
 
@@ -253,6 +289,12 @@ def _relation(parts: list[str], operators: list[str], text: str) -> Node:
     if set(operators) == {"="}:
         if not parts[0]:
             return parse(parts[-1])
+        if (
+            len(parts) == 2
+            and re.fullmatch(r"[a-zA-Z](?:_\{?\w\}?)?", parts[1])
+            and not re.search("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", parts[0]))
+        ):
+            parts = parts[::-1]  # `5 = x`
         return Node("equation", "=", (_leaf(parts[0]) if "," not in parts[0] else parse(parts[0]), parse(parts[-1])))
     if "=" in operators and len(operators) == 2 and operators[0] == "=":
         return Node("expression", text)
@@ -304,6 +346,7 @@ def _braced(text: str) -> bool:
 
 def _leaf(text: str) -> Node:
     text = split_scale(text.strip())
+    text = text.replace("j", "i") if _ENGINEERS_COMPLEX.fullmatch(text) else text
     value, unit = split_unit(text)
     value = value.strip()
     percent = re.fullmatch(

@@ -22,6 +22,15 @@ _SYMBOLS = {
 }  # fmt: skip
 _TRANSLATE = str.maketrans(_SYMBOLS)
 _CURRENCY = re.compile(r"\\\$|[$£€¥₹]|\\pounds(?![a-zA-Z])|\\euro(?![a-zA-Z])")
+_MONEY = {"\\$": "dollar", "£": "pound", "€": "euro", "₹": "rupee", "\\pounds": "pound", "\\euro": "euro"}
+_SIGN = r"(\\\$|[£€₹]|\\pounds(?![a-zA-Z])|\\euro(?![a-zA-Z]))"
+# What ends a value: a sign that stands before it is a unit, and compared as one.
+_VALUE_END = r"(?=\s*(?:$|[,;)\]}.$](?!\d)|\\text\s*\{\s*(?:and|or)\b|(?:and|or)\b))"
+_PRICE = r"([+-]?\d[\d,]*(?:\{,\}\d+)*(?:\.\d+)?)"
+_SIGN_BEFORE = re.compile(rf"{_SIGN}\s*{_PRICE}{_VALUE_END}")
+_SIGN_BEHIND = re.compile(rf"{_PRICE}\s*{_SIGN}{_VALUE_END}")
+_YUAN = re.compile(r"(?<=\d)\s*(?:元|人民币)")
+_CJK_UNIT = re.compile(r"(?<=[\d})])\s*[\u4e00-\u9fff\u3040-\u30ff\uac00-\ud7af]{1,4}$")
 
 _WORD_COMMANDS = re.compile(
     r"\\(?:text(?:normal|bf|it|rm|sf|tt|up)?|mathrm|mathbf|mathit|mathsf|mathtt|boldsymbol|bm|mbox|hbox|operatorname\*?|textup)\s*\{([^{}]*)\}"
@@ -37,6 +46,31 @@ _ESCAPED = re.compile(r"\\\\(?=[a-zA-Z]{2}|[{}%$])")
 _BOX = re.compile(r"\\(?:boxed|fbox)(?=\s*\{)")
 _CHOOSE = re.compile(r"\{?\s*([0-9a-zA-Z+\-]+)\s*\\choose\s*([0-9a-zA-Z+\-]+)\s*\}?")
 _COMBINATIONS = re.compile(r"(?<![A-Za-z\\])C_\{?(\d+)\}?\s*\^\s*\{?(\d+)\}?")
+_COMBINATIONS_CALL = re.compile(
+    r"(?<![A-Za-z\\])C\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)|\{?\s*\}?[_^]\s*(?:\{\s*(\d+)\s*\}|(\d))\s*C\s*_\s*(?:\{\s*(\d+)\s*\}|(\d+))"
+)
+_PIECES = re.compile(r"\\begin\{cases\}(.*?)\\end\{cases\}", re.DOTALL)
+_CONDITION_WORD = re.compile(
+    r"\\text\s*\{\s*(?:if|for|when|where)?\s*\}|(?<![a-zA-Z\\])(?:if|for|when|where)(?![a-zA-Z])"
+)
+_GRID = re.compile(r"\\begin\{(?:[pbvBV]?(?:small)?matrix|array|cases)\}")
+_BRACED_SIGN = re.compile(r"\{\s*([+\-:=])\s*\}")
+_MIXED_COMMAS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,)\d{3})+(?![\d]|,\d)")
+_TICK = re.compile(r"[\s,.]*[✓✔✅☑√]\uFE0F?\s*$")
+_LABEL = re.compile(r"^\\text\s*\{[^{}]*[A-Za-z][^{}]*[:=]\s*\}\s*(?=\S)")
+_REASON = re.compile(
+    r"\s*(?:\\text\s*\{\s*)?\(\s*(?:since|because|as|by|using|from|after|note|which|see|rounded|i\.e\.)\b[^(){}]*\)\s*\}?\s*$",
+    re.IGNORECASE,
+)
+_NEGATIVE_WORD = re.compile(r"^(?:\\text\s*\{\s*)?(?:negative|minus)\s*\}?\s*(?=[\d.\\])", re.IGNORECASE)
+_INFINITE_WORD = re.compile(r"\\text\s*\{\s*(?:positive\s+|\+)?(-|negative\s+|minus\s+)?infinity\s*\}", re.IGNORECASE)
+_NAME_ONLY = re.compile(
+    r"\\text\s*\{\s*(?:point|line|segment|ray|side|team|player|box|person)?\s*([A-Z]{1,2})\s*\.?\s*\}", re.IGNORECASE
+)
+_NO_NAMES = ("NO", "OK", "AM", "PM")
+_TO = re.compile(r"(?<=\d)\s*\\text\s*\{\s*to\s*\}\s*(?=\d)|(?<=\d)\s+to\s+(?=\d)")
+_QUAD = re.compile(r"\s*\\q?quad(?![a-zA-Z])\s*")
+_NUMBER_START = re.compile(r"[+-]?\s*(?:\d|\\[dt]?frac|\\sqrt)")
 _ANY_INTEGER = re.compile(
     r"\s*[,;]?\s*\(?\s*(?:\\text\s*\{[^{}]*\}\s*)?([a-zA-Z])\s*\\in\s*(?:\\mathbb\s*\{?\s*Z\s*\}?|Z)\s*\)?$"
 )
@@ -58,7 +92,8 @@ _TEXT_PREFIX = re.compile(
     re.IGNORECASE,
 )
 _DROP = re.compile(
-    r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|bf|rm|it|boldmath|mathstrut|null)(?![a-zA-Z])"
+    r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|bf|rm|it|boldmath|mathstrut|null"
+    r"|tiny|scriptsize|footnotesize|small|normalsize|[lL]arge|LARGE|[hH]uge|checkmark|blacksquare|square|qed)(?![a-zA-Z])"
     r"|\\!|\\\s*displaystyle"
 )
 _LEFT_DOT = re.compile(r"\\(?:left|right)\s*\.")
@@ -67,7 +102,7 @@ _SPACES = re.compile(
 )
 _DELIMITERS = re.compile(r"(?<!\\)\\[()\[\]](?![a-zA-Z])")
 _DEGREE = re.compile(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\s*\\degrees?(?![a-zA-Z])")
-_FRAC = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
+_FRAC = re.compile(r"\\(?:[dtcsx]|nice)frac(?![a-zA-Z])")
 _FRAC_BARE = re.compile(r"\\frac\s*(?:\{([^{}]*)\}|([0-9a-zA-Z]))\s*(?:\{([^{}]*)\}|([0-9a-zA-Z]))")
 _FRAC_ARGUMENT = re.compile(r"\s*(\\(?:pi|theta|alpha|beta|infty)(?![a-zA-Z])|[0-9a-zA-Z])")
 _SQRT_BARE = re.compile(r"\\sqrt\s*(\[[^\[\]]*\])?\s*(\d|[a-zA-Z](?![a-zA-Z{]))")
@@ -85,7 +120,7 @@ _PREFIX = re.compile(
     r"^(?:so|thus|hence|therefore)?,?\s*(?:the|my|our)?\s*(?:final|correct)?\s*(?:answer|solution|result|value)\s*(?:is|are|:|=)\s*:?\s*",
     re.IGNORECASE,
 )
-_HOPE = re.compile(r"[\s.]*I hope (?:it|this) is correct\.?$", re.IGNORECASE)
+_HOPE = re.compile(r"(?<![\s.])[\s.]*+I hope (?:it|this) is correct\.?$", re.IGNORECASE)
 _SYNONYMS = {
     "leqslant": "le", "leq": "le", "geqslant": "ge", "geq": "ge", "neq": "ne", "lt": "<", "gt": ">", "dots": "ldots",
     "cdots": "ldots", "lbrace": "{", "rbrace": "}", "lbrack": "[", "rbrack": "]", "varnothing": "emptyset", "lvert": "|",
@@ -206,26 +241,36 @@ def clean(raw: str) -> str | None:
     if len(raw) > 2 * MAX_LENGTH:
         return None
     text = raw.encode("utf-8", "replace").decode()
-    text = _unescape(text if text.isascii() else _ascii(text))
+    if not text.isascii():
+        text = _YUAN.sub(r"\\text{ yuan}", _TICK.sub("", text.strip(" $")))
+        text = _ascii(_CJK_UNIT.sub("", text))
+    text = _unescape(text)
     if depth_of(text) > MAX_DEPTH:
         return None
     text = text.strip().strip("`").strip()
     text = re.sub(r"^(?:\*\*|__)(.*)(?:\*\*|__)$", r"\1", text, flags=re.DOTALL)
     text = _HOPE.sub("", _PREFIX.sub("", text))
     text = _THIN_SPACE.sub("", _BOX.sub("", text))
-    text = _CURRENCY.sub(lambda m: "" if m.group() != "$" else " ", text)
+    text = _MIXED_COMMAS.sub(lambda m: re.sub(r"\{,\}|,", "", m.group()) if "{" in m.group() else m.group(), text)
+    text = _BRACED_SIGN.sub(r"\1", _with_currency(text))
     text = _ungroup(text)
     text = _WORD_COMMANDS.sub(_word, _LEFT_DOT.sub("", text))
     text = _DROP.sub("", _DELIMITERS.sub(" ", text))
+    text = _REASON.sub("", _LABEL.sub("", text.strip()))
+    text = _INFINITE_WORD.sub(lambda m: r"-\infty " if m[1] else r"\infty ", text.replace(r"\nexists", r"\text{DNE}"))
     text = _SYNONYM.sub(_synonym, text)
     text = _AND_OR_TEXT.sub(r" \1 ", _TEXT_PREFIX.sub("", text))
     text = _ORDINAL.sub("", _WRAPPERS.sub("", text))
     text = _CASES.sub(lambda m: ", ".join(row for row in m.group(1).split(r"\\") if row.strip()), text)
-    text = _ENVIRONMENT.sub(" ", text)
+    text = _PIECES.sub(_pieces, text)
+    if _ENVIRONMENT.search(text):
+        text = _ENVIRONMENT.sub(" ", text)
+        text = text if _GRID.search(text) else text.replace("&", "")
+    text = _TO.sub(":", _parted(text.strip()))
     text = _SPACES.sub(" ", text)
     if _TRIG.search(text):
         text = _TRIG_DEGREE.sub(r"\\frac{\1\\pi}{180}", text)
-    text = _MONEY_WORD.sub("", _APPROXIMATELY.sub("", _DEGREE.sub("", text).strip()))
+    text = _MONEY_WORD.sub("", _APPROXIMATELY.sub("", _with_degrees(text).strip()))
     text = _FRAC.sub(r"\\frac", text)
     text = _brace_fractions(_FRAC_BARE.sub(_fraction, text))
     text = _SQRT_WORD.sub(lambda m: rf"\sqrt{{{next(g for g in m.groups() if g is not None)}}}", text)
@@ -234,14 +279,69 @@ def clean(raw: str) -> str | None:
     text = _INFINITY.sub(r"\\infty ", _PI_WORD.sub(r"\\pi ", text))
     text = re.sub(r"\\log\s*_\s*(?:\{\s*e\s*\}|e(?![a-z]))", r"\\ln ", text)
     text = _POWER.sub(lambda m: "^" if m.group(1) is None else f"^{{{m.group(1)}}}", text)
-    text = re.sub(r"^(?:negative|minus)\s+(?=[\d.])", "-", _CHOOSE.sub(r"\\binom{\1}{\2}", text))
+    text = _NEGATIVE_WORD.sub("-", _CHOOSE.sub(r"\\binom{\1}{\2}", text))
+    text = _COMBINATIONS_CALL.sub(lambda m: rf"\binom{{{m[1] or m[3] or m[4]}}}{{{m[2] or m[5] or m[6]}}}", text)
     text = _COMBINATIONS.sub(r"\\binom{\1}{\2}", text.replace("...", r"\ldots "))
     # "2k pi, k an integer": which letter runs over the integers goes without saying.
     free = _ANY_INTEGER.search(text)
     text = _strip(text[: free.start()] if free and free[1] in text[: free.start()] else text)
+    text = _turned(text)
+    if (name := _NAME_ONLY.fullmatch(text)) and name[1].isupper() and name[1] not in _NO_NAMES:
+        return name[1]
     if _GROUPED_SPACE.fullmatch(text):
         text = text.replace(" ", "")
     return text if len(text) <= MAX_LENGTH else None
+
+
+def _with_currency(text: str) -> str:
+    """A currency sign beside a number as a unit behind it; any other sign of currency is dropped."""
+    text = _SIGN_BEFORE.sub(lambda m: rf"{m[2]}\text{{ {_MONEY[m[1]]}}}", text)
+    text = _SIGN_BEHIND.sub(lambda m: rf"{m[1]}\text{{ {_MONEY[m[2]]}}}", text)
+    return _CURRENCY.sub(lambda m: "" if m.group() != "$" else " ", text)
+
+
+def _with_degrees(text: str) -> str:
+    """A degree sign that ends a value as a unit; any other is dropped."""
+
+    def unit(match: re.Match[str]) -> str:
+        return r"\text{ degree}" if re.match(_VALUE_END, match.string[match.end() :]) else ""
+
+    return _DEGREE.sub(unit, text)
+
+
+def _pieces(match: re.Match[str]) -> str:
+    """Rows of a piecewise function in one spelling: no comma before the condition, no "if"."""
+    rows = []
+    for row in match[1].split(r"\\"):
+        value, separator, condition = row.partition("&")
+        condition = _CONDITION_WORD.sub(" ", condition).strip(" ,.")
+        if row.strip():
+            rows.append(f"{value.strip(' ,')}&{condition}" if separator else row.strip())
+    return r"\begin{cases}" + r"\\".join(rows) + r"\end{cases}"
+
+
+def _parted(text: str) -> str:
+    r"""Commas in place of line breaks (`\\`), and of a wide gap between two assignments or two numbers."""
+    if _GRID.search(text):
+        return text
+    text = re.sub(r"\s*\\\\(?:\[[^\]]*\])?\s*", ", ", text).strip(", ")
+    parts = _QUAD.split(text)
+    if len(parts) > 1 and all("=" in part for part in parts):
+        return ", ".join(part.strip(" ,;") for part in parts)
+    if len(parts) > 1 and all(_NUMBER_START.match(part) for part in parts):
+        return ", ".join(part.strip(" ,;") for part in parts)
+    return text
+
+
+def _turned(text: str) -> str:
+    """Open ends written as turned brackets, `]2, 3[`, as round ones."""
+    if not (text.startswith("]") or text.endswith("[")):
+        return text
+    return re.sub(
+        r"([\[\]])([^\[\]()]*[,;][^\[\]()]*)([\[\]])",
+        lambda m: ("(" if m[1] == "]" else "[") + m[2] + (")" if m[3] == "[" else "]"),
+        text,
+    )
 
 
 def _strip(text: str) -> str:

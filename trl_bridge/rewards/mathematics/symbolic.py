@@ -45,6 +45,19 @@ _FUNCTION = re.compile(r"([A-Za-z])\s*\(\s*([A-Za-z])\s*\)")
 _PROSE = re.compile(r"\\text\s*\{[^{}]*[A-Za-z]{2}|(?<![\\A-Za-z])[A-Za-z]{3,}")
 
 
+# Words that are no products of letters; `0x1F` is no product either.
+_NO_PRODUCT = re.compile(
+    r"\\text\s*\{[^{}]*[A-Za-z]{2}|(?<![\\A-Za-z])(?:to|of|is|in|at|by|as|if|an|or|up|no|so|we|it|be|on|per|and|the|not|any|all|for|but|has|are|was)(?![A-Za-z])"
+    r"|(?<![\\A-Za-z{])(?![a-df-hj-np-tv-z]{3}(?![a-z]))[a-z]{3,}(?![A-Za-z}])|(?<![\w.])0[xX][0-9A-Fa-f]+"
+)
+# Two numbers side by side are neither a sum nor a product.
+_SIDE_BY_SIDE = re.compile(r"(?:^|[^_\d.])\d[\d.]*\s+\.?\d|(?<![_\d.])\d+\s*\\frac\{\s*\d+\s*\}\{\s*\d+\s*\}")
+_MIXED_NUMBER = re.compile(r"(?<![\d.])(\d+)\s*\\frac\{\s*(\d+)\s*\}\{\s*(\d+)\s*\}")
+_PRODUCT = re.compile(r"(?<![_^\d.])(\d+(?:\.\d+)?)\s*(?=\()|(\))\s*(?=[\d(])")
+_KINKED = (sympy.Abs, sympy.Max, sympy.Min, sympy.floor, sympy.ceiling, sympy.sign, sympy.Piecewise)
+_FAR = [sympy.Rational(p, q) for p, q in ((7001, 7), (-9001, 11), (10**9 + 7, 13), (-(10**9) - 9, 17))]
+
+
 class ParseError(ValueError):
     """The text is no expression that latex2sympy2_extended understands."""
 
@@ -55,6 +68,9 @@ def to_sympy(text: str) -> sympy.Basic:
     number = exact(text)
     if number is not None:
         return sympy.Rational(number.numerator, number.denominator)
+    if _NO_PRODUCT.search(text):
+        raise ParseError(text[:80])
+    text = _explicit(text)
     text = re.sub(r"\\(?:overline|bar)\{\s*([a-z])\s*\}", r"\\bar{\1}", text)
     try:
         expression = latex2sympy(
@@ -67,6 +83,19 @@ def to_sympy(text: str) -> sympy.Basic:
     if not isinstance(expression, (sympy.Basic, sympy.MatrixBase)):
         raise ParseError(text[:80])
     return _exact_expression(expression)
+
+
+def _explicit(text: str) -> str:
+    """Mixed numbers as sums and `2(3)` as a product, which the parser would add; two bare numbers in a row are refused."""
+
+    def mixed(match: re.Match[str]) -> str:
+        whole, top, bottom = match.groups()
+        return rf"({whole}+\frac{{{top}}}{{{bottom}}})" if int(top) < int(bottom) else match.group()
+
+    text = _MIXED_NUMBER.sub(mixed, text)
+    if _SIDE_BY_SIDE.search(text):
+        raise ParseError(text[:80])
+    return _PRODUCT.sub(lambda m: rf"{m[1] or m[2]}\cdot ", text)
 
 
 def _exact_expression(expression: sympy.Basic) -> sympy.Basic:
@@ -90,6 +119,7 @@ def leaf(a: Node, b: Node, factor: Fraction) -> bool:
 def _leaf(a: Node, b: Node, factor: Fraction) -> bool:
     if a.kind == b.kind == "expression":
         left, right = to_sympy(a.text), to_sympy(b.text)
+        left = _same_integer(left, right)
         if factor != 1:
             left = sympy.Rational(factor.numerator, factor.denominator) * left
         return same_value(left, right)
@@ -100,6 +130,16 @@ def _leaf(a: Node, b: Node, factor: Fraction) -> bool:
     if a.kind == b.kind == "inequality" and len(a.items) == len(b.items) == 2 and _same_inequality(a, b):
         return True
     return same_region(a, b, to_sympy, same_value)
+
+
+def _same_integer(left: sympy.Basic, right: sympy.Basic) -> sympy.Basic:
+    r"""`left` with the letter that runs over the integers as in `right`: `\frac{\pi}{4} + k\pi` and `\frac{\pi}{4} + n\pi`."""
+    one, two = left.free_symbols - right.free_symbols, right.free_symbols - left.free_symbols
+    if len(one) != 1 or len(two) != 1 or not (left.has(sympy.pi) and right.has(sympy.pi)):
+        return left
+    (old,), (new,) = one, two
+    integers = set("nkmlN")
+    return left.xreplace({old: new}) if {old.name, new.name} <= integers else left
 
 
 def _matrix(node: Node) -> sympy.Basic:
@@ -157,8 +197,49 @@ def _same_at_points(a: sympy.Expr, b: sympy.Expr, symbols: list[sympy.Symbol]) -
             return False
         seen += verdict is True
         if turn >= _ROUNDS - 1 and seen >= 3:
-            return True
+            return _same_beyond_kinks(a, b, symbols, real)
     return _simplified(a, b)
+
+
+def _same_beyond_kinks(a: sympy.Expr, b: sympy.Expr, symbols: list[sympy.Symbol], real: bool) -> bool:
+    """Whether two expressions agree on both sides of every kink of theirs, and far out, where they have kinks at all."""
+    bent = [e for side in (a, b) for e in side.atoms(*_KINKED)]
+    roots = [p.base for side in (a, b) for p in side.atoms(sympy.Pow) if p.exp.is_Rational and p.exp.q % 2 == 0]
+    edges = [e.args[0] for e in bent if not isinstance(e, (sympy.Max, sympy.Min, sympy.Piecewise))] + roots
+    edges += [x - e.args[0] for e in bent if isinstance(e, (sympy.Max, sympy.Min)) for x in e.args[1:]]
+    edges += [
+        r.lhs - r.rhs
+        for e in bent
+        if isinstance(e, sympy.Piecewise)
+        for r in e.atoms(sympy.core.relational.Relational)
+    ]
+    edges = [edge for edge in edges if edge.free_symbols]
+    if not edges:
+        return True
+    base = {s: _POINTS[i % len(_POINTS)] for i, s in enumerate(symbols)}
+    for symbol in symbols:
+        values = sorted({*_FAR, *(value for edge in edges for value in _around(edge, symbol, base))})
+        for value in values:
+            point = {**base, symbol: value}
+            if real and not (_is_real_throughout(a, point) and _is_real_throughout(b, point)):
+                continue
+            if _close(a.xreplace(point), b.xreplace(point)) is False:
+                return False
+    return True
+
+
+def _around(edge: sympy.Expr, symbol: sympy.Symbol, base: dict[sympy.Symbol, sympy.Rational]) -> list[sympy.Rational]:
+    """Points beside the real zeros of a polynomial in one symbol, the others fixed, and integers for floor and ceiling."""
+    rest = edge.xreplace({s: value for s, value in base.items() if s != symbol})
+    if symbol not in rest.free_symbols or not rest.is_polynomial(symbol):
+        return [sympy.Integer(n) for n in (-2, 0, 1, 2)]
+    try:
+        zeros = [sympy.Rational(str(z)) for z in sympy.Poly(rest, symbol).nroots(n=20) if z.is_real]
+    except (sympy.PolynomialError, mpmath.libmp.NoConvergence, ValueError):
+        return []
+    return [zero + step for zero in zeros[:8] for step in (sympy.Rational(-1, 3), sympy.Rational(1, 3))] + [
+        sympy.Integer(n) for n in (-2, 2)
+    ]
 
 
 def _is_real_throughout(expression: sympy.Expr, point: dict[sympy.Symbol, sympy.Rational]) -> bool:

@@ -9,7 +9,7 @@ _LENGTH = {"mm": "1/1000", "cm": "1/100", "dm": "1/10", "m": "1", "km": "1000", 
            "yd": "0.9144", "mi": "1609.344"}  # fmt: skip
 _TIME = {"ms": "1/1000", "s": "1", "min": "60", "h": "3600", "day": "86400", "week": "604800", "month": "", "year": ""}
 _MASS = {"mg": "1/1000", "g": "1", "kg": "1000", "lb": "453.59237", "oz": "28.349523125", "ton": ""}
-_MONEY = {"dollar": "1", "cent": "1/100", "euro": "", "pound": "", "yuan": "", "rupee": ""}
+_MONEY = {"dollar": "1", "cent": "1/100", "euro": "", "pound": "", "yuan": "", "yen": "", "rupee": ""}
 _OTHER = ["degree", "radian", "liter", "ml", "gallon", "mph", "kph", "newton", "joule", "watt", "volt", "amp", "ohm",
           "hz", "pascal", "kelvin", "celsius", "fahrenheit", "mole", "am", "pm", "acre", "hectare", "unit"]  # fmt: skip
 _FACTORS: dict[str, tuple[str, Fraction]] = {}

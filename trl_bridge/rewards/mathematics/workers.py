@@ -3,9 +3,11 @@
 import atexit
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from typing import Any
 
 Job = tuple[str, ...]
 Outcome = bool | str
-"""A verdict, or why there is none: `"timeout"`, `"deadline"`, `"killed"` (memory, or the worker died) or `"error: ..."`."""
+"""A verdict, or why there is none: `"timeout"`, `"memory"` (its own limits), `"deadline"` (the batch's), `"killed"` (the worker died twice), `"error: ..."`."""
 
 # What the parent waits beyond a batch's deadline before it kills the helper itself.
 _GRACE = 1.0
@@ -36,7 +38,10 @@ class _Helper:
     def __init__(self, workers: int, memory: int):
         package_root = str(Path(__file__).resolve().parents[3])
         path = os.pathsep.join(p for p in (package_root, os.environ.get("PYTHONPATH", "")) if p)
+        # multiprocessing leaves its folder behind where it is killed: it gets one of ours.
+        self.folder = tempfile.mkdtemp(prefix="trl-bridge-rewards-")
         environment = os.environ | {
+            "TMPDIR": self.folder,
             "PYTHONPATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
             "PYTHONWARNINGS": "ignore",
         }  # fmt: skip
@@ -99,6 +104,7 @@ class _Helper:
         except ProcessLookupError:
             pass
         self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class WorkerPool:
