@@ -90,6 +90,12 @@ def test_every_form_of_tests(reward):
         ("print(open('/dev/stdin').read().upper())", script("a\nb", "A\nB")),
         ("import sys, os\nprint(sys.stdin.fileno(), os.read(0, 9).decode())", script("a\n", "0 a")),
         ("print(int(input()) + 1)", script(4, 5)),
+        (
+            "out = open(1, 'w')\nclass A:\n    def __init__(self): self.out = out\na = A()\na.out.write('1')",
+            script("", 1),
+        ),
+        ("import sys\nprint(1)\nsys.exit()", script("", 1)),
+        ("import sys\nprint(1)\nsys.stdout.flush(); sys.stdout.close()", script("", 1)),
         # As a script of its own: threads are waited for, and its classes are found under its name.
         (
             "import atexit, threading, time\natexit.register(print, 2)\n"
@@ -112,6 +118,9 @@ def test_wrong_programs_pay_nothing(reward):
         ("import os\ndef add(a, b):\n    os._exit(0)", ["assert add(1, 2) == 3"]),
         ("import sys\nsys.exit(0)", ["assert add(1, 2) == 3"]),
         ("print(3)\nraise SystemExit(1)", [STDIN[0]]),
+        ("print(3)\nraise SystemExit('no')", [STDIN[0]]),
+        ("print(3)\nimport sys\nsys.exit(256 + 7)", [STDIN[0]]),
+        ("print(3)\n1 / 0", [STDIN[0]]),
         ("def add(a, b):\n    return 4", calls([[1, 2]], [[3]])),
         ("def add(a, b):\n    return 1", calls([[1, 2]], [[1, 2]])),
         ("def add(a, b):\n    return '3'", calls(["1\n2"], ["3"])),

@@ -6,6 +6,7 @@ The process stays warm and forks for every test. The child confines itself for g
 capabilities, limits, Landlock where the kernel has it, and a seccomp filter that allows only what Python needs.
 """
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -15,6 +16,7 @@ import platform
 import resource
 import select
 import signal
+import stat
 import struct
 import sys
 import sysconfig
@@ -262,11 +264,13 @@ def overfull(folder: str) -> bool:
         try:
             with os.scandir(pending.pop()) as entries:
                 for entry in entries:
+                    about = entry.stat(follow_symlinks=False)
                     files += 1
-                    size += entry.stat(follow_symlinks=False).st_size
+                    size += about.st_size
                     if files > MAX_FILES or size > MAX_BYTES:
                         return True
-                    if entry.is_dir(follow_symlinks=False):
+                    # Modes never change: a folder made without a right to write stays empty.
+                    if stat.S_ISDIR(about.st_mode) and about.st_mode & 0o300 == 0o300:
                         pending.append(entry.path)
         except FileNotFoundError:
             continue  # removed meanwhile
@@ -380,17 +384,14 @@ def serve(folder: str) -> dict | None:
     return None
 
 
-def run(request: dict) -> None:
-    """Run the program of a request, then its test, in this confined process."""
+def run(request: dict, namespace: dict) -> None:
+    """Run the program of a request in a namespace, then its test, in this confined process."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = open(sys.__dict__[name].fileno(), mode, encoding="utf-8", errors="surrogateescape", closefd=False)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     sys.argv = ["main.py"]
     sys.path.insert(0, os.getcwd())
-    module = types.ModuleType("__main__")
-    sys.modules["__main__"] = module
-    namespace = module.__dict__
     exec(compile(request["program"], "main.py", "exec"), namespace)
     if request["kind"] == "assert":
         exec(compile(request["test"], "test.py", "exec"), namespace)
@@ -410,10 +411,34 @@ def run(request: dict) -> None:
             result = result[os.write(3, result) :]
 
 
+def run_and_leave(request: dict) -> None:
+    """Run a request and end the process as a script ends, but for taking the interpreter apart: most of the time it took."""
+    module = sys.modules["__main__"] = types.ModuleType("__main__")
+    code = 0
+    try:
+        run(request, module.__dict__)
+    except SystemExit as leave:
+        code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    except BaseException:
+        code = 1
+    try:
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.__stdout__):
+            if stream is not None and not stream.closed:
+                stream.flush()
+        # Files of the program's that are still open are written.
+        module.__dict__.clear()
+        gc.collect()
+    except BaseException:
+        code = code or 120
+    os._exit(code & 0xFF)
+
+
 if __name__ == "__main__":
     task = serve(sys.argv[1])
     if task is not None:
-        run(task)
+        run_and_leave(task)
     elif empty_folder(sys.argv[1]):
         # The other side may have been killed and removes nothing.
         with contextlib.suppress(OSError):
