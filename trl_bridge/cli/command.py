@@ -112,4 +112,7 @@ def env(argv: list[str]) -> int:
     for package in ("math-verify", "latex2sympy2_extended", "reasoning-gym"):
         found = any(importlib.metadata.distributions(name=package))
         print(f"- {package} version: {importlib.metadata.version(package) if found else 'not installed'}")
+    from ..rewards.sandbox import report
+
+    print(f"- isolation of code_reward: {report()}")
     return 0
