@@ -380,8 +380,8 @@ def test_a_program_killed_from_outside_runs_once_more(kills, expected, caplog):
     thread.start()
     try:
         with caplog.at_level(logging.WARNING):
-            program = "import time\ntime.sleep(1.5)\nprint(1)"
-            reward = CodeReward(allow_execution=True, workers=1, isolation="kernel")
+            program = "import time\ntime.sleep(4)\nprint(1)"  # long beside a busy machine's delays
+            reward = CodeReward(allow_execution=True, seconds=30.0, workers=1, isolation="kernel")
             assert reward([fenced(program)], [[{"input": "", "output": "1"}]]) == [expected]
     finally:
         stop.set()
