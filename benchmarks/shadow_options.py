@@ -159,14 +159,14 @@ def memory(options, changes):
     with tempfile.TemporaryDirectory() as folder:
         trainer, _ = make("one", argparse.Namespace(**{**vars(options), "steps": 1}), folder)
         held = {}
-        backward = trainer.backend.backward_beside
+        backward = trainer.backend.backward_alongside
 
         def looking(loss):
             held["working"] = sum(p.untyped_storage().nbytes() for p in trainer.shadow.model.parameters())
             backward(loss)
             held["grads"] = sum(p.grad.nbytes for p in trainer.shadow.model.parameters() if p.grad is not None)
 
-        trainer.backend.backward_beside = looking
+        trainer.backend.backward_alongside = looking
         trainer.train()
     shadow, working = trainer.shadow, {id(p) for p in trainer.shadow.model.parameters()}
     apart = not any(id(p) in working for p in shadow.held.parameters.values())

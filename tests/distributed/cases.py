@@ -1,4 +1,4 @@
-"""What is run on two ranks, by way of training. Imported by the tests and by the script that torchrun starts."""
+"""What is run on two ranks, by backend. Imported by the tests and by the script that torchrun starts."""
 
 import copy
 import os

@@ -16,7 +16,7 @@ DEEPSPEED = pytest.mark.skipif(
 
 
 def params_of(table):
-    """(way of training, case) for each of a table's cases; those that need DeepSpeed skip where it is not installed."""
+    """(backend, case) for each of a table's cases; those that need DeepSpeed skip where it is not installed."""
     marks = {"deepspeed": [DEEPSPEED]}
     return [pytest.param(kind, name, marks=marks.get(kind, [])) for kind in table for name in table[kind]]
 
@@ -34,8 +34,8 @@ def launch(module, *arguments, ranks=2):
 
 def folder_of_runs(module):
     """
-    A fixture: from a way of training to the folder where the runs of a module of this folder have written what they saw.
-    One launch for all runs of a way of training.
+    A fixture: from a backend to the folder where the runs of a module of this folder have written what they saw.
+    One launch for all runs of a backend.
     """
 
     @pytest.fixture(scope="module")

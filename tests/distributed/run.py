@@ -21,7 +21,7 @@ from tests.helpers.training import RecordingTrainer, reference_options, rl_rows,
 from trl_bridge.training.checkpoint import folder as checkpoint
 
 
-# Of the runs that are gone on with; and after which update of them by another number of ranks.
+# Of the runs that are resumed; and after which update of them by another number of ranks.
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6}
 HANDED_ON = 3
 
@@ -74,14 +74,14 @@ def main(kind: str, folder: Path, names: list[str]) -> None:
             "options": {k: v for k, v in reference_options(trainer).items() if not callable(v)},
             "log": [e for e in trainer.state.log_history if "loss" in e],
             "coordinator": trainer.coordinator.state_dict(),
-            "student": {n: trainer.student.whole(n).clone() for n in trainer.student.parameters},
+            "student": {n: trainer.student.full(n).clone() for n in trainer.student.parameters},
             "shadow": None,
             "weighting": trainer.weighting.state_dict(),
         }
         if trainer.shadow is not None:
             held = trainer.shadow.held
-            record["shadow"] = {n: held.whole(n).clone() for n in held.parameters}
-            record["rows"] = {n: (held.bounds(n), rows.shape[0]) for n, rows in held.held().items()}
+            record["shadow"] = {n: held.full(n).clone() for n in held.parameters}
+            record["rows"] = {n: (held.bounds(n), rows.shape[0]) for n, rows in held.shards().items()}
         torch.save(record, folder / f"{name}-{rank}.pt")
     for name, options in RESUMES[kind].items():
         if not names or f"resume {name}" in names:
@@ -96,7 +96,7 @@ def main(kind: str, folder: Path, names: list[str]) -> None:
 
 
 def look_on_main_process_alone(*places) -> None:
-    """Ranks may see a file at different times: what to go on from is the main process's to find."""
+    """Ranks may see a file at different times: which one to resume from is the main process's to find."""
     if os.environ["RANK"] != "0":
         for module, name in places:
             setattr(module, name, _not_asked)
@@ -149,7 +149,7 @@ def what_is_saved(trainer):
             "scheduler": trainer.lr_scheduler.state_dict(),
             "shared": trainer.saved.state("shared"),
             "rows": rows_of(trainer)["shadow"],
-            "spread": trainer.shadow.held.spread,
+            "sharded": trainer.shadow.held.sharded,
             "micro-batches": trainer._step / trainer.args.gradient_accumulation_steps,
         }
     )
@@ -166,7 +166,7 @@ def whole_state(trainer):
     state = {
         "theta": trainer.theta_state_dict(),
         "hat": trainer.shadow_state_dict(),
-        "student": {n: trainer.student.whole(n).clone() for n in trainer.student.parameters},
+        "student": {n: trainer.student.full(n).clone() for n in trainer.student.parameters},
         "local": trainer.saved.state("local"),
         "shared": trainer.saved.state("shared"),
         "rows": rows_of(trainer),

@@ -66,7 +66,7 @@ LORA = {"peft_config": small_lora()}
 ZERO = {"zero-1": zero(1), "zero-2": zero(2), "zero-3": zero(3, stage3_param_persistence_threshold=0)}
 # Each method once: what else there is to them is tried in full.
 ONCE = [name for name in METHOD if name not in ("hpt", "relift one")]
-# By way of training: method -> what the way of training needs.
+# By backend: method -> what the backend needs.
 CASES = {
     "ddp": {name: {} for name in METHOD if name != "relift one"},
     "fsdp": {**dict.fromkeys(METHOD, FSDP), **{f"{name}, lora": {**FSDP, **LORA} for name in ONCE}},

@@ -1,7 +1,7 @@
 """
 Goes on with the checkpoints of other runs, on the ranks that it is started on. Usage: run_ranks.py KIND UPDATES FROM TO
 
-FROM holds `NAME straight/checkpoint-UPDATES` for each run NAME that is gone on with, and TO gets the same.
+FROM holds `NAME straight/checkpoint-UPDATES` for each run NAME that is resumed, and TO gets the same.
 """
 
 import importlib

@@ -23,7 +23,7 @@ CHORD = (CHORDTrainer, {**MU, "enable_phi_function": True, **SGD})
 LORA = {"peft_config": small_lora()}
 ABSENT = {"fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}}
 ZERO_3 = zero(3, stage3_param_persistence_threshold=0)
-# By way of training: method -> trainer, what the method is tested with, and what the way of training needs.
+# By backend: method -> trainer, what the method is tested with, and what the backend needs.
 CASES = {
     "ddp": {"naive-mix": (*NAIVE_MIX, {}), "alternating": (*ALTERNATING, {}), "chord": (*CHORD, {})},
     "fsdp": {
@@ -43,7 +43,7 @@ CASES = {
         "chord, lora": (*CHORD, {**ZERO_3, "gradient_checkpointing": True, **LORA}),
     },
 }
-# Cases with whose way of training a run is stopped and gone on with.
+# Cases with whose backend a run is stopped and resumed.
 RESUMES = {
     "ddp": ["alternating"],
     "fsdp": ["alternating", "chord, lora"],
@@ -78,7 +78,7 @@ def main(kind: str, folder: Path, names: list[str]) -> None:
 
 
 def resume(folder: Path, way: dict) -> tuple[dict, dict]:
-    """What a run that was stopped and gone on with ends with, and one that was not: inside an RL phase, between two updates of a generation batch."""
+    """What a run that was stopped and resumed ends with, and one that was not: inside an RL phase, between two updates of a generation batch."""
     options = {"steps_per_generation": 4, "rl_steps": 2, "sft_steps": 2, "max_steps": 5}
     options |= {"save_strategy": "steps", "save_steps": 1, **way}
     straight = trained(AlternatingTrainer, folder / "straight", **options)

@@ -76,7 +76,7 @@ def recorded(trainer_class, runs):
 def weights_of(trainer):
     """Whole weights that are trained, on every rank."""
     held = backend_for(trainer.accelerator).weights(trainer.accelerator.unwrap_model(trainer.model))
-    return {name: held.whole(name).detach().clone() for name, p in held.parameters.items() if p.requires_grad}
+    return {name: held.full(name).detach().clone() for name, p in held.parameters.items() if p.requires_grad}
 
 
 def options_of(args):

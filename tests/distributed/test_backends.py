@@ -1,4 +1,4 @@
-"""Two gloo processes, launched as a user would, against the single-process float64 reference, on each way of training."""
+"""Two gloo processes, launched as a user would, against the single-process float64 reference, on each backend."""
 
 import math
 
@@ -28,7 +28,7 @@ LEAN_ROUNDED = (
 ROUNDED = 3e-2  # passes in bfloat16; leaving the gain out gives above 0.1
 
 
-# By way of training.
+# By backend.
 folder = folder_of_runs("run")
 
 
@@ -184,7 +184,7 @@ def test_resume_is_exact_on_two_ranks(folder, kind, name):
 @pytest.fixture(scope="module")
 def chain(folder, tmp_path_factory):
     """
-    From a way of training to three runs: on two ranks, on one from a checkpoint of that, and on two from one of that.
+    From a backend to three runs: on two ranks, on one from a checkpoint of that, and on two from one of that.
     """
     done = {}
 
@@ -208,11 +208,11 @@ CHANGING = {kind: RESUMES[kind] for kind in ("ddp", "fsdp")}
 def _joined(ranks, updates):
     """What a checkpoint holds, without the cut into ranks."""
     parts = [rank["seen"][updates] for rank in ranks]
-    whole = {key: value for key, value in parts[0].items() if key not in ("rows", "spread")}
+    whole = {key: value for key, value in parts[0].items() if key not in ("rows", "sharded")}
     pieces = {key: [part["rows"]["rows"][key] for part in parts] for key in parts[0]["rows"]["rows"]}
-    spread = parts[0]["spread"]
-    assert all(spread or torch.equal(piece, held[0]) for held in pieces.values() for piece in held)
-    rows = {key: torch.cat(held) if spread else held[0] for key, held in pieces.items()}
+    sharded = parts[0]["sharded"]
+    assert all(sharded or torch.equal(piece, held[0]) for held in pieces.values() for piece in held)
+    rows = {key: torch.cat(held) if sharded else held[0] for key, held in pieces.items()}
     return {**whole, "rows": rows, "rest": parts[0]["rows"]["rest"]}
 
 
@@ -274,7 +274,7 @@ def test_another_number_of_ranks_is_refused_under_deepspeed(folder):
 
     checkpoint = folder("deepspeed") / "zero-2 straight" / "checkpoint-6"
     layout = {**checkpoints.layout_of(checkpoint), "world_size": 1}
-    with pytest.raises(ValueError, match="written by 2 ranks, and this run has 1: DeepSpeed.*Go on with 2"):
+    with pytest.raises(ValueError, match="written by 2 ranks, and this run has 1: DeepSpeed.*Resume on 2"):
         checkpoints.check(checkpoint, {}, layout, ZeroBackend.bound_to_ranks)
 
 

@@ -40,11 +40,11 @@ OURS = ("expert/", "rollouts/", "sft/", "rl/", *(f"{name.replace('-', '_')}/" fo
 
 
 def cases_of(*methods):
-    """(way of training, case) of these methods."""
+    """(backend, case) of these methods."""
     return params_of({kind: [case for case in CASES[kind] if options_of(case) in methods] for kind in CASES})
 
 
-# By way of training.
+# By backend.
 folder = folder_of_runs("run_groups")
 
 

@@ -37,7 +37,7 @@ def student(kind, name):
     return sharp_model() if lora is None else get_peft_model(sharp_model(), lora)
 
 
-# By way of training.
+# By backend.
 folder = folder_of_runs("run_streams")
 
 

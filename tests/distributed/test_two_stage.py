@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 TOLERANCE = 2e-4
 
 
-# By way of training.
+# By backend.
 folder = folder_of_runs("run_two_stage")
 
 

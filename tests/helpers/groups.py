@@ -58,8 +58,8 @@ def recording(trainer_class):
             held = self.backend.weights(self.accelerator.unwrap_model(self.model))
             # On one process frozen ones too: tests look that they stay.
             kept = {n: p for n, p in held.parameters.items() if p.requires_grad or self.backend.world_size == 1}
-            gathered = {n for n, p in kept.items() if held.spread and not isinstance(p, DTensor)}
-            whole = {n: p if n in gathered else held.whole(n) for n, p in kept.items()}
+            gathered = {n for n, p in kept.items() if held.sharded and not isinstance(p, DTensor)}
+            whole = {n: p if n in gathered else held.full(n) for n, p in kept.items()}
             return {n: p.detach().clone() for n, p in whole.items()}
 
         def _prepare_for_training(self, *args, **kwargs):

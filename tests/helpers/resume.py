@@ -21,7 +21,7 @@ class StopAt(TrainerCallback):
 def rows_of(trainer):
     """This rank's part of what may be spread over the ranks."""
     return {
-        name: {"rows": state.rows(), "rest": state.rest()} for name, state in trainer.saved.parts["sharded"].items()
+        name: {"rows": state.shards(), "rest": state.rest()} for name, state in trainer.saved.parts["sharded"].items()
     }
 
 
@@ -33,7 +33,7 @@ def saved_rows(checkpoint, name, tmp_path):
 
 def assert_shadow_is_that_of(trainer, checkpoint, tmp_path):
     saved = saved_rows(checkpoint, "shadow", tmp_path)
-    rows = {key: piece for key, piece in trainer.shadow.saved.rows().items() if key.startswith("weights/")}
+    rows = {key: piece for key, piece in trainer.shadow.saved.shards().items() if key.startswith("weights/")}
     assert rows
     assert_same(rows, {key: saved[key] for key in rows})
 

@@ -61,7 +61,7 @@ def weights_of(trainer):
     if not hasattr(trainer, "backend"):  # plain TRL, never spread here
         return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     held = trainer.backend.weights(model)
-    return {name: held.whole(name).detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: held.full(name).detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def logged(trainer, name):
@@ -226,7 +226,7 @@ def state_of(trainer):
 
 
 def assert_resumes(trainer_class, tmp_path, stops, max_steps=4, **changes):
-    """A run that is stopped and gone on with ends as one that was not, bit for bit."""
+    """A run that is stopped and resumed ends as one that was not, bit for bit."""
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": max_steps, **changes}
     straight = state_of(trained(trainer_class, tmp_path / "straight", **options))
     for stop in stops:

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, StateDictTyp
 
 from tests.helpers.training import small_config
 from trl_bridge.methods.bridge.targets import Target, check_initial_values
-from trl_bridge.training.backends import RowWeights, backend_for
+from trl_bridge.training.backends import ShardedWeights, backend_for
 from trl_bridge.training.backends.fsdp import FSDP2Backend
 from trl_bridge.training.backends.refusals import refuse_deepspeed, refuse_fsdp
 
@@ -92,7 +92,7 @@ def test_rows_of_all_ranks_make_the_weight(rows, ranks):
     chunks = list(weight.chunk(ranks))
     for rank in range(ranks):
         backend = types.SimpleNamespace(world_size=ranks, rank=rank)
-        first, last = RowWeights(linear, backend).bounds("weight")
+        first, last = ShardedWeights(linear, backend).bounds("weight")
         expected = chunks[rank] if rank < len(chunks) else weight[:0]
         assert torch.equal(weight[first:last], expected)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from trl_bridge.training.checkpoint.layout import recut, totals
+from trl_bridge.training.checkpoint.layout import reshard_rollouts, totals
 
 
 def test_totals_are_those_of_any_cut():
@@ -34,7 +34,7 @@ def _batch(rows, prompt, completion):
 def test_rows_of_an_update_stay_those_of_it_and_are_padded_alike():
     # Two ranks with two micro-batches of two rows; updates of one micro-batch of each.
     buffers = [[_batch([0, 1], 2, 3), _batch([4, 5], 2, 3)], [_batch([2, 3], 1, 2), _batch([6, 7], 1, 2)]]
-    one = recut(buffers, 4, 1, 0, pad_token_id=99)
+    one = reshard_rollouts(buffers, 4, 1, 0, pad_token_id=99)
     assert [batch["advantages"].tolist() for batch in one] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert [batch["sources"] for batch in one] == [["0", "1"], ["2", "3"], ["4", "5"], ["6", "7"]]
     assert one[1]["completion_ids"].tolist() == [[20, 21, 99], [30, 31, 99]]
@@ -44,5 +44,5 @@ def test_rows_of_an_update_stay_those_of_it_and_are_padded_alike():
     assert one[1]["top"].shape == (2, 3, 3)
     assert all(batch["num_items_in_batch"] == 5 and batch["images"] is None for batch in one)
     # And back.
-    again = [recut([one], 2, 2, rank, pad_token_id=99) for rank in range(2)]
+    again = [reshard_rollouts([one], 2, 2, rank, pad_token_id=99) for rank in range(2)]
     assert [[batch["advantages"].tolist() for batch in rank] for rank in again] == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]

@@ -30,7 +30,7 @@ def spread(monkeypatch, kind, quantised=None):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lora_student_of_an_untested_trainer_is_not_spread(tmp_path, monkeypatch, kind):
     spread(monkeypatch, kind)
-    monkeypatch.setattr(BridgeTrainer, "spreads_adapters", False)
+    monkeypatch.setattr(BridgeTrainer, "shards_adapters", False)
     with pytest.raises(
         NotImplementedError, match=f"A LoRA student of BridgeTrainer has not been tested with {kind.value}"
     ):

@@ -5,7 +5,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..training.backends import backend_for
-from ..training.backends.refusals import refuse_spread
+from ..training.backends.refusals import refuse_sharding
 from ..training.refusals import Rules, check_best_model, other_than, refuse
 
 
@@ -46,8 +46,8 @@ _SAMPLING: dict[str, tuple[Any, ...]] = {
 
 
 def check_backend(accelerator: Accelerator, owner: str) -> None:
-    """Refuse backends that no distillation trainer supports, which would else fail at the first checkpoint."""
-    refuse_spread(accelerator.distributed_type, owner)
+    """Refuse backends that no distillation trainer supports, which would otherwise fail at the first checkpoint."""
+    refuse_sharding(accelerator.distributed_type, owner)
     backend_for(accelerator)
 
 

@@ -10,7 +10,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..objectives.sft import demonstration_loss
 from ..training.backends import Backend
-from ..training.checkpoint.sharded_state import RowState
+from ..training.checkpoint.sharded_state import ShardedState
 from ..training.engine_steps import EngineSteps
 from ..training.randomness import forked_torch_rng
 
@@ -57,11 +57,11 @@ class SFTPass:
             )
 
     @property
-    def saved(self) -> RowState | None:
+    def saved(self) -> ShardedState | None:
         """State of the pass's own optimizer; `None` where it has none, or where an engine has it."""
         if self.optimizer is None:
             return None
-        return RowState(self._held, self._leaves, self.optimizer, with_weights=False)
+        return ShardedState(self._held, self._leaves, self.optimizer, with_weights=False)
 
     def state_dict(self) -> dict[Any, Any] | None:
         """What this rank's engine has of the pass's own optimizer; `None` where none has."""

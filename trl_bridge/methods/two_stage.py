@@ -129,7 +129,7 @@ class TwoStageConfig(GRPOConfig):
         return (self.folders[0] / FINISHED).is_file()
 
     def can_resume(self) -> bool:
-        """Whether `output_dir` holds what `resume_from_checkpoint=True` can go on from."""
+        """Whether `output_dir` holds what `resume_from_checkpoint=True` can resume from."""
         return self.first_stage_finished or any(any(folder.glob("checkpoint-*")) for folder in self.folders)
 
 
@@ -228,8 +228,8 @@ class TwoStageTrainer:
         held = checkpoints.agreed(args.can_resume)
         if not resume_from_checkpoint and held:
             raise ValueError(
-                f"`output_dir`: {args.output_dir!r} holds an earlier two-stage run. Set `resume_from_checkpoint` to go on "
-                "with it, remove it, or take another folder."
+                f"`output_dir`: {args.output_dir!r} holds an earlier two-stage run. Set `resume_from_checkpoint` to resume "
+                "it, remove it, or take another folder."
             )
         if resume_from_checkpoint and not held:
             raise ValueError(f"`resume_from_checkpoint` is set, but {args.output_dir!r} holds no two-stage run.")

@@ -66,7 +66,7 @@ class ExpertTrainer(StudentTrainer):
 
     config_class: type[ExpertConfig] = ExpertConfig
     shards = True
-    spreads_adapters = True
+    shards_adapters = True
     # Whether rows of one group may be sampled from different prompts (vLLM is then asked for one completion of each).
     prompts_differ_in_group = False
     # Whether the `expert_steps` column is read, if there is one.

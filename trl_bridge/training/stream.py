@@ -69,7 +69,7 @@ class DemonstrationTrainer(StudentTrainer):
 
     config_class: type[DemonstrationConfig] = DemonstrationConfig
     shards = True
-    spreads_adapters = True
+    shards_adapters = True
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import GRPOConfig
 
 from .._upstream import add_demonstration_head, isolated_bookkeeping, plain_copy, without_reference_model
-from .backends.refusals import is_spread, refuse_quantised, refuse_spread
+from .backends.refusals import is_sharded, refuse_quantised, refuse_sharding
 from .checkpoint.resume import ResumableTrainer
 from .policy import PolicyLoss
 from .verdicts import RolloutRewards
@@ -47,10 +47,10 @@ class StudentTrainer(ResumableTrainer):
     """
 
     config_class: type[GRPOConfig] = GRPOConfig
-    # Whether the update is tested where the weights are spread over the ranks (FSDP2, DeepSpeed).
+    # Whether the update is tested where the weights are sharded (FSDP2, DeepSpeed).
     shards = False
     # The same of a LoRA student.
-    spreads_adapters = False
+    shards_adapters = False
 
     def __init__(
         self,
@@ -83,10 +83,10 @@ class StudentTrainer(ResumableTrainer):
         self.backend.check(args)
         kind = self.accelerator.distributed_type
         if not self.shards:
-            refuse_spread(kind, owner)
+            refuse_sharding(kind, owner)
         plain: Any = self._plain_model
-        if is_spread(kind) and is_peft_model(plain):
-            self._check_spread_adapter(plain, kind)
+        if is_sharded(kind) and is_peft_model(plain):
+            self._check_sharded_adapter(plain, kind)
         head_owner = plain.get_base_model() if is_peft_model(plain) else plain
         add_demonstration_head(head_owner, args.cast_lm_head_to_fp32)
         if own_reference:
@@ -112,8 +112,8 @@ class StudentTrainer(ResumableTrainer):
     def after_step(self) -> None:
         """After the student's optimizer step, before user callbacks and saving. Nothing here."""
 
-    def _check_spread_adapter(self, model: Any, kind: DistributedType) -> None:
-        if not self.spreads_adapters:
+    def _check_sharded_adapter(self, model: Any, kind: DistributedType) -> None:
+        if not self.shards_adapters:
             raise NotImplementedError(
                 f"A LoRA student of {type(self).__name__} has not been tested with {kind.value}. Launch it on one device "
                 "or with DDP (torchrun), or train the model in full (without `peft_config`, or `lean`)."

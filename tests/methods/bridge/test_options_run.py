@@ -138,7 +138,7 @@ class _Positions(TrainerCallback):
 
     def _position(self):
         trainer = self.trainer
-        return copy.deepcopy((trainer.demonstrations.state_dict(), trainer.shadow.saved.rows(), trainer._step))
+        return copy.deepcopy((trainer.demonstrations.state_dict(), trainer.shadow.saved.shards(), trainer._step))
 
 
 def test_evaluation_takes_the_parents_path(tmp_path):

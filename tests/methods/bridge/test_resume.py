@@ -164,7 +164,7 @@ def test_smaller_micro_batches_go_on_with_the_same_rollouts(tmp_path):
 def test_checkpoint_of_another_way_of_training_is_refused(tmp_path, finished_run, monkeypatch):
     trainer = saving_trainer(tmp_path, max_steps=3)
     monkeypatch.setattr(type(trainer.backend), "checkpoint_kind", "FSDP2")
-    with pytest.raises(ValueError, match="`way of training` was 'one process or DDP', now 'FSDP2'"):
+    with pytest.raises(ValueError, match="`backend` was 'one process or DDP', now 'FSDP2'"):
         trainer.train(resume_from_checkpoint=str(finished_run / "checkpoint-2"))
 
 
@@ -181,7 +181,7 @@ def test_options_that_are_bound_to_the_number_of_ranks(tmp_path, finished_run, m
     engines.serve(monkeypatch.setattr)
     trainer.args = small_config(tmp_path, **saving_options(**changes))
     assert name in trainer.saved.only_same_ranks
-    with pytest.raises(ValueError, match=f"written by 1 ranks, and this run has 2: .*{name}.*Go on with 1"):
+    with pytest.raises(ValueError, match=f"written by 1 ranks, and this run has 2: .*{name}.*Resume on 1"):
         checkpoints.check(finished_run / "checkpoint-2", {}, {"world_size": 2}, trainer.saved.only_same_ranks)
 
 

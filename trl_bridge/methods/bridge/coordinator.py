@@ -32,17 +32,17 @@ class CoordinatorGradient:
         self.weights = weights
 
     def so_far(self) -> Projection:
-        """What this rank's gradients come to by now; `complete_` makes it the full one."""
+        """What this rank's gradients come to by now; `reduce_` makes it the full one."""
         raise NotImplementedError
 
-    def complete_(self, projection: Projection, synced: bool) -> None:
+    def reduce_(self, projection: Projection, synced: bool) -> None:
         """Reduce over ranks, in place."""
-        self.weights.complete_([part for pair in projection for part in pair], synced)
+        self.weights.reduce_([part for pair in projection for part in pair], synced)
 
     def full(self) -> Projection:
         """At the end of a window: all of it, averaged over ranks."""
         projection = self.so_far()
-        self.complete_(projection, synced=True)
+        self.reduce_(projection, synced=True)
         return projection
 
     def clear(self) -> None:
@@ -140,10 +140,10 @@ class ProjectedGradient(CoordinatorGradient):
         super().__init__(weights)
         self.targets = targets
         self._sums: Projection | None = None
-        if weights.watched:
+        if weights.needs_grad_hooks:
             self._sums = [(torch.zeros_like(t.a.data), torch.zeros_like(t.b.data)) for t in targets]
             for target, sums in zip(targets, self._sums, strict=True):
-                weights.watch(target.weight_name, functools.partial(_add, target, sums))
+                weights.register_grad_hook(target.weight_name, functools.partial(_add, target, sums))
 
     def so_far(self) -> Projection:
         if self._sums is not None:
@@ -212,7 +212,7 @@ class MergedCoordinator(Coordinator):
         """Weights less s B A."""
         state = {}
         for name in weights.parameters:
-            weight = weights.whole(name)
+            weight = weights.full(name)
             if keep:
                 target = self._by_weight.get(name)
                 base = weight if target is None else weight - target.product().to(weight.device)

@@ -106,7 +106,7 @@ class GradientProbe:
         if self._policy_w is None:
             raise RuntimeError("The window's policy passes were not read.")
         if not self._complete:
-            self._gradient.complete_(self._policy_w, synced=False)
+            self._gradient.reduce_(self._policy_w, synced=False)
             self._complete = True
         return self._policy_w
 
@@ -142,13 +142,13 @@ class GradientProbe:
 
     def _over_theta(self, weight: float, policy: dict[str, torch.Tensor]) -> dict[str, float]:
         weights = self._gradient.weights
-        weights.average_unsynced_(policy.values())
+        weights.reduce_unsynced_(policy.values())
         norms = torch.zeros(3, dtype=torch.float64, device=weights.backend.device)
         for name, gradient in policy.items():
             rl = _divide(gradient, weight).double()
             sft = _divide(weights.gradient(name) - gradient, 1.0 - weight).double()
             norms += torch.stack([sft.square().sum(), rl.square().sum(), (sft * rl).sum()])
-        weights.add_up_([norms])
+        weights.reduce_shards_([norms])
         sft_norm, rl_norm = math.sqrt(norms[0]), math.sqrt(norms[1])
         product = sft_norm * rl_norm
         return {

@@ -163,7 +163,7 @@ class BridgeTrainer(DemonstrationTrainer):
         self.shadow: Shadow | None = None
         self.student_gradient: CoordinatorGradient | None = None
         self.shadow_gradient: CoordinatorGradient | None = None
-        self._outline: PreTrainedModel | None = None
+        self._meta_copy: PreTrainedModel | None = None
         self._build_measures()
 
     # Parts beside the student
@@ -222,12 +222,12 @@ class BridgeTrainer(DemonstrationTrainer):
             student: Any = self.student
             optimizer = functools.partial(self._build_shadow_optimizer, plain)
             return LeanShadow(plain, student, optimizer, args.max_grad_norm)
-        if self._outline is None:
+        if self._meta_copy is None:
             copy = self._copy_student(plain)
-            held = self.backend.hold(copy, shadow_storage(args))
+            held = self.backend.wrap(copy, shadow_storage(args))
         else:
-            copy, self._outline = self._outline, None
-            held = self.backend.place(copy, self.student, shadow_storage(args))
+            copy, self._meta_copy = self._meta_copy, None
+            held = self.backend.materialize(copy, self.student, shadow_storage(args))
         return Shadow(copy, held, functools.partial(self._build_shadow_optimizer, copy), args.max_grad_norm)
 
     def _build_shadow_optimizer(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -250,7 +250,7 @@ class BridgeTrainer(DemonstrationTrainer):
 
     @property
     def _weights(self) -> dict[str, torch.Tensor]:
-        return self.student.held()
+        return self.student.shards()
 
     def resolve_weighting(self, sft_dataset: Dataset) -> str:
         if self.args.sft_weighting is not None:
@@ -359,7 +359,7 @@ class BridgeTrainer(DemonstrationTrainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if self.args.cooperative_gain and self.shadow is None and self.backend.shards_copies and not self.args.lean:
             # From the plain model, before its backend takes hold of it.
-            self._outline = self.backend.outline(self._plain_model, self._copy_student)
+            self._meta_copy = self.backend.meta_copy(self._plain_model, self._copy_student)
         self._overlap.clear()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         # An exception may have come between the coordinator's step and the student's.

@@ -1,18 +1,18 @@
-"""How gradients and weights are reached on each way of training. The only place that knows them."""
+"""How gradients and weights are reached on each distributed backend. The only place that knows them."""
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from .base import Backend
-from .storage import ApartWeights, Storage
-from .weights import Part, Rows, RowWeights, Weights, copy_rows_, gradient_of, overlap
+from .storage import MasterWeights, Storage
+from .weights import Part, Rows, ShardedWeights, Weights, copy_rows_, gradient_of, overlap
 
 
 __all__ = [
-    "ApartWeights",
+    "MasterWeights",
     "Backend",
     "Part",
-    "RowWeights",
+    "ShardedWeights",
     "Rows",
     "Storage",
     "Weights",

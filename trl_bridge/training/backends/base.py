@@ -12,9 +12,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from .sharding import shard, sharded_copy
-from .storage import ApartWeights, Storage
-from .weights import Reducer, RowWeights, Weights, copy_rows_
+from .sharding import meta_copy, shard
+from .storage import MasterWeights, Storage
+from .weights import Reducer, ShardedWeights, Weights, copy_rows_
 
 
 _FLAT_ELEMENTS = 2**25  # 128 MiB of float32 in each all-reduce: few launches, and a bounded extra copy
@@ -25,14 +25,14 @@ class Backend(Reducer):
 
     # Whether the engine steps inside the window's last backward.
     steps_in_backward = False
-    # Why a checkpoint can be gone on with by as many ranks as wrote it alone; None where it can by others.
+    # Reason why a checkpoint must be resumed on the same number of ranks; None if any number works.
     bound_to_ranks: str | None = None
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
 
     def check(self, args: Any) -> None:
-        """Refuse options that cannot be had on this backend."""
+        """Refuse options that this backend cannot have."""
 
     @property
     def world_size(self) -> int:
@@ -56,17 +56,17 @@ class Backend(Reducer):
 
     @property
     def loads_everywhere(self) -> bool:
-        """Whether every rank holds the model's weights in the trainer's constructor."""
+        """Whether every rank has the model's weights in the trainer's constructor."""
         return True
 
     @property
     def shards_copies(self) -> bool:
-        """Whether the models that stand beside the student are spread over the ranks."""
+        """Whether the models alongside the student are sharded."""
         return self.world_size > 1
 
     @property
     def checkpoint_kind(self) -> str:
-        """Which of the parent's formats a checkpoint has."""
+        """Which of TRL's formats a checkpoint has."""
         return "one process or DDP"
 
     # The student's passes
@@ -98,57 +98,57 @@ class Backend(Reducer):
 
     @contextlib.contextmanager
     def readable(self, parameter: nn.Parameter) -> Iterator[None]:
-        """A weight of the student's before it is prepared, whole on the main process. Collective."""
+        """A weight of the student's before it is prepared, in full on the main process. Collective."""
         yield
 
-    # Models beside the student
+    # Models alongside the student
 
     @contextlib.contextmanager
-    def beside(self) -> Iterator[None]:
-        """Forward and backward of a model that stands beside the student."""
+    def alongside(self) -> Iterator[None]:
+        """Forward and backward of a model alongside the student."""
         yield
 
-    def backward_beside(self, loss: torch.Tensor) -> None:
-        """Backward of a model beside the student, outside the autocast that `compute_loss` is called under."""
+    def backward_alongside(self, loss: torch.Tensor) -> None:
+        """Backward of a model alongside the student, outside the autocast that `compute_loss` is called under."""
         with torch.autocast(device_type=loss.device.type, enabled=False):
             loss.backward()
 
-    def outline(self, model: PreTrainedModel, copy: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-        """A copy of the unwrapped student without memory for weights, which `place` fills."""
-        return sharded_copy(model, copy)
+    def meta_copy(self, model: PreTrainedModel, copy: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+        """A copy of the unwrapped student without memory for weights, which `materialize` fills."""
+        return meta_copy(model, copy)
 
-    def hold(self, twin: PreTrainedModel, storage: Storage) -> Weights:
-        """Hold a whole copy of the student, on one process."""
-        return Weights(twin, self) if storage == Storage() else ApartWeights(twin, self, storage)
+    def wrap(self, model: PreTrainedModel, storage: Storage) -> Weights:
+        """The weights of a full copy of the student, on one process."""
+        return Weights(model, self) if storage == Storage() else MasterWeights(model, self, storage)
 
-    def place(self, outline: PreTrainedModel, source: Weights, storage: Storage) -> RowWeights:
-        """Spread an outline over the ranks and fill it with the student's weights. Collective."""
+    def materialize(self, model: PreTrainedModel, source: Weights, storage: Storage) -> ShardedWeights:
+        """Shard a meta copy and fill it with the student's weights. Collective."""
         policy = self.sharding_policy()
         if storage.dtype is not None:
             policy = MixedPrecisionPolicy(param_dtype=storage.dtype, reduce_dtype=torch.float32)
-        return shard(outline, source, self, policy, storage.offload)
+        return shard(model, source, self, policy, storage.offload)
 
     def sharding_policy(self) -> Any:
         """Precision of the sharded copies' passes (`MixedPrecisionPolicy`); `None` leaves it to autocast."""
         return None
 
-    def prepare_reference(self, twin: PreTrainedModel) -> nn.Module:
-        """Prepare a frozen copy of the student for evaluation, as the parent prepares its reference."""
-        return self.accelerator.prepare_model(twin, evaluation_mode=True)
+    def prepare_reference(self, model: PreTrainedModel) -> nn.Module:
+        """Prepare a frozen copy of the student for evaluation, as TRL prepares its reference."""
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     def fill_reference(self, reference: nn.Module, source: Weights) -> None:
         """Overwrite a prepared reference with the student's weights. Collective."""
         weights = Weights(self.accelerator.unwrap_model(reference), self)
-        copy_rows_(weights.held(), weights, source)
+        copy_rows_(weights.shards(), weights, source)
 
     # Saving
 
     def checkpoint_parts(self, checkpoint: Path) -> list[str]:
-        """What the parent's checkpoint must hold for an exact resume beside the plain model, as paths inside it."""
+        """What TRL's checkpoint must hold for an exact resume besides the plain model, as paths inside it."""
         return [OPTIMIZER_NAME, SCHEDULER_NAME]
 
     def loads_optimizer(self, optimizer: Any) -> bool:
-        """Whether the parent can load a checkpoint's optimizer into this one."""
+        """Whether TRL's trainer can load a checkpoint's optimizer into this one."""
         return True
 
     # Reductions
@@ -165,7 +165,9 @@ class Backend(Reducer):
         """Give every rank the main process's values, in place."""
         if self.world_size > 1:
             for tensor in tensors:
-                sent = tensor.to(self.device)  # weights that are not prepared may be on the CPU, where NCCL has no say
+                sent = tensor.to(
+                    self.device
+                )  # weights that are not prepared may be on the CPU, which NCCL cannot read
                 torch.distributed.broadcast(sent, src=0)
                 if sent is not tensor:
                     tensor.copy_(sent)

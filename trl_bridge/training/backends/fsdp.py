@@ -16,7 +16,7 @@ from trl.models import prepare_fsdp
 
 from .base import Backend
 from .refusals import refuse_fsdp
-from .weights import RowWeights, Weights, copy_rows_
+from .weights import ShardedWeights, Weights, copy_rows_
 
 
 class FSDP2Backend(Backend):
@@ -42,7 +42,7 @@ class FSDP2Backend(Backend):
         return True
 
     def before_micro_batch(self, model: Any) -> None:
-        # The parent's loop has switched it off for all micro-batches but the window's last.
+        # TRL's loop has switched it off for all micro-batches but the window's last.
         model.set_requires_gradient_sync(True)
 
     @contextlib.contextmanager
@@ -51,7 +51,7 @@ class FSDP2Backend(Backend):
 
     def weights(self, model: nn.Module) -> Weights:
         prepared = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-        return RowWeights(model, self) if prepared else _UnpreparedWeights(model, self)
+        return ShardedWeights(model, self) if prepared else _UnpreparedWeights(model, self)
 
     @property
     def checkpoint_kind(self) -> str:
@@ -60,16 +60,16 @@ class FSDP2Backend(Backend):
     def sharding_policy(self) -> Any:
         return self.accelerator.state.fsdp_plugin.mixed_precision_policy
 
-    def prepare_reference(self, twin: PreTrainedModel) -> nn.Module:
+    def prepare_reference(self, model: PreTrainedModel) -> nn.Module:
         if not self.loads_everywhere:
             # It was copied before `prepare` gave every rank the main process's values, and is sharded from what each has.
-            self.broadcast_(parameter.data for parameter in twin.parameters())
-        reference: Any = prepare_fsdp(twin, self.accelerator)
+            self.broadcast_(parameter.data for parameter in model.parameters())
+        reference: Any = prepare_fsdp(model, self.accelerator)
         return reference
 
     def fill_reference(self, reference: nn.Module, source: Weights) -> None:
-        weights = RowWeights(reference, self)
-        copy_rows_(weights.held(), weights, source)
+        weights = ShardedWeights(reference, self)
+        copy_rows_(weights.shards(), weights, source)
 
     def checkpoint_parts(self, checkpoint: Path) -> list[str]:
         return [f"{OPTIMIZER_NAME}.bin", f"{FSDP_MODEL_NAME}.bin", SCHEDULER_NAME]
@@ -81,13 +81,13 @@ class FSDP2Backend(Backend):
 
 
 class _UnpreparedWeights(Weights):
-    """Before `prepare`: whole where they were loaded, which may be the main process alone."""
+    """Before `prepare`: full where they were loaded, which may be the main process only."""
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        return self.whole(name)[first:last]
+        return self.full(name)[first:last]
 
-    def whole(self, name: str) -> torch.Tensor:
-        # `prepare` gives every rank the main process's values, whatever the others hold.
+    def full(self, name: str) -> torch.Tensor:
+        # `prepare` gives every rank the main process's values, whatever the others have.
         value = self.parameters[name].detach().clone()
         self.backend.broadcast_([value])
         return value

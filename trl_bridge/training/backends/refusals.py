@@ -1,4 +1,4 @@
-"""Options of FSDP and DeepSpeed that cannot be had, and what to change."""
+"""Options of FSDP and DeepSpeed that are not supported, and what to change."""
 
 from typing import Any
 
@@ -6,22 +6,22 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
 
 
-def is_spread(kind: DistributedType) -> bool:
-    """Whether a way of training spreads the student over the ranks: FSDP or DeepSpeed."""
+def is_sharded(kind: DistributedType) -> bool:
+    """Whether a backend shards the student: FSDP or DeepSpeed."""
     return kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def refuse_spread(kind: DistributedType, owner: str) -> None:
-    """Refuse to spread the student of a trainer that has not been tested so."""
-    if is_spread(kind):
+def refuse_sharding(kind: DistributedType, owner: str) -> None:
+    """Refuse to shard the student of a trainer that has not been tested so."""
+    if is_sharded(kind):
         raise NotImplementedError(
             f"{owner} has not been tested with {kind.value}. Launch it on one device, or with DDP (torchrun)."
         )
 
 
 def refuse_quantised(kind: DistributedType, base: Any) -> None:
-    """Refuse to spread an adapter on a quantised base."""
-    if is_spread(kind) and getattr(base, "is_quantized", False):
+    """Refuse to shard an adapter on a quantised base."""
+    if is_sharded(kind) and getattr(base, "is_quantized", False):
         raise NotImplementedError(
             f"A LoRA on a quantised base has not been tested with {kind.value}. Load the base in bfloat16 (without "
             "`quantization_config`), or launch it on one device or with DDP (torchrun)."
@@ -29,7 +29,7 @@ def refuse_quantised(kind: DistributedType, base: Any) -> None:
 
 
 def refuse_fsdp(plugin: Any) -> None:
-    """Refuse what cannot be had of FSDP."""
+    """Refuse what is not supported of FSDP."""
     refusals = {
         "fsdp_version": (plugin.fsdp_version != 2, "FSDP1 is not supported. Set it to 2"),
         "fsdp_state_dict_type": (
@@ -50,7 +50,7 @@ def refuse_fsdp(plugin: Any) -> None:
 
 
 def refuse_deepspeed(stage: int, config: dict[str, Any]) -> None:
-    """Refuse what cannot be had of DeepSpeed."""
+    """Refuse what is not supported of DeepSpeed."""
     zero = config.get("zero_optimization", {})
     offloads = [
         name for name in ("offload_optimizer", "offload_param") if zero.get(name, {}).get("device", "none") != "none"

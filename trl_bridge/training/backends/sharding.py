@@ -1,4 +1,4 @@
-"""A copy of the student that is spread over the ranks by hand, beside a student of any backend."""
+"""A sharded copy of the student, alongside a student of any backend."""
 
 import copy
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 
-from .weights import Reducer, RowWeights, Weights, copy_rows_
+from .weights import Reducer, ShardedWeights, Weights, copy_rows_
 
 
-def sharded_copy(model: PreTrainedModel, plain_copy: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+def meta_copy(model: PreTrainedModel, plain_copy: Callable[..., PreTrainedModel]) -> PreTrainedModel:
     """Copy a model's modules and buffers, with weights that have shapes but no memory."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -24,28 +24,28 @@ def sharded_copy(model: PreTrainedModel, plain_copy: Callable[..., PreTrainedMod
 
 
 def shard(
-    outline: PreTrainedModel, source: Weights, backend: Reducer, policy: Any, offload: bool = False
-) -> RowWeights:
+    model: PreTrainedModel, source: Weights, backend: Reducer, policy: Any, offload: bool = False
+) -> ShardedWeights:
     """
-    Spread an outline over all ranks, layer by layer, and fill it. No rank ever holds more than one weight of it whole.
+    Shard a meta copy layer by layer, and fill it. No rank ever has more than one weight of it in full.
     """
     device = backend.device
-    buffers = {name: copy.deepcopy(buffer) for name, buffer in outline.named_buffers()}
+    buffers = {name: copy.deepcopy(buffer) for name, buffer in model.named_buffers()}
     options: dict[str, Any] = {
         "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),
         "mesh": init_device_mesh(device.type, (backend.world_size,)),
         "mp_policy": policy or MixedPrecisionPolicy(),
     }
-    layers = set(outline._no_split_modules or [])
-    for module in outline.modules():
+    layers = set(model._no_split_modules or [])
+    for module in model.modules():
         if type(module).__name__ in layers:
             fully_shard(module, **options)
-    fully_shard(outline, **options)
-    outline.to_empty(device="cpu" if offload else device)
-    outline.tie_weights()
+    fully_shard(model, **options)
+    model.to_empty(device="cpu" if offload else device)
+    model.tie_weights()
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(outline.get_submodule(owner), leaf, buffer.to(device))
-    weights = RowWeights(outline, backend)
-    copy_rows_(weights.held(), weights, source)
+        setattr(model.get_submodule(owner), leaf, buffer.to(device))
+    weights = ShardedWeights(model, backend)
+    copy_rows_(weights.shards(), weights, source)
     return weights

@@ -1,4 +1,4 @@
-"""A model beside the student whose float32 weights stand apart from the ones that its passes compute with."""
+"""A model alongside the student with float32 master weights apart from the ones that its passes compute with."""
 
 import dataclasses
 import functools
@@ -11,17 +11,17 @@ from .weights import Reducer, Weights
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """How a model beside the student is held."""
+    """How a model alongside the student is stored."""
 
     dtype: torch.dtype | None = None
     offload: bool = False
 
 
-class ApartWeights(Weights):
+class MasterWeights(Weights):
     """
-    Whole on one process: float32 masters, and working weights that are filled from them for a window's passes.
+    Full, on one process: float32 masters, and working weights that are filled from them for a window's passes.
 
-    Gradients leave the model weight by weight, as the backward is done with each, and add up beside the masters in
+    Gradients leave the model weight by weight, as the backward is done with each, and add up at the masters in
     float32.
     """
 
@@ -35,7 +35,7 @@ class ApartWeights(Weights):
             if storage.dtype is not None:
                 parameter.data = parameter.data.to(storage.dtype)
             parameter.register_post_accumulate_grad_hook(functools.partial(self._take, name))
-        self.put_away()
+        self.offload()
 
     def _master(self, weight: torch.Tensor) -> torch.Tensor:
         place = torch.device("cpu") if self._offload else weight.device
@@ -51,7 +51,7 @@ class ApartWeights(Weights):
         master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
     @torch.no_grad()
-    def bring(self) -> None:
+    def onload(self) -> None:
         if self._present:
             return
         for name, parameter in self._working.items():
@@ -60,7 +60,7 @@ class ApartWeights(Weights):
             parameter.data.copy_(self.parameters[name])
         self._present = True
 
-    def put_away(self) -> None:
+    def offload(self) -> None:
         self._present = False
         if self._offload:
             for parameter in self._working.values():

@@ -1,4 +1,4 @@
-"""The weights of a model and their gradients, as this rank holds them: whole, or some rows of each."""
+"""The weights of a model and their gradients, as this rank stores them: full, or a shard (some rows) of each."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -14,12 +14,12 @@ Part = tuple[slice, slice]
 
 
 class Weights:
-    """Whole on each rank: one process, or replicas that DDP keeps alike."""
+    """Full on each rank: one process, or DDP's replicas."""
 
-    # Whether each rank holds some rows only.
-    spread = False
-    # Whether gradients must be read as they come (`watch`), because the engine takes them away.
-    watched = False
+    # Whether each rank stores only some rows.
+    sharded = False
+    # Whether gradients must be read as they come (`register_grad_hook`), because the engine takes them away.
+    needs_grad_hooks = False
 
     def __init__(self, model: nn.Module | Mapping[str, nn.Parameter], backend: "Reducer"):
         self.backend = backend
@@ -27,48 +27,48 @@ class Weights:
         self.parameters: dict[str, nn.Parameter] = dict(named)
 
     def shape(self, name: str) -> torch.Size:
-        """Shape of the whole weight."""
+        """Shape of the full weight."""
         return self.parameters[name].shape
 
     def bounds(self, name: str) -> tuple[int, int]:
-        """First row that this rank holds, and the one after its last."""
+        """First row of this rank's shard, and the one after its last."""
         return 0, self.parameters[name].size(0)
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        """Rows of a weight, not to be written to. Collective where weights are spread over ranks."""
+        """Rows of a weight, not to be written to. Collective where weights are sharded."""
         return self.parameters[name].detach()[first:last]
 
-    def whole(self, name: str) -> torch.Tensor:
-        """A whole weight on every rank, not to be written to. Collective where weights are spread over ranks."""
+    def full(self, name: str) -> torch.Tensor:
+        """A full weight on every rank, not to be written to. Collective where weights are sharded."""
         return self.parameters[name].detach()
 
-    def held(self) -> dict[str, torch.Tensor]:
-        """The rows that this rank holds, by name, to be written to."""
+    def shards(self) -> dict[str, torch.Tensor]:
+        """This rank's shard of each weight, by name, to be written to."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     def gradient(self, name: str) -> torch.Tensor:
-        """Accumulated gradient of the rows that this rank holds; zero where no loss has reached them."""
+        """Accumulated gradient of this rank's shard; zero where no loss has reached it."""
         return gradient_of(self.parameters[name])
 
-    def watch(self, name: str, hook: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+    def register_grad_hook(self, name: str, hook: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
         """
-        Call a function with each gradient of a whole weight, of this rank and before any reduction; what it returns goes
-        on in the gradient's place.
+        Call a function with each gradient of a full weight, of this rank and before any reduction; what it returns takes
+        the gradient's place.
         """
         self.parameters[name].register_hook(hook)
 
-    def bring(self) -> None:
+    def onload(self) -> None:
         """Before a pass: the model computes with the weights as they are now."""
 
-    def put_away(self) -> None:
-        """After a window's last pass: nothing is computed until `bring`."""
+    def offload(self) -> None:
+        """After a window's last pass: nothing is computed until `onload`."""
 
     def leaves(self) -> dict[str, nn.Parameter]:
         """What an ordinary optimizer steps on, by name."""
         return self.parameters
 
     def refresh(self, leaves: Mapping[str, nn.Parameter]) -> None:
-        """Bring rows and gradients into what `leaves` returned, before the optimizer steps."""
+        """Put shards and gradients into what `leaves` returned, before the optimizer steps."""
 
     def clear_gradients(self) -> None:
         """Forget the accumulated gradient."""
@@ -84,29 +84,29 @@ class Weights:
         """Overwrite a part of a weight, between two updates."""
         self.parameters[name].detach()[part] = values.to(self.parameters[name].dtype)
 
-    def average_unsynced_(self, tensors: Iterable[torch.Tensor]) -> None:
+    def reduce_unsynced_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Average over ranks what was read off gradients before the window's last backward, in place."""
         self.backend.average_(tensors)
 
-    def add_up_(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Sum over ranks what was read off the rows that each of them holds, in place."""
+    def reduce_shards_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Sum over ranks what was read off each one's shards, in place."""
 
-    def complete_(self, tensors: Iterable[torch.Tensor], synced: bool) -> None:
-        """Make linear functions of the gradients on this rank those of the whole gradient, averaged over ranks."""
+    def reduce_(self, tensors: Iterable[torch.Tensor], synced: bool) -> None:
+        """Make linear functions of the gradients on this rank those of the full gradient, averaged over ranks."""
         tensors = list(tensors)
         if not synced:
-            self.average_unsynced_(tensors)
-        self.add_up_(tensors)
+            self.reduce_unsynced_(tensors)
+        self.reduce_shards_(tensors)
 
 
-class RowWeights(Weights):
-    """Spread over ranks by rows, as `fully_shard` does; every backward leaves the average of this rank's rows."""
+class ShardedWeights(Weights):
+    """Sharded by rows, as `fully_shard` does; every backward leaves the average of this rank's shard."""
 
-    spread = True
+    sharded = True
 
     def bounds(self, name: str) -> tuple[int, int]:
         parameter = self.parameters[name]
-        # As `torch.chunk` cuts: the last ranks may hold fewer rows, or none.
+        # As `torch.chunk` cuts: the last ranks may have fewer rows, or none.
         size = -(-parameter.size(0) // self.backend.world_size)
         first = min(self.backend.rank * size, parameter.size(0))
         return first, min(first + size, parameter.size(0))
@@ -114,24 +114,24 @@ class RowWeights(Weights):
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         if (first, last) == self.bounds(name):
             return local(self.parameters[name].detach())
-        return self.whole(name)[first:last]
+        return self.full(name)[first:last]
 
-    def whole(self, name: str) -> torch.Tensor:
-        # Rows that are held on the CPU cannot be gathered by NCCL.
+    def full(self, name: str) -> torch.Tensor:
+        # NCCL cannot gather shards on the CPU.
         return self.parameters[name].detach().to(self.backend.device).full_tensor()
 
-    def held(self) -> dict[str, torch.Tensor]:
+    def shards(self) -> dict[str, torch.Tensor]:
         return {name: local(parameter.detach()) for name, parameter in self.parameters.items()}
 
     def gradient(self, name: str) -> torch.Tensor:
         return local(gradient_of(self.parameters[name]))
 
     def leaves(self) -> dict[str, nn.Parameter]:
-        return {name: nn.Parameter(piece) for name, piece in self.held().items()}
+        return {name: nn.Parameter(piece) for name, piece in self.shards().items()}
 
     def refresh(self, leaves: Mapping[str, nn.Parameter]) -> None:
-        # FSDP may move its rows to other memory, at its first forward.
-        for name, piece in self.held().items():
+        # FSDP may move its shards to other memory, at its first forward.
+        for name, piece in self.shards().items():
             leaves[name].data = piece
             leaves[name].grad = self.gradient(name)
 
@@ -144,10 +144,10 @@ class RowWeights(Weights):
         piece = local(self.parameters[name].detach())
         piece[held, part[1]] = values[given].to(piece)
 
-    def average_unsynced_(self, tensors: Iterable[torch.Tensor]) -> None:
+    def reduce_unsynced_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Nothing: each backward has averaged already."""
 
-    def add_up_(self, tensors: Iterable[torch.Tensor]) -> None:
+    def reduce_shards_(self, tensors: Iterable[torch.Tensor]) -> None:
         self.backend.sum_(tensors)
 
 
@@ -177,19 +177,19 @@ def gradient_of(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def overlap(bounds: tuple[int, int], rows: slice) -> tuple[slice, slice]:
-    """Where rows that a rank holds and a part's rows overlap: counted from the first of those, and of these."""
+    """Where a rank's rows and a part's rows overlap: counted from the first of those, and of these."""
     first, last = max(bounds[0], rows.start), min(bounds[1], rows.stop)
     last = max(first, last)
     return slice(first - bounds[0], last - bounds[0]), slice(first - rows.start, last - rows.start)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The rows of a tensor that this rank holds, sharing its memory."""
+    """This rank's shard of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def copy_rows_(pieces: Mapping[str, torch.Tensor], holder: Weights, source: Weights) -> None:
-    """Overwrite the rows that a rank holds of one model with those of another. Collective."""
+    """Overwrite a rank's shards of one model with those rows of another. Collective."""
     with torch.no_grad():
         for name, piece in pieces.items():
             piece.copy_(source.rows(name, *holder.bounds(name)))

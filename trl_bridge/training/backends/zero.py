@@ -84,7 +84,7 @@ class ZeroBackend(Backend):
         yield
 
     def backward(self, loss: torch.Tensor) -> None:
-        # Around the backward alone: the parent's loss reads the flag too.
+        # Only around the backward: TRL's loss reads the flag too.
         with torch.autocast(device_type=loss.device.type, enabled=False), without_gradient_sync(self.accelerator):
             self.accelerator.backward(loss, scale_wrt_gas=False)
 
@@ -104,7 +104,7 @@ class ZeroBackend(Backend):
             yield
 
     @contextlib.contextmanager
-    def beside(self) -> Iterator[None]:
+    def alongside(self) -> Iterator[None]:
         with outside_zero3():
             yield
 
@@ -114,16 +114,16 @@ class ZeroBackend(Backend):
             return None
         return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
-    def outline(self, model: PreTrainedModel, copy: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    def meta_copy(self, model: PreTrainedModel, copy: Callable[..., PreTrainedModel]) -> PreTrainedModel:
         with outside_zero3():
-            return super().outline(model, copy)
+            return super().meta_copy(model, copy)
 
-    def prepare_reference(self, twin: PreTrainedModel) -> nn.Module:
-        return prepare_deepspeed(twin, self.accelerator)
+    def prepare_reference(self, model: PreTrainedModel) -> nn.Module:
+        return prepare_deepspeed(model, self.accelerator)
 
     def fill_reference(self, reference: nn.Module, source: Weights) -> None:
         for name, parameter in self.accelerator.unwrap_model(reference).named_parameters():
-            value = source.whole(name)
+            value = source.full(name)
             with _gathered(parameter, write=True), torch.no_grad():
                 if self.rank == 0 or not hasattr(parameter, "ds_id"):
                     parameter.copy_(value)
@@ -135,9 +135,9 @@ class ZeroBackend(Backend):
 
 
 class ZeroWeights(Weights):
-    """Of a prepared engine: read from and written to the float32 master; gradients pass by the hooks alone."""
+    """Of a prepared engine: read from and written to the float32 master; gradients only pass by the hooks."""
 
-    watched = True
+    needs_grad_hooks = True
 
     def shape(self, name: str) -> torch.Size:
         return _shape(self.parameters[name])
@@ -146,15 +146,15 @@ class ZeroWeights(Weights):
         return 0, self.shape(name)[0]
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        return self.whole(name)[first:last]
+        return self.full(name)[first:last]
 
-    def whole(self, name: str) -> torch.Tensor:
+    def full(self, name: str) -> torch.Tensor:
         parameter = self.parameters[name]
         if not hasattr(parameter, "ds_id") and parameter.dtype == torch.float32:
             return parameter.detach()  # equal to the master between updates
         return safe_get_full_fp32_param(parameter).detach().view(self.shape(name))
 
-    def held(self) -> dict[str, torch.Tensor]:
+    def shards(self) -> dict[str, torch.Tensor]:
         raise NotImplementedError("DeepSpeed's pieces are not rows.")
 
     def gradient(self, name: str) -> torch.Tensor:
@@ -183,7 +183,7 @@ class ZeroWeights(Weights):
         chosen = torch.zeros(shape, dtype=torch.bool, device=values.device)
         new[part], chosen[part] = values.float(), True
         write = functools.partial(_write_flat, new.reshape(-1), chosen.reshape(-1))
-        # Master and working weights: the engine refreshes these from that in its steps alone.
+        # Master and working weights: the engine refreshes these from that only in its steps.
         if not hasattr(parameter, "ds_id"):
             mapping = parameter._hp_mapping
             if mapping is not None:
@@ -198,7 +198,7 @@ class ZeroWeights(Weights):
         if parameter.data.numel() == shape.numel():  # small ones are never given away
             write(parameter.data, 0)
 
-    def complete_(self, tensors: Iterable[torch.Tensor], synced: bool) -> None:
+    def reduce_(self, tensors: Iterable[torch.Tensor], synced: bool) -> None:
         # The hooks see this rank's gradients, before any reduction.
         self.backend.average_(tensors)
 
@@ -213,9 +213,9 @@ class _PartitionedWeights(Weights):
         return 0, self.shape(name)[0]
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        return self.whole(name)[first:last]
+        return self.full(name)[first:last]
 
-    def whole(self, name: str) -> torch.Tensor:
+    def full(self, name: str) -> torch.Tensor:
         with _gathered(self.parameters[name]):
             return self.parameters[name].detach().clone()
 
@@ -231,7 +231,7 @@ def _nothing() -> None:
 
 
 def _write_flat(new: torch.Tensor, chosen: torch.Tensor, piece: torch.Tensor, first: int) -> None:
-    """Overwrite what was chosen of a whole weight, flat, in a piece of it that starts at `first` and may be padded."""
+    """Overwrite what was chosen of a full weight, flat, in a piece of it that starts at `first` and may be padded."""
     flat = piece.view(-1)[: max(0, new.numel() - first)]
     where = slice(first, first + flat.numel())
     flat.copy_(torch.where(chosen[where], new[where].to(flat), flat))

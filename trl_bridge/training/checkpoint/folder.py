@@ -1,7 +1,7 @@
 """
-The folder `bridge/` inside `checkpoint-N`: what an exact resume needs beside TRL's own checkpoint.
+The folder `bridge/` inside `checkpoint-N`: what an exact resume needs besides TRL's own checkpoint.
 
-A marker is written last. A checkpoint counts as whole when the marker and TRL's own state file agree, so one that was
+A marker is written last. A checkpoint counts as complete when the marker and TRL's own state file agree, so one that was
 cut off half-way is recognised and passed over.
 """
 
@@ -25,6 +25,8 @@ logger = logging.get_logger(__name__)
 
 FOLDER = "bridge"
 _MARKER = "complete.json"
+# Keys are spelt as in the checkpoints that there are, and shown by the field's word.
+_SHOWN = {"way of training": "backend"}
 
 T = TypeVar("T")
 
@@ -122,20 +124,20 @@ def missing_part(checkpoint: Path) -> str | None:
     ranks = range(marker["layout"][RANKS])
     names = [f"{FOLDER}/shared.pt", *(f"{FOLDER}/rank-{rank}.pt" for rank in ranks), *marker["parts"]]
     names += ["rng_state.pth"] if len(ranks) == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
-    # The parent passes over a missing optimizer or random state without a word.
+    # TRL's trainer passes over a missing optimizer or random state without a word.
     absent = next((name for name in names if not (checkpoint / name).is_file()), None)
     has_weights = any(checkpoint.glob("*.safetensors")) or any(checkpoint.glob("pytorch_model*.bin"))
     return absent if absent is not None or has_weights else "the model's weights"
 
 
 def check(checkpoint: Path, requirements: dict[str, Any], layout: dict[str, int], bound: str | None) -> None:
-    """Refuse a checkpoint that this run cannot go on from exactly."""
+    """Refuse a checkpoint that this run cannot resume from exactly."""
     if not checkpoint.is_dir():
         raise ValueError(f"`resume_from_checkpoint`: there is no folder {str(checkpoint)!r}.")
     part = missing_part(checkpoint)
     if part is not None:
         raise ValueError(
-            f"`resume_from_checkpoint`: {str(checkpoint)!r} lacks {part}, so training cannot go on from it exactly. "
+            f"`resume_from_checkpoint`: {str(checkpoint)!r} lacks {part}, so training cannot resume from it exactly. "
             "It was cut off while saving, saved with `save_only_model=True`, or made by another trainer. Use another "
             "checkpoint, or start a new run from its weights."
         )
@@ -143,14 +145,16 @@ def check(checkpoint: Path, requirements: dict[str, Any], layout: dict[str, int]
     if bound is not None and ranks != now:
         raise ValueError(
             f"`resume_from_checkpoint`: {str(checkpoint)!r} was written by {ranks} ranks, and this run has {now}: {bound}. "
-            f"Go on with {ranks}, or start a new run from the model that is saved there."
+            f"Resume on {ranks}, or start a new run from the model that is saved there."
         )
     saved = _marker(checkpoint)["requirements"]
     # Compared as JSON: tuples and enumerations come back as lists and strings.
     wanted = json.loads(json.dumps(requirements))
     differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
     if differing:
-        listed = "; ".join(f"`{name}` was {saved.get(name)!r}, now {wanted.get(name)!r}" for name in differing)
+        listed = "; ".join(
+            f"`{_SHOWN.get(name, name)}` was {saved.get(name)!r}, now {wanted.get(name)!r}" for name in differing
+        )
         raise ValueError(
             f"`resume_from_checkpoint`: {str(checkpoint)!r} was made with other options: {listed}. Restore them, or "
             "start a new run."
@@ -161,8 +165,8 @@ def agreed(find: Callable[[], T]) -> T:
     """
     What the main process finds in a folder, on every rank. Collective.
 
-    Ranks may see a file at different times: each by itself, one would go on from a checkpoint and another start anew,
-    and both would wait for ever.
+    Ranks may see a file at different times: each by itself, one would resume from a checkpoint and another start a new
+    run, and both would wait forever.
     """
     state = PartialState()
     state.wait_for_everyone()
@@ -170,7 +174,7 @@ def agreed(find: Callable[[], T]) -> T:
 
 
 def latest(output_dir: Path) -> Path | None:
-    """The newest whole checkpoint of an output folder; unfinished newer ones are passed over with a warning."""
+    """The newest complete checkpoint of an output folder; unfinished newer ones are passed over with a warning."""
     numbered = [
         (int(folder.name.rpartition("-")[2]), folder)
         for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")

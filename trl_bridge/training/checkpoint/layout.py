@@ -26,7 +26,7 @@ def totals(layout: dict[str, int]) -> dict[str, int]:
     }
 
 
-def recut(
+def reshard_rollouts(
     buffers: Sequence[Sequence[dict[str, Any]]], micro_batches: int, world_size: int, rank: int, pad_token_id: int
 ) -> list[dict[str, Any]]:
     """

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside TRL's own, and what a resumed run must have in common with it."""
+"""What a checkpoint holds besides TRL's own, and what a resumed run must have in common with it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

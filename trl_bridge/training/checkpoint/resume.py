@@ -1,4 +1,4 @@
-"""Saving and resuming: the parent's checkpoint, and `bridge/` beside it."""
+"""Saving and resuming: TRL's checkpoint, and `bridge/` inside it."""
 
 import functools
 from collections import defaultdict
@@ -16,7 +16,7 @@ from trl import GRPOTrainer
 from ..backends import Backend, backend_for
 from ..randomness import seed_anew
 from . import folder as checkpoints
-from .layout import RANKS, recut
+from .layout import RANKS, reshard_rollouts
 from .registry import LOCAL, Registry, Value, attribute
 
 
@@ -28,15 +28,15 @@ class Resumable(Trainer):
     The part of an exact resume that any TRL trainer can carry: `class Mine(Resumable, SFTTrainer)`.
 
     A side folder in the checkpoint with what subclasses add in `register_state`, a marker of completeness written last,
-    refusals of checkpoints that cannot be gone on with, and the metrics gathered since the last log. Another number of
-    ranks may go on with a checkpoint where its updates are of the same rows.
+    refusals of checkpoints that cannot be resumed exactly, and the metrics gathered since the last log. Another number of
+    ranks may resume a checkpoint where its updates are of the same rows.
     """
 
     _metrics: dict[str, Any]
 
     @functools.cached_property
     def backend(self) -> Backend:
-        """How gradients, weights and checkpoints are reached on this way of training."""
+        """How gradients, weights and checkpoints are reached on this distributed backend."""
         return backend_for(self.accelerator)
 
     # What subclasses add
@@ -53,7 +53,7 @@ class Resumable(Trainer):
         sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
         saved.layout |= {RANKS: self.args.world_size, **{name: getattr(self.args, name) for name in sizes}}
         saved.only_same_ranks = self.backend.bound_to_ranks
-        # "way of training": keys are spelt as in the checkpoints that there are.
+        # "way of training": the backend, spelt as in the checkpoints that there are.
         saved.must_match("seed", trainer=type(self).__name__, **{"way of training": self.backend.checkpoint_kind})
         metrics = self._metrics
         since_last_log = Value(
@@ -69,7 +69,7 @@ class Resumable(Trainer):
         """Whether some micro-batches of an update are done and others are not."""
         return False
 
-    # The parent's methods
+    # TRL's methods
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
@@ -78,7 +78,7 @@ class Resumable(Trainer):
         if resume_from_checkpoint is True:
             found = checkpoints.agreed(lambda: checkpoints.latest(Path(str(self.args.output_dir))))
             if found is None:
-                raise ValueError(f"`resume_from_checkpoint`: no whole checkpoint in {self.args.output_dir!r}.")
+                raise ValueError(f"`resume_from_checkpoint`: no complete checkpoint in {self.args.output_dir!r}.")
             resume_from_checkpoint = str(found)
         if resume_from_checkpoint:
             folder, saved = Path(resume_from_checkpoint), self.saved
@@ -86,7 +86,7 @@ class Resumable(Trainer):
             ranks, now = checkpoints.layout_of(folder)[RANKS], saved.layout[RANKS]
             if ranks != now and self.accelerator.is_main_process:
                 logger.warning(
-                    f"{resume_from_checkpoint} was written by {ranks} ranks and is gone on with by {now}: from "
+                    f"{resume_from_checkpoint} was written by {ranks} ranks and is resumed on {now}: from "
                     "the same weights, optimizer states, prompts and demonstrations, but with random numbers (of sampling "
                     "and dropout) other than those of an uninterrupted run."
                 )
@@ -102,11 +102,11 @@ class Resumable(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.inside_update:
             logger.warning(
-                f"{output_dir} is saved inside an update, which cannot be gone on with exactly: it is not marked as "
-                "whole, and `resume_from_checkpoint=True` will pass over it."
+                f"{output_dir} is saved inside an update, which cannot be resumed exactly: it is not marked as "
+                "complete, and `resume_from_checkpoint=True` will pass over it."
             )
             return
-        # Here, because the parent rotates and uploads checkpoints once this and its own state are written.
+        # Here, because TRL's trainer rotates and uploads checkpoints once this and its own state are written.
         step, parts = self.state.global_step, self.backend.checkpoint_parts
         checkpoints.write(Path(output_dir), self.accelerator, self.saved, step, parts)
 
@@ -117,7 +117,7 @@ class Resumable(Trainer):
         if self.backend.loads_optimizer(self.optimizer):
             super()._load_optimizer_and_scheduler(checkpoint)
         else:
-            # All that the parent would restore here, beside what is in our own state.
+            # All that TRL's trainer would restore here, besides what is in our own state.
             scheduler: Any = self.lr_scheduler
             scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
             for group, rate in zip(self.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
@@ -134,7 +134,7 @@ class Resumable(Trainer):
         if checkpoint is None or checkpoints.layout_of(Path(checkpoint))[RANKS] == self.args.world_size:
             super()._load_rng_state(checkpoint)
         else:
-            # Not those of the run's start, which would draw the first updates' numbers once more.
+            # Not those of the run's start, which would draw the first updates' numbers again.
             seed_anew(self.args.seed, self.state.global_step, self.args.process_index)
 
     def _load_best_model(self) -> None:
@@ -142,7 +142,7 @@ class Resumable(Trainer):
         checkpoints.read_weights(Path(str(self.state.best_model_checkpoint)), self.saved)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # The parent looks for the end after an update only: resuming a finished run would make one more.
+        # TRL's trainer looks for the end only after an update: resuming a finished run would make one more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -182,7 +182,7 @@ class BufferResumable(Resumable):
             return None  # used up
         count = self._reshard_step([len(buffers[0])], layout)
         accelerator, pad = self.accelerator, self._tokenizer.pad_token_id
-        return recut(buffers, count, accelerator.num_processes, accelerator.process_index, pad)
+        return reshard_rollouts(buffers, count, accelerator.num_processes, accelerator.process_index, pad)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -190,7 +190,7 @@ class BufferResumable(Resumable):
             self._advance_sampler(int(self.state.epoch or 0))
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        # What an exception left behind in an earlier call of `train` is not gone on with; a resume loads its own.
+        # What an exception left behind in an earlier call of `train` is dropped; a resume loads its own.
         self._step, self._buffered_inputs = 0, None
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
@@ -199,7 +199,7 @@ class BufferResumable(Resumable):
         return self._train_sampler
 
     def _advance_sampler(self, epochs: int) -> None:
-        # The sampler draws each epoch's order from one running generator, which starts anew in a new process.
+        # The sampler draws each epoch's order from one running generator, which starts again in a new process.
         sampler = getattr(self, "_train_sampler", None)  # absent for an iterable dataset
         if sampler is not None and sampler.shuffle:
             for _ in range(epochs):
@@ -208,9 +208,9 @@ class BufferResumable(Resumable):
 
 class ResumableTrainer(BufferResumable, GRPOTrainer):
     """
-    A `GRPOTrainer` that goes on from a checkpoint bit for bit.
+    A `GRPOTrainer` that resumes from a checkpoint bit for bit.
 
-    The parent writes its entropy controller after old checkpoints are gone; it is kept here too.
+    TRL's trainer writes its entropy controller after old checkpoints are gone; it is saved here too.
     """
 
     @property

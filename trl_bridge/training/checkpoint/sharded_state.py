@@ -1,7 +1,7 @@
 """
-State whose rows may be spread over the ranks, in torch's own format for distributed checkpoints.
+State that may be sharded by rows, in torch's own format for distributed checkpoints.
 
-A row is read by whichever rank holds it now, so the number of ranks may change between saving and loading.
+A row is read by whichever rank has it now, so the number of ranks may change between saving and loading.
 """
 
 import contextlib
@@ -22,13 +22,14 @@ from ..backends import Weights
 _WEIGHTS = "weights"
 
 
-class RowState:
+class ShardedState:
     """
-    The state of an optimizer that steps on the rows which each rank holds, with those rows themselves where they are not
-    saved elsewhere.
+    The state of an optimizer that steps on each rank's shards, with those shards themselves where they are not saved
+    elsewhere.
 
-    What has a weight's shape (Adam's moments) is held and saved by rows. The rest (the count of steps, parameter groups)
-    is alike on all ranks, but for optimizers that keep more than that (8-bit ones), which are bound to their number.
+    What has a weight's shape (Adam's moments) is sharded as the weight is. The rest (the count of steps, parameter
+    groups) is the same on all ranks, but for optimizers that keep more than that (8-bit ones), which are bound to their
+    number.
     """
 
     def __init__(
@@ -43,15 +44,15 @@ class RowState:
         self._optimizer = optimizer
         self._with_weights = with_weights
 
-    def rows(self) -> dict[str, torch.Tensor]:
-        """This rank's rows, by what they are and the weight's name: `weights/NAME`, `exp_avg/NAME`."""
+    def shards(self) -> dict[str, torch.Tensor]:
+        """This rank's shards, by what they are and the weight's name: `weights/NAME`, `exp_avg/NAME`."""
         rows = {f"{_WEIGHTS}/{name}": piece for name, piece in self._held().items()}
         for name, state in self._states():
             rows.update({f"{kind}/{name}": value for kind, value in state.items() if self._is_rows(name, value)})
         return rows
 
     def rest(self) -> dict[str, Any]:
-        """What is not held by rows: tensors and plain Python values."""
+        """What is not sharded: tensors and plain Python values."""
         states = {
             name: {kind: value for kind, value in state.items() if not self._is_rows(name, value)}
             for name, state in self._states()
@@ -59,11 +60,11 @@ class RowState:
         return {"states": states, "param_groups": self._optimizer.state_dict()["param_groups"]}
 
     def save(self, folder: Path) -> None:
-        """Write the rows to a folder. Collective."""
+        """Write the shards to a folder. Collective."""
         mesh_of: dict[str, DeviceMesh] = {}
         with _without_warning():
             dcp.save(
-                {key: self._placed(key, piece, mesh_of) for key, piece in self.rows().items()},
+                {key: self._placed(key, piece, mesh_of) for key, piece in self.shards().items()},
                 # An unfinished checkpoint of the same update may be there.
                 storage_writer=dcp.FileSystemWriter(folder, overwrite=True),
             )
@@ -83,11 +84,11 @@ class RowState:
         self._optimizer.load_state_dict({"state": by_number, "param_groups": rest["param_groups"]})
 
     def load_weights(self, folder: Path) -> None:
-        """Take over the rows of the weights alone. Collective."""
+        """Take over only the weights. Collective."""
         self._write_weights(self._read(folder, _WEIGHTS))
 
     def _held(self) -> dict[str, torch.Tensor]:
-        return self._weights.held() if self._with_weights else {}
+        return self._weights.shards() if self._with_weights else {}
 
     def _states(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for name, leaf in self._leaves.items():
@@ -120,9 +121,9 @@ class RowState:
         return pieces
 
     def _placed(self, key: str, piece: torch.Tensor, mesh_of: dict[str, DeviceMesh]) -> torch.Tensor:
-        """A piece and where in the whole it lies, without copying it."""
+        """A shard and where in the full tensor it lies, without copying it."""
         world_size = self._weights.backend.world_size
-        if not self._weights.spread or world_size == 1:
+        if not self._weights.sharded or world_size == 1:
             return piece
         kind = piece.device.type
         if kind not in mesh_of:

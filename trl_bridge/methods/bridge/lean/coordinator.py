@@ -26,11 +26,11 @@ class SliceGradient(CoordinatorGradient):
         super().__init__(weights)
         self._ratio = ratio
         self._sums: dict[str, torch.Tensor] = {}
-        if weights.watched:
+        if weights.needs_grad_hooks:
             for name, part in weights.parts.items():
                 shape = [side.stop - side.start for side in part]
                 self._sums[name] = torch.zeros(shape, device=weights.backend.device)
-                weights.watch(name, functools.partial(_take, self._sums[name], part))
+                weights.register_grad_hook(name, functools.partial(_take, self._sums[name], part))
 
     def so_far(self) -> Projection:
         if self._sums:

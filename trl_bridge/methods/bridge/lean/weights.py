@@ -43,7 +43,7 @@ class AdapterWeights(Weights):
         self.layers = dict(parameters)
         self.rank = rank
         self._held = held
-        self.spread, self.watched = held.spread, held.watched
+        self.sharded, self.needs_grad_hooks = held.sharded, held.needs_grad_hooks
         # w's part of each weight: the last rows of A, the last columns of B.
         self.parts: dict[str, Part] = {}
         for name in self.parameters:
@@ -52,17 +52,17 @@ class AdapterWeights(Weights):
             self.parts[name] = (slice(rank if in_rows else 0, rows), slice(0 if in_rows else rank, columns))
 
     def pairs(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Each layer's name, A and B, whole and not to be written to. Collective where weights are spread over ranks."""
+        """Each layer's name, A and B, in full and not to be written to. Collective where weights are sharded."""
         names = iter(self.parameters)
         for module in self.layers:
-            yield module, self.whole(next(names)), self.whole(next(names))
+            yield module, self.full(next(names)), self.full(next(names))
 
     def gradient(self, name: str) -> torch.Tensor:
         return self._theta(name, self._held.gradient(name), self.bounds(name)[0])
 
     def theta(self, name: str) -> torch.Tensor:
-        """Theta's slice of a weight, not to be written to. Collective where weights are spread over ranks."""
-        return self._theta(name, self.whole(name), 0)
+        """Theta's slice of a weight, not to be written to. Collective where weights are sharded."""
+        return self._theta(name, self.full(name), 0)
 
     def coordinator_gradients(self) -> Projection:
         """What this rank has of w's slices of the gradient, as they are held: (r_w, in_features), (out_features, r_w)."""
@@ -88,9 +88,9 @@ class AdapterWeights(Weights):
     def _coordinator_gradient(self, name: str, part: Part) -> torch.Tensor:
         gradient = self._held.gradient(name)
         mine, of_part = overlap(self.bounds(name), part[0])
-        whole = gradient.new_zeros(part[0].stop - part[0].start, part[1].stop - part[1].start)
-        whole[of_part] = gradient[mine, part[1]]
-        return whole
+        full = gradient.new_zeros(part[0].stop - part[0].start, part[1].stop - part[1].start)
+        full[of_part] = gradient[mine, part[1]]
+        return full
 
     # As the model's weights are held
 
@@ -103,24 +103,24 @@ class AdapterWeights(Weights):
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         return self._held.rows(name, first, last)
 
-    def whole(self, name: str) -> torch.Tensor:
-        return self._held.whole(name)
+    def full(self, name: str) -> torch.Tensor:
+        return self._held.full(name)
 
-    def watch(self, name: str, hook: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
-        self._held.watch(name, hook)
+    def register_grad_hook(self, name: str, hook: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+        self._held.register_grad_hook(name, hook)
 
     @torch.no_grad()
     def write_(self, name: str, part: Part, values: torch.Tensor) -> None:
         self._held.write_(name, part, values)
 
-    def average_unsynced_(self, tensors: Iterable[torch.Tensor]) -> None:
-        self._held.average_unsynced_(tensors)
+    def reduce_unsynced_(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._held.reduce_unsynced_(tensors)
 
-    def add_up_(self, tensors: Iterable[torch.Tensor]) -> None:
-        self._held.add_up_(tensors)
+    def reduce_shards_(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._held.reduce_shards_(tensors)
 
-    def complete_(self, tensors: Iterable[torch.Tensor], synced: bool) -> None:
-        self._held.complete_(tensors, synced)
+    def reduce_(self, tensors: Iterable[torch.Tensor], synced: bool) -> None:
+        self._held.reduce_(tensors, synced)
 
 
 class ShadowAdapterWeights(AdapterWeights):
@@ -129,7 +129,7 @@ class ShadowAdapterWeights(AdapterWeights):
     def __init__(self, parameters: Mapping[str, tuple[nn.Parameter, nn.Parameter]], rank: int, backend: Reducer):
         super().__init__(parameters, rank, Weights(parameter_names(parameters), backend))
 
-    def complete_(self, tensors: Iterable[torch.Tensor], synced: bool) -> None:
+    def reduce_(self, tensors: Iterable[torch.Tensor], synced: bool) -> None:
         self.backend.average_(tensors)
 
     def refresh(self, leaves: Mapping[str, nn.Parameter]) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ....training.backends import Backend, Weights, copy_rows_
-from ....training.checkpoint.sharded_state import RowState
+from ....training.checkpoint.sharded_state import ShardedState
 
 
 class Shadow:
@@ -28,17 +28,17 @@ class Shadow:
         self._leaves = weights.leaves()
         self.optimizer = optimizer_for(self._leaves)
         # M_hat itself (not theta_hat: a difference would not come back bit for bit) and the optimizer's state.
-        self.saved = RowState(weights, self._leaves, self.optimizer)
+        self.saved = ShardedState(weights, self._leaves, self.optimizer)
         self.max_grad_norm = max_grad_norm
 
     def active(self, backend: Backend) -> contextlib.AbstractContextManager[None]:
         """Around the shadow's forward and backward: it is a model of its own, beside the backend's."""
-        return backend.beside()
+        return backend.alongside()
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
         """The rows of M_hat that this rank holds, by the plain model's names."""
-        return self.held.held()
+        return self.held.shards()
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Accumulated gradient G_hat of these rows by name; zero where the loss does not reach them."""
@@ -46,7 +46,7 @@ class Shadow:
 
     def step(self, rate_factor: float, counts_zeros: bool = False) -> None:
         """Clip, step, and clear the gradient."""
-        self.held.put_away()
+        self.held.offload()
         self.held.refresh(self._leaves)
         if counts_zeros:
             for name, leaf in self._leaves.items():
@@ -55,7 +55,7 @@ class Shadow:
         if self.max_grad_norm > 0:
             leaves = list(self._leaves.values())
             square = nn.utils.get_total_norm([p.grad for p in leaves if p.grad is not None]).square()
-            self.held.add_up_([square])
+            self.held.reduce_shards_([square])
             nn.utils.clip_grads_with_norm_(leaves, self.max_grad_norm, square.sqrt())
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate_factor
@@ -64,7 +64,7 @@ class Shadow:
 
     def clear_gradients(self) -> None:
         """Forget G_hat."""
-        self.held.put_away()
+        self.held.offload()
         self.optimizer.zero_grad(set_to_none=True)
         self.held.clear_gradients()
 
@@ -87,5 +87,5 @@ class Shadow:
             base.append(torch.linalg.vector_norm(policy).double().square())
             base.append(-2 * coordinator.overlap(name, policy, first))
         squares = torch.stack([torch.stack(difference).sum(), torch.stack(base).sum()])
-        self.held.add_up_([squares])
+        self.held.reduce_shards_([squares])
         return (squares[0] / (squares[1] + coordinator.norm() ** 2).clamp(min=0)).sqrt().item()

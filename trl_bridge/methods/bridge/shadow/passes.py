@@ -90,7 +90,7 @@ class ShadowPass:
         """The micro-batch's loss and its backward; the shadow's scores, and the student's where it has none."""
         inputs = batch.shared if self._importance_sampling else _without_old(batch.inputs)
         shadow.model.train()
-        shadow.held.bring()
+        shadow.held.onload()
         with self._policy.isolated(batch.start), shadow.active(self._backend):
             loss: torch.Tensor | None
             if self._share.is_all:
@@ -98,7 +98,7 @@ class ShadowPass:
             else:
                 loss, scores = self._loss_of_part(shadow, inputs, batch.scores)
             if loss is not None:
-                self._backend.backward_beside(loss)
+                self._backend.backward_alongside(loss)
         return scores
 
     def _loss_of_part(
