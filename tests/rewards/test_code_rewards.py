@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -267,7 +268,7 @@ CAN_DO = {
     ),
     "folders": (
         "import os, shutil, tempfile\nwith tempfile.TemporaryDirectory() as d:\n    open(d + '/f', 'w').write('x')\n"
-        "    os.rename(d + '/f', 'g')\nshutil.copyfile('g', 'h')\nos.remove('g')\nassert open('h').read() == 'x'"
+        "    os.rename(d + '/f', d + '/g')\n    shutil.copyfile(d + '/g', 'h')\nassert open('h').read() == 'x'"
     ),
     "asyncio": "import asyncio\nasync def f():\n    await asyncio.sleep(0.01)\n    return 1\nassert asyncio.run(f()) == 1",
     "signals to itself": (
@@ -310,14 +311,14 @@ os._exit(0)
 """
 
 
-def test_no_program_sees_another_s(reward):
+def test_no_program_sees_another_s(reward, tmp_path, monkeypatch):
     """Deep folders, folders that cannot be listed, changed modules: whatever one leaves behind is gone."""
     clean = "import os, math\nassert math.pi > 3.1 and os.listdir('.') == []\nprint('past')"
     one = CodeReward(allow_execution=True, workers=1, isolation=reward.isolation)
-    before = set(os.listdir("/tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     tests = [{"input": "", "output": "past"}] * 2
     assert one([fenced(MESS), fenced(clean)] * 2, [tests] * 4) == [1.0] * 4
-    assert not [name for name in set(os.listdir("/tmp")) - before if name.startswith("program-")]
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_cannot_be_removed_is_said_and_never_raises(monkeypatch, caplog):
@@ -417,6 +418,7 @@ def test_a_sandbox_that_is_killed_is_replaced():
         ("```Python3\na\n```", "a\n"),
         ('````python\na = """\n```\n"""\n````', 'a = """\n```\n"""\n'),
         ("```python\na\n```\n```pycon\n>>> b\n```", "a\n"),
+        ('```python\na = """\n    ```\n    """\n```', 'a = """\n    ```\n    """\n'),
         ("```python\na", None),
         ("```python\na\n```\n```python\nb", "a\n"),
         ("```python\n```", None),

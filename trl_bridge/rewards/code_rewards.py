@@ -8,6 +8,7 @@ import re
 import secrets
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal, InvalidOperation
@@ -36,7 +37,7 @@ def last_program(text: str | None) -> str | None:
         line = line.removesuffix("\r")
         fence = _FENCE.fullmatch(line)
         if mark:
-            if fence and fence[2].startswith(mark) and not fence[3].strip():
+            if fence and fence[2].startswith(mark) and not fence[3].strip() and len(fence[1]) <= indent + 3:
                 block = "".join(f"{line}\n" for line in lines)
                 if _PYTHON.match(info):
                     tagged = block
@@ -55,8 +56,10 @@ def last_program(text: str | None) -> str | None:
 def _can_fail(test: str) -> bool:
     """Whether a program that runs may still fail a test's statements."""
     try:
-        tree = ast.parse(test)
-    except (SyntaxError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(test)
+    except (SyntaxError, ValueError, MemoryError) as error:
         raise ValueError(f"a test is no Python: {error}") from error
     return any(isinstance(node, (ast.Assert, ast.Raise, ast.Call)) for node in ast.walk(tree))
 

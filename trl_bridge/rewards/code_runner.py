@@ -55,7 +55,7 @@ renameat 264 38, renameat2 316 276, link 86 -, linkat 265 37, symlink 88 -, syml
 fallocate 285 47, fsync 74 82, fdatasync 75 83, flock 73 32, umask 95 166, getcwd 79 17, chdir 80 49, fchdir 81 50,
 statfs 137 43, fstatfs 138 44, fadvise64 221 223, sendfile 40 71, copy_file_range 326 285, getrlimit 97 163, setrlimit 160 164
 """
-# These only with some arguments (see `_conditions`): number, then (argument, mask, values) which all must hold.
+# These only with the arguments that `_conditions` lists: argument, mask, values; all of a call's must hold.
 _CONDITIONAL = {
     "open": (2, None),
     "openat": (257, 56),

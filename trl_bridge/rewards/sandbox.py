@@ -84,7 +84,7 @@ class Sandbox:
         self._errors: IO[bytes] | None = None
 
     def _start(self) -> subprocess.Popen[bytes]:
-        self._folder = tempfile.mkdtemp(prefix="program-")
+        self._folder = tempfile.mkdtemp(prefix="code-reward-")
         self._errors = tempfile.TemporaryFile()
         inside = self.wall == "bubblewrap"
         command = [sys.executable, "-I", "-B", "-X", "utf8", _RUNNER, "/program" if inside else self._folder]
