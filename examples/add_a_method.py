@@ -8,24 +8,21 @@ says how the same file becomes a verb of the command.
 """
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from trl_bridge import ExpertConfig, ExpertTrainer
 from trl_bridge.data.addition import addition_dataset, addition_pairs
 from trl_bridge.models import tiny_model, tiny_tokenizer
 from trl_bridge.rewards import closeness_reward
+from trl_bridge.training.options import at_least, options
 
 
-@dataclass
+@options
 class DFTConfig(ExpertConfig):
-    """Configuration of [`DFTTrainer`]: `dft_coef` weighs the expert's loss."""
+    """Configuration of [`DFTTrainer`]."""
 
-    dft_coef: float = field(default=1.0, metadata={"help": "Weight of the expert's loss."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.dft_coef < 0:
-            raise ValueError(f"`dft_coef` must not be negative, got {self.dft_coef}.")
+    dft_coef: float = field(default=1.0, metadata=at_least(0))
+    """Weight of the expert's loss."""
 
 
 class DFTTrainer(ExpertTrainer):
