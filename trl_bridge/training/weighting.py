@@ -273,7 +273,7 @@ class DemonstrationWeighting:
     # Helpers
 
     def _normalised(self, raw: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        counted = mask if self.kind != "likelihood_sequence" else mask.any(dim=1, keepdim=True)
+        counted = mask if raw.size(1) == mask.size(1) else mask.any(dim=1, keepdim=True)
         if self.needs_initial_mean:
             raise RuntimeError("`set_initial_mean` has to be called in the first window, before its weights are read.")
         self._local_raw.append((raw.masked_fill(~counted, 0.0).sum(), counted.sum()))

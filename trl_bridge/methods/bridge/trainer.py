@@ -285,8 +285,8 @@ class BridgeTrainer(DemonstrationTrainer):
 
     def end_of_window(self) -> None:
         weight = self.policy_weight()
-        student = self.student_gradient.full()  # dL/dw of the fused loss, F
-        shadow = self._shadow_part(weight)  # dL_RL/dw at the shadow, G_hat
+        student = self.student_gradient.full()  # projection of F onto A and B: dL/dw of the fused loss
+        shadow = self._shadow_part(weight)  # projection of G_hat: dL_RL/dw at the shadow
         self._log_update(weight, student, shadow)
         self._move_coordinator(student, shadow, weight)
         if self._shadow_is_due:
@@ -328,7 +328,7 @@ class BridgeTrainer(DemonstrationTrainer):
         return self._turns.gradient(self._update, self.shadow_gradient, self._probe.policy_part, weight)
 
     def _move_coordinator(self, student: Projection, shadow: Projection | None, weight: float) -> None:
-        """w <- opt_w(F - lambda G_hat); the weights that hold it follow."""
+        """w <- opt_w(P(F) - lambda P(G_hat)), P the projection onto A and B; student and shadow then take s (B'A' - BA)."""
         self.coordinator.pull(student, shadow, weight)
         old = self.coordinator.snapshot()
         self._step_coordinator()
