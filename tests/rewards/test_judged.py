@@ -27,6 +27,7 @@ BROKEN = [None, float("nan"), {}, [], "", {"a": None}, b"12", True]
 @pytest.fixture(autouse=True)
 def _fresh_warnings(monkeypatch):
     monkeypatch.setattr("trl_bridge.rewards.completions._warned", set())
+    monkeypatch.setattr("trl_bridge.rewards.math_rewards._warned", set())
 
 
 @pytest.mark.parametrize("value", BROKEN, ids=repr)
@@ -82,6 +83,8 @@ def test_golds_that_are_numbers_are_read_as_text():
         (r"\boxed{\text{Entailment}}", "entailment", 1.0),
         (r"\boxed{neutral}", "entailment", 0.0),
         (r"\boxed{B}", ["B"], 1.0),
+        ("The answer is A as well as B", "A", 0.0),
+        (r"\boxed{A and B are correct}", "B", 0.0),
     ],
 )
 def test_choices(completion, gold, want):
@@ -152,12 +155,33 @@ def test_an_echo_of_the_question_is_refused_where_that_is_asked_for():
     assert math_reward(completions, golds) == [1.0] * 8
 
 
+def test_what_is_left_to_work_out_is_told_from_signs_and_units():
+    answers = ["(123)(456)", r"\gcd(12,18)", "-1, -2", r"5\text{ cm}^2", "(3, -2)"]
+    golds = ["56088", "6", "-2,-1", "5", "(3,-2)"]
+    completions = [rf"\boxed{{{answer}}}" for answer in answers]
+    assert MathReward(evaluated=True)(completions, golds) == [0.0, 0.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "said, want",
+    [
+        ("Either Zoey is a knight, and Riley is a knave, or the reverse", 0.0),
+        ("If Zoey is a knight, then Riley is a knave", 0.0),
+        ("Therefore Zoey is a knight, and Riley is a knave. This is consistent.", 1.0),
+    ],
+)
+def test_conditions_are_no_claims_and_this_is_nobody(said, want):
+    assert knights_knaves_reward([said], ["Zoey is a knight, and Riley is a knave"]) == [want]
+
+
 def test_what_is_not_judged_in_time_is_none_and_said_once(caplog):
     completions = [rf"\boxed{{{i}+x+y-y}}" for i in range(40)]
     golds = [f"x+{i}" for i in range(40)]
     rewards = MathReward(batch_limit=1e-3)(completions, golds)
     assert set(rewards) <= {None, 1.0} and None in rewards
-    assert len(caplog.records) == 1 and "cannot be parsed" not in caplog.text
+    # A gold's check and an answer may each be cut off: two lines, each once.
+    lines = [record.getMessage() for record in caplog.records]
+    assert 1 <= len(lines) == len(set(lines)) and "cannot be parsed" not in caplog.text
     assert MathReward()(completions, golds) == [1.0] * 40
 
 

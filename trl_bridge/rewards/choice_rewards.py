@@ -31,7 +31,7 @@ _VERDICT = re.compile(
     r"\(?\b([A-Z])\b\)?\s*+(?:is|are|=|:)\s*+(?:the\s++|an?\s++)?(not\s++)?(?:the\s++)?(right|correct|true|wrong|incorrect|false)\b",
     re.IGNORECASE,
 )
-_REASON = re.compile(r",?\s(?:because|since|as|due|given|for)\s", re.IGNORECASE)
+_REASON = re.compile(r",?\s(?:because|since|due|given)\s", re.IGNORECASE)
 _PHRASE = re.compile(r"\b(?:option|choice|alternative)\b\s*+(?:is|are|:|=)\s*+(?:\*\*|__)?\s*+:?", re.IGNORECASE)
 _LETTERS = re.compile(r"(?:\\text\s*\{)?\s*\(?[A-J]\)?(?:\s*(?:,\s*and|,|and|&|/|;)?\s*\(?[A-J]\)?)+\s*\}?")
 _LIMIT = 400
@@ -46,6 +46,8 @@ def choice_letter(answer: str | None) -> str | None:
     answer = _REASON.split((answer or "")[:_LIMIT], maxsplit=1)[0].strip(" ,")
     text = clean(answer.replace("**", "")) if answer else None
     if not text:
+        return None
+    if re.search(r"\b[A-Z]\b\)?\s*(?:and|or|,)\s*\(?[A-Z]\b\)?\s+(?:is|are)\b", text):
         return None
     if verdicts := _VERDICT.findall(text):
         right = {

@@ -24,6 +24,12 @@ _CLAIM = re.compile(
     r"(?<![\w'-])([A-Z][\w'-]{0,60}) ?(?:is|:|=|->|→) ?(not )?(either )?(?:an? )?([a-z]+)(?:(?= ?(?:or|/) ?(?:an? )?([a-z]+)(?! ?(?:is|:|=)))|)",
     re.IGNORECASE,
 )
+# Said under a condition, or taken back; and subjects that are nobody.
+_CONDITION = re.compile(
+    r"\b(?:either|neither|unless|impossible|contradiction|vice versa|not true|the reverse)\b|\bif\b.*\bthen\b",
+    re.IGNORECASE,
+)
+_NO_NAMES = {"this", "that", "it", "which", "there", "answer", "solution", "everything", "conclusion"}
 _MARKUP = re.compile(r"\\text\s*+\{([^{}]*+)\}|\*\*|__|[{}$\\]")
 
 
@@ -31,8 +37,12 @@ def assignment(text: str | None) -> dict[str, str] | None:
     """Roles by name, both in lower case, of a text such as "Zoey is a knight, and Riley is a knave"."""
     plain = re.sub(r"\s+", " ", _MARKUP.sub(lambda m: m.group(1) or " ", text or ""))
     roles: dict[str, str] = {}
+    if _CONDITION.search(plain):
+        return None
     for name, negation, either, role, other in _CLAIM.findall(plain):
         hedged = either or (other and other.lower() != role.lower())
+        if name.lower() in _NO_NAMES:
+            continue
         if negation or hedged or roles.setdefault(name.lower(), role.lower()) != role.lower():
             return None
     return roles or None

@@ -49,7 +49,8 @@ _cache = _Cache(100_000)
 _warned: set[str] = set()
 # What an answer may still have to be worked out for: products, sums, powers, factorials, and signs of summation.
 _OPERATION = re.compile(
-    r"\\(?:times|cdot|div|sum|prod|int|lim|binom)(?![a-zA-Z])|(?<=[\w})\]!\s])[+*!^-]|(?<=\w)/(?=\w*[!^])"
+    r"\\(?:times|cdot|div|sum|prod|int|lim|[td]?binom|gcd|max|min|lfloor|lceil|log|ln|sin|cos|tan|det)(?![a-zA-Z])"
+    r"|(?<=[\w})\]!])\s*[+*!^-]|(?<=\w)/(?=\w*[!^])|(?<=[\d)])\s*\((?=\d)"
 )
 _NO_GOLDS = {"proof", "notfound", "not found", "see solution", "n/a", "nan"}
 
@@ -71,8 +72,9 @@ def is_gold(text: str) -> bool:
 
 def is_evaluated(answer: str, gold: str) -> bool:
     """Whether an answer leaves no operation to be done that the gold does not have as well."""
-    answer, gold = clean(answer) or "", clean(gold) or ""
-    return exact(answer) is not None or set(_OPERATION.findall(answer)) <= set(_OPERATION.findall(gold))
+    answer, gold = (split_unit(clean(text) or "")[0] for text in (answer, gold))
+    left, allowed = ({found.strip() for found in _OPERATION.findall(text)} for text in (answer, gold))
+    return exact(answer) is not None or left <= allowed
 
 
 def same_batch(

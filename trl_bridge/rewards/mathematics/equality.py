@@ -27,6 +27,10 @@ _LETTER = re.compile(r"\(?\s*(?:\\text\s*\{\s*)?\(?\s*([A-Ja-j])\s*\)?\s*\.?\s*\
 _LETTER_AND_TEXT = re.compile(r"\(?\s*(?:\\text\s*\{\s*)?\(?\s*([A-J])\s*(?:\)|[.:](?=\s))\s*\}?\s*\S.*", re.DOTALL)
 _LETTER_AND_VALUE = re.compile(r"\(?\\text\s*\{\s*\(?[A-J]\)?[.:]?\s*\}\)?[.:]?\s*([\d.,/]+)")
 _SPACE = re.compile(r"(?<!\d) +| +(?!\d| )")
+# `-x`, `\\ln x`, `|x|`, `x + x`: of these the value is asked, they are no names.
+_OPERATION_ON_UNKNOWN = re.compile(
+    r"\\(?:ln|log|sqrt|sin|cos|tan|exp)(?![a-zA-Z])|\|\s*[xyt]\s*\|(?=$)|^([a-z])\s*(?:[+\-*/]\s*)?\1$|^[x-z]\s*\^\s*\{?-1\}?$"
+)
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 _CONSTANT = re.compile(
     r"(.*[a-zA-Z].*?)\s*\+\s*([CcKk](?:_\{?\d\}?)?|\\text\s*\{\s*(?:constant|const\.?|C)\s*\})", re.DOTALL
@@ -72,7 +76,10 @@ def _decimal_commas(a: str, b: str) -> Verdict:
 def _other_constant(a: str, b: str) -> tuple[str, str] | None:
     """Two antiderivatives whose constants of integration have different letters, with one letter in both."""
     found = [_CONSTANT.fullmatch(text) for text in (a, b)]
-    if not all(found) or "C" not in (found[0][2][:1].upper(), found[1][2][:1].upper()):  # type: ignore[index]
+    if not all(found) or "C" not in (found[0][2], found[1][2]):  # type: ignore[index]
+        return None
+    # In `y = m x + c` and `a + C` these letters may be anything: only beside a power, a number or a function are they constants.
+    if not all(re.search(r"[\^\\\d]", match[1]) and "=" not in match[1] for match in found):  # type: ignore[index]
         return None
     if found[0][2] == found[1][2] or any(match[2] in match[1] for match in found):  # type: ignore[index]
         return None
@@ -83,7 +90,7 @@ def _letters(a: str, b: str) -> Verdict:
     """Letters of multiple choice: `\\text{(B)}`, `B.`, `b` and, against a bare letter, `(B) 12` are one."""
     one, two = _LETTER.fullmatch(a), _LETTER.fullmatch(b)
     if one and two:
-        return one[1].lower() == two[1].lower()
+        return one[1] == two[1] or (one[1].lower() == two[1].lower() and one[1].lower() not in "ei")
     single, other = (one, b) if one else (two, a)
     if single is not None and single[1].isupper() and (match := _LETTER_AND_TEXT.fullmatch(other)):
         return match[1] == single[1] or None
@@ -311,7 +318,7 @@ def _values(node: Node) -> tuple[Node, ...]:
 def is_name(text: str) -> bool:
     """Whether the left side of an equation only names its right side: `x`, `f(x)`, `\\angle ABC`, `m + n`, `Area`."""
     text = text.strip()
-    if not text or exact(text) is not None:
+    if not text or exact(text) is not None or text[0] in "+-" or _OPERATION_ON_UNKNOWN.search(text):
         return False
     if _DESCRIBED.match(text):
         return True

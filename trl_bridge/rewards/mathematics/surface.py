@@ -57,9 +57,12 @@ _GRID = re.compile(r"\\begin\{(?:[pbvBV]?(?:small)?matrix|array|cases)\}")
 _BRACED_SIGN = re.compile(r"\{\s*([+\-:=])\s*\}")
 _MIXED_COMMAS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,)\d{3})+(?![\d]|,\d)")
 _TICK = re.compile(r"[\s,.]*[✓✔✅☑√]\uFE0F?\s*$")
-_LABEL = re.compile(r"^\\text\s*\{[^{}]*[A-Za-z][^{}]*[:=]\s*\}\s*(?=\S)")
+_LABEL = re.compile(
+    r"^\\text\s*\{(?![^{}]*\b(?:not|minus|negative|times|plus|twice|half|less|more)\b)[^{}]*[A-Za-z][^{}]*[:=]\s*\}\s*(?=\S)",
+    re.IGNORECASE,
+)
 _REASON = re.compile(
-    r"\s*(?:\\text\s*\{\s*)?\(\s*(?:since|because|as|by|using|from|after|note|which|see|rounded|i\.e\.)\b[^(){}]*\)\s*\}?\s*$",
+    r"(?<=[\d})\s])\s*(?:\\text\s*\{\s*)?\(\s*(?:since|because|using|from|after|rounded|i\.e\.)\b[^(){}]*\)\s*\}?\s*$",
     re.IGNORECASE,
 )
 _NEGATIVE_WORD = re.compile(r"^(?:\\text\s*\{\s*)?(?:negative|minus)\s*\}?\s*(?=[\d.\\])", re.IGNORECASE)

@@ -47,7 +47,7 @@ _PROSE = re.compile(r"\\text\s*\{[^{}]*[A-Za-z]{2}|(?<![\\A-Za-z])[A-Za-z]{3,}")
 
 # Words that are no products of letters; `0x1F` is no product either.
 _NO_PRODUCT = re.compile(
-    r"\\text\s*\{[^{}]*[A-Za-z]{2}|(?<![\\A-Za-z])(?:to|of|is|in|at|by|as|if|an|or|up|no|so|we|it|be|on|per|and|the|not|any|all|for|but|has|are|was)(?![A-Za-z])"
+    r"(?<=[A-Za-z)])'|\\prime|\^\s*\{?\s*T\s*\}?(?![a-zA-Z])|\\text\s*\{[^{}]*[A-Za-z]{2}|(?<![\\A-Za-z])(?:to|of|is|in|at|by|as|if|an|or|up|no|so|we|it|be|on|per|and|the|not|any|all|for|but|has|are|was)(?![A-Za-z])"
     r"|(?<![\\A-Za-z{])(?![a-df-hj-np-tv-z]{3}(?![a-z]))[a-z]{3,}(?![A-Za-z}])|(?<![\w.])0[xX][0-9A-Fa-f]+"
 )
 # Two numbers side by side are neither a sum nor a product.
@@ -135,11 +135,11 @@ def _leaf(a: Node, b: Node, factor: Fraction) -> bool:
 def _same_integer(left: sympy.Basic, right: sympy.Basic) -> sympy.Basic:
     r"""`left` with the letter that runs over the integers as in `right`: `\frac{\pi}{4} + k\pi` and `\frac{\pi}{4} + n\pi`."""
     one, two = left.free_symbols - right.free_symbols, right.free_symbols - left.free_symbols
-    if len(one) != 1 or len(two) != 1 or not (left.has(sympy.pi) and right.has(sympy.pi)):
+    if len(left.free_symbols) != 1 or len(right.free_symbols) != 1 or not one or not two:
         return left
     (old,), (new,) = one, two
-    integers = set("nkmlN")
-    return left.xreplace({old: new}) if {old.name, new.name} <= integers else left
+    step = sympy.expand(left - left.subs(old, 0)) / (old * sympy.pi)
+    return left.xreplace({old: new}) if {old.name, new.name} <= set("nkmlN") and step.is_Rational else left
 
 
 def _matrix(node: Node) -> sympy.Basic:

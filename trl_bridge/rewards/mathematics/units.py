@@ -45,7 +45,10 @@ _GLUED_WORD = re.compile(r"^([+-]?\d[\d.,]*)([A-Za-z]{4,})$")
 # Words that change a value, or join two: what they stand in is never a unit.
 _NOT_UNITS = re.compile(
     r"\b(?:or|and|not|no|if|when|where|for|more|less|least|most|than|million|billion|trillion|thousand|hundred|dozen|"
-    r"even|odd|except|to|per cent|percent|percentage|pct|mod|base|is|are|with|infinitely|half)\b"
+    r"even|odd|except|to|per cent|percent|percentage|pct|mod|modulo|base|is|are|with|infinitely|half|halves|thirds?|quarters?|"
+    r"(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?|tens|factorial|plus|minus|times|divided|choose|remainder|below|"
+    r"loss|wrong|incorrect|binary|out|crore|lakh|bn|mil|score|gross|(?:in|of)\s+(?:\d+|one|two|three|four|five|six|seven|eight|nine|ten))\b"
+    r"|^\s*(?:squared|cubed)\s*$"
 )
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "hundred": 100, "dozen": 12}
 _SCALED = re.compile(
@@ -134,4 +137,4 @@ def conversion(first: str, second: str) -> Fraction | None:
         return (known_a[1] / known_b[1]) ** int(power_a or 1)
     words_a = {word.rstrip("s") for word in first.split()}
     words_b = {word.rstrip("s") for word in second.split()}
-    return Fraction(1) if words_a & words_b else None
+    return Fraction(1) if words_a <= words_b or words_b <= words_a else None
