@@ -94,6 +94,10 @@ class Prompting:
         if self.system_prompt is not None and not self.chat_template:
             raise ValueError("`system_prompt` needs conversations: leave `chat_template` on")
 
+    def found(self, default: str) -> Template:
+        """The template, in place of a default one."""
+        return find_template(self.template or default)
+
 
 def with_prompting(dataset: Dataset | IterableDataset, prompting: Prompting) -> Dataset | IterableDataset:
     """Put the template around every question, then the system message in front of every conversation."""

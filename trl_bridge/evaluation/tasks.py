@@ -13,7 +13,7 @@ from datasets import Dataset, load_dataset
 
 from ..data.files import READERS
 from ..data.rows import load_named_dataset, prepared, take_split
-from ..data.templates import Prompting, Template, find_template
+from ..data.templates import Prompting, Template
 from ..rewards.code_rewards import CodeExecutionRefused
 from .benchmarks import BENCHMARKS, Benchmark
 
@@ -128,7 +128,7 @@ def load_task(
     template: str | None
     if name in BENCHMARKS:
         benchmark = BENCHMARKS[name]
-        found = find_template(prompting.template or benchmark.template)
+        found = prompting.found(benchmark.template)
         raw, source = _raw_rows(name, benchmark, path)
         chosen = raw if limit is None else raw.select(range(min(limit, len(raw))))
         rows = [_put(benchmark.render(row, index, seed), found, prompting) for index, row in enumerate(chosen)]
@@ -136,7 +136,7 @@ def load_task(
     else:
         columns = {"prompt": prompt_column, "solution": solution_column}
         rows, source = _dataset_rows(name, dataset_config, dataset_split, columns, prompting, limit)
-        template = None if prompting.template is None else find_template(prompting.template).text
+        template = None if prompting.template is None else prompting.found(prompting.template).text
         grader_name = next((own for prefix, own in _GENERATED.items() if name.startswith(prefix)), _MATH)
     if not rows:
         raise ValueError(f"`benchmarks`: {name} has no rows.")
