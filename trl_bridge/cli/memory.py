@@ -2,17 +2,20 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..memory.formulas import BACKENDS, Estimate, Run, estimate, optimizer_bytes
-from ..memory.shapes import SIZES, config_of_size, shape_of
+from ..memory.shapes import SIZES, config_of_size, load_config, shape_of
 from ..methods.catalogue import METHODS, Method
+from ..tables import markdown_table
 from .errors import ToolParser, UsageError
 
 
+_GIB = 2**30
 # What the table holds fixed: 8 rollouts of 1024 + 3072 tokens and one demonstration as long in a micro-batch, two of them in
 # an update, bfloat16, AdamW, gradient checkpointing, rollouts from a vLLM server.
 _RUN = Run(rows=8, prompt_length=1024, completion_length=3072, accumulation=2)
@@ -38,20 +41,16 @@ _COLUMNS = (
 
 def scaling_table() -> str:
     """The table, in Markdown."""
-    heads = [f"{backend} x {count}" if count > 1 else "1 GPU" for backend, count in _COLUMNS]
-    lines = [f"| model | option | {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * len(_COLUMNS)]
+    head = ["model", "option", *(f"{backend} x {count}" if count > 1 else "1 GPU" for backend, count in _COLUMNS)]
+    rows = []
     for size in SIZES:
         shape = shape_of(config_of_size(size))
         for option, changes in _OPTIONS.items():
-            cells = []
-            for backend, count in _COLUMNS:
-                run = Run(**{**vars(_RUN), **changes, "backend": backend, "num_processes": count})
-                cells.append(f"{estimate(shape, run).total / 2**30:.0f}")
-            lines.append(f"| {size} | {option} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            runs = [replace(_RUN, **changes, backend=backend, num_processes=count) for backend, count in _COLUMNS]
+            rows.append([size, option, *(f"{estimate(shape, run).total / _GIB:.0f}" for run in runs)])
+    return markdown_table(head, rows, left=2)
 
 
-_GIB = 2**30
 _EPILOG = (
     "Every option of the method is taken as well, from the recipe or spelt out, such as --per_device_train_batch_size 4 "
     "--optim adamw_torch --shadow_optim sgd --gradient_checkpointing false."
@@ -70,7 +69,6 @@ def main(argv: list[str] | None = None) -> int:
     if options.config:
         rest = ["--config", options.config, *rest]
     # Imported late, so that --help and a wrong option answer at once.
-    from ..memory.shapes import config_of_size, load_config, shape_of
     from .parsing import parse_values
 
     values, launch = parse_values(method, rest)
@@ -87,32 +85,32 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_of(method: Method, values: Any, launch: list[str], options: argparse.Namespace) -> Run:
     """What memory depends on, of a method's values."""
+
+    def get(name: str, otherwise: Any = None) -> Any:
+        return getattr(values, name, otherwise)
+
     backend, processes = _backend(launch, options)
-    lean = bool(getattr(values, "lean", False))
-    bridge = method.name == "bridge"
-    adapter = values.lora_r if getattr(values, "use_peft", False) and not bridge else 0
-    if lean:
+    bridge, stream = method.name == "bridge", method.family in ("bridge", "stream")
+    adapter = values.lora_r if get("use_peft") and not bridge else 0
+    if get("lean"):
         adapter = values.lean_lora_r + values.lora_r
     if values.dtype not in (None, "float32") and not adapter:
         raise UsageError(f"`dtype: {values.dtype}`: the formulas are those of weights in float32 (`--dtype float32`)")
-    gain = getattr(values, "cooperative_gain", None)
-    completion = getattr(values, "max_completion_length", None)
-    prompt = options.prompt_length or values.max_prompt_length or 512
-    if completion is None:  # SFT: whole rows are scored
-        prompt, completion = 0, getattr(values, "max_length", None) or prompt
-    rows = values.per_device_train_batch_size
-    groups = max(1, rows // (getattr(values, "num_generations", None) or 1))
-    stream = method.family in ("bridge", "stream")
-    vllm = bool(getattr(values, "use_vllm", False))
-    colocate = vllm and values.vllm_mode == "colocate"
-    generations = getattr(values, "steps_per_generation", None) or values.gradient_accumulation_steps
+    prompt, completion = options.prompt_length or values.max_prompt_length or 512, get("max_completion_length")
+    if completion is None:  # SFT: full rows are scored
+        prompt, completion = 0, get("max_length") or prompt
+    rows, optim = values.per_device_train_batch_size, values.optim
+    groups = max(1, rows // (get("num_generations") or 1))
+    colocated = bool(get("use_vllm")) and values.vllm_mode == "colocate"
+    generations = get("steps_per_generation") or values.gradient_accumulation_steps
     checkpointing = values.activation_checkpointing
+    gain = get("cooperative_gain")
     return Run(
         backend=backend,
         num_processes=processes,
         bf16=values.bf16 is not False and not values.fp16,
-        state_bytes=optimizer_bytes(str(values.optim)),
-        shadow_state_bytes=optimizer_bytes(str(getattr(values, "shadow_optim", None) or values.optim)),
+        state_bytes=optimizer_bytes(str(optim)),
+        shadow_state_bytes=optimizer_bytes(str(get("shadow_optim") or optim)),
         rows=rows,
         prompt_length=prompt,
         completion_length=completion,
@@ -121,23 +119,24 @@ def run_of(method: Method, values: Any, launch: list[str], options: argparse.Nam
         accumulation=values.gradient_accumulation_steps,
         unsynced=not bridge,
         checkpointing=bool(values.gradient_checkpointing if checkpointing is None else checkpointing),
-        reference=bool(getattr(values, "beta", None)),
+        reference=bool(get("beta")),
         coordinator_rank=values.lora_r if bridge else 0,
         shadow=bridge and (values.preset == "paper" if gain is None else gain),
-        shadow_offload=bool(getattr(values, "shadow_offload", False)),
-        shadow_bf16=str(getattr(values, "shadow_dtype", None)) in ("bfloat16", "float16"),
+        shadow_offload=bool(get("shadow_offload")),
+        shadow_bf16=str(get("shadow_dtype")) in ("bfloat16", "float16"),
         adapter_rank=adapter,
-        base_bytes=0.5625
-        if values.load_in_4bit
-        else 1
-        if values.load_in_8bit
-        else 2
-        if values.dtype == "bfloat16"
-        else 4,
-        generation_rows=0 if vllm or method.family == "sft" else rows * generations,
-        vllm_bytes=round(values.vllm_gpu_memory_utilization * options.gpu_memory * _GIB) if colocate else 0,
-        vllm_sleeps=colocate and bool(values.vllm_enable_sleep_mode),
+        base_bytes=_base_bytes(values),
+        generation_rows=0 if get("use_vllm") or method.family == "sft" else rows * generations,
+        vllm_bytes=round(values.vllm_gpu_memory_utilization * options.gpu_memory * _GIB) if colocated else 0,
+        vllm_sleeps=colocated and bool(values.vllm_enable_sleep_mode),
     )
+
+
+def _base_bytes(values: Any) -> float:
+    """Bytes of an element of the base under an adapter."""
+    sizes = {"load_in_4bit": 0.5625, "load_in_8bit": 1}  # with the 4-bit blocks' scales
+    found = [size for option, size in sizes.items() if getattr(values, option)]
+    return found[0] if found else 2 if values.dtype == "bfloat16" else 4
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -172,26 +171,24 @@ def _method(options: argparse.Namespace, rest: list[str]) -> Method:
 
 
 def _backend(launch: list[str], options: argparse.Namespace) -> tuple[str, int]:
-    """Way of training and number of processes, as the launcher's options have them."""
+    """Backend and number of processes, as the launcher's options have them."""
     given = dict(zip(launch[::2], launch[1::2], strict=False)) if all(t.startswith("--") for t in launch[::2]) else {}
-    for token in launch:
-        key, equals, value = token.partition("=")
-        if equals:
-            given[key] = value
+    parts = (token.partition("=") for token in launch)
+    given.update({key: value for key, equals, value in parts if equals})
     config: dict[str, Any] = {}
-    if "--accelerate_config" in given or "--config_file" in given:
+    name = given.get("--accelerate_config") or given.get("--config_file")
+    if name:
         from .launch import find_accelerate_config
 
-        name = given.get("--accelerate_config") or given["--config_file"]
         config = yaml.safe_load(find_accelerate_config(name).read_text(encoding="utf-8")) or {}
     processes = int(given.get("--num_processes") or config.get("num_processes") or 1)
-    kind = str(config.get("distributed_type", "NO"))
     if options.backend:
         return options.backend, processes
-    if kind == "DEEPSPEED":
-        return f"zero{config.get('deepspeed_config', {}).get('zero_stage', 2)}", processes
-    if kind == "FSDP":
-        return "fsdp2", processes
+    stage = (config.get("deepspeed_config") or {}).get("zero_stage", 2)
+    backends = {"DEEPSPEED": f"zero{stage}", "FSDP": "fsdp2"}
+    kind = str(config.get("distributed_type", "NO"))
+    if kind in backends:
+        return backends[kind], processes
     if kind == "NO" and config:
         return "one-process", 1
     return ("ddp" if processes > 1 else "one-process"), processes

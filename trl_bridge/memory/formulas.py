@@ -86,6 +86,16 @@ class Run:
         return self.backend.startswith("zero")
 
     @property
+    def weight_shards(self) -> int:
+        """Ranks that the student's weights are spread over."""
+        return self.num_processes if self.backend in ("fsdp2", "zero3") else 1
+
+    @property
+    def shadow_shards(self) -> int:
+        """Ranks that the shadow is spread over. The lean mode's is an adapter, which each rank has in full."""
+        return 1 if self.adapter_rank else self.num_processes
+
+    @property
     def compute_bytes(self) -> int:
         """Bytes of an element in the passes."""
         return 2 if self.bf16 else 4
@@ -136,83 +146,70 @@ def estimate(shape: ModelShape, run: Run) -> Estimate:
 
 def _held(shape: ModelShape, run: Run) -> dict[str, float]:
     """What is there throughout."""
-    n = run.num_processes
-    sharded = n if run.backend in ("fsdp2", "zero3") else 1
     total, adapter = shape.parameters, shape.adapter_width * run.adapter_rank
-    reference = run.compute_bytes if run.deepspeed else 4
+    trained, frozen = (adapter, total * run.base_bytes) if adapter else (total, 0.0)
+    # DeepSpeed works on a copy of its float32 master, and always spreads the master and the state.
+    working, master = (run.compute_bytes, 4) if run.deepspeed else (4, 0)
+    reference = run.reference and not adapter
     # The lean mode's is a slice of the adapter.
-    coordinator = 0 if run.adapter_rank else shape.adapter_width * run.coordinator_rank
-    held = {"reference": total * reference / sharded if run.reference and not run.adapter_rank else 0.0}
-    held["coordinator"] = coordinator * (4 + run.state_bytes)
-    if run.adapter_rank:
-        working, master = (run.compute_bytes, 4) if run.deepspeed else (4, 0)
-        held["weights"] = (total * run.base_bytes + adapter * working) / sharded
-        held["optimizer"] = adapter * (master + run.state_bytes) / (n if run.deepspeed else sharded)
-        held["reduction buffers"] = adapter * 4 if run.backend == "ddp" else 0
-        # The lean mode's is whole on each rank.
-        held["shadow"] = 0 if not run.shadow or run.shadow_offload else adapter * (4 + run.shadow_state_bytes)
-        return held
-    if run.deepspeed:
-        held["weights"] = total * run.compute_bytes / sharded
-        # The float32 master, and the state.
-        held["optimizer"] = total * (4 + run.state_bytes) / n
-        held["reduction buffers"] = min(total, _ZERO_BUCKET) * run.compute_bytes
-    else:
-        held["weights"] = total * 4 / sharded
-        held["optimizer"] = total * run.state_bytes / sharded
-        held["reduction buffers"] = total * 4 if run.backend == "ddp" else 0
-    if run.shadow and not run.shadow_offload:
-        # `shadow_dtype` has a working copy beside the float32 weights; rows that are spread are cast as they are gathered.
-        held["shadow"] = total * ((6 if run.shadow_bf16 and n == 1 else 4) + run.shadow_state_bytes) / n
-    return held
+    coordinator = 0 if adapter else shape.adapter_width * run.coordinator_rank
+    buffers = trained * 4 if run.backend == "ddp" else 0
+    if run.deepspeed and not adapter:
+        buffers = min(total, _ZERO_BUCKET) * run.compute_bytes
+    # `shadow_dtype` has a working copy beside the float32 weights; rows that are spread are cast as they are gathered.
+    copies = 6 if run.shadow_bf16 and run.num_processes == 1 and not adapter else 4
+    shadow = run.shadow and not run.shadow_offload
+    state_shards = run.num_processes if run.deepspeed else run.weight_shards
+    return {
+        "reference": total * working / run.weight_shards if reference else 0.0,
+        "coordinator": coordinator * (4 + run.state_bytes),
+        "weights": (frozen + trained * working) / run.weight_shards,
+        "optimizer": trained * (master + run.state_bytes) / state_shards,
+        "reduction buffers": buffers,
+        "shadow": trained * (copies + run.shadow_state_bytes) / run.shadow_shards if shadow else 0,
+    }
 
 
 def _phases(shape: ModelShape, run: Run) -> list[dict[str, float]]:
     """What comes and goes: generation, the policy's, the shadow's and the demonstrations' pass, the step."""
-    n = run.num_processes
     trained = shape.adapter_width * run.adapter_rank or shape.parameters
-    student = _student_gradient(trained, run)
-    shadow_rows = 1 if run.adapter_rank else n
-    shadow = trained * 4 / shadow_rows if run.shadow and not run.shadow_offload else 0.0
-    # Spread over ranks it comes layer by layer, from the CPU too.
-    offloaded = trained * (2.0 if run.shadow_bf16 else 4.0) if run.shadow_offload and shadow_rows == 1 else 0.0
-    again = run.accumulation > 1
-    vllm = 0 if run.vllm_sleeps else run.vllm_bytes
+    student, between = _student_gradient(trained, run), run.accumulation > 1
+    shadow = trained * 4 / run.shadow_shards if run.shadow and not run.shadow_offload else 0.0
     rollouts = _pass(shape, run, run.rows, run.prompt_length + run.completion_length, run.completion_length)
-    phases: list[dict[str, float]] = [
-        {"gradients": student if again else 0.0, "shadow's gradients": shadow if again else 0.0, **rollouts},
-        {"gradients": student, "shadow's gradients": shadow, "step": _step(shape, run)},
-    ]
+    both = {"gradients": student, "shadow's gradients": shadow}
+    # Of an update's first micro-batch there is no gradient yet.
+    first: dict[str, float] = both if between else {}
+    phases: list[dict[str, float]] = [{**first, **rollouts}, {**both, "step": _step(shape, run)}]
     if run.shadow:
+        # Spread over ranks it comes layer by layer, from the CPU too.
+        loaded = run.shadow_offload and run.shadow_shards == 1
         phases.append(
             {
                 "gradients": student,
-                "shadow's gradients": shadow if again else 0.0,
-                "shadow, while it is on the GPU": offloaded,
+                "shadow's gradients": shadow if between else 0.0,
+                "shadow, while it is on the GPU": trained * (2.0 if run.shadow_bf16 else 4.0) if loaded else 0.0,
                 **_shadow_pass(shape, run, rollouts),
             }
         )
     if run.demonstration_rows:
-        demonstrations = _pass(shape, run, run.demonstration_rows, run.demonstration_length, run.demonstration_length)
-        phases.append({"gradients": student, "shadow's gradients": shadow, **demonstrations})
-    for phase in phases:
-        phase["vLLM"] = vllm
+        length = run.demonstration_length
+        phases.append({**both, **_pass(shape, run, run.demonstration_rows, length, length)})
     if run.vllm_sleeps:
         phases.append({"vLLM": run.vllm_bytes})
-    if run.generation_rows:
-        phases.append(_generation(shape, run))
-    return phases
+    else:
+        phases = [{**phase, "vLLM": run.vllm_bytes} for phase in phases]
+    # vLLM and transformers' own generation do not meet.
+    return [*phases, _generation(shape, run)] if run.generation_rows else phases
 
 
 def _student_gradient(trained: int, run: Run) -> float:
     """Accumulated gradient; under DeepSpeed with its float32 copy for the step."""
-    n = run.num_processes
     if run.backend == "fsdp2" and run.unsynced and run.accumulation > 1:
         return trained * run.compute_bytes
     if run.adapter_rank or not run.deepspeed:
-        return trained * 4 / (n if run.backend in ("fsdp2", "zero3") else 1)
-    spread = 1 if run.backend == "zero1" else n
-    return trained * run.compute_bytes / spread + (4 * trained / n if run.bf16 else 0)
+        return trained * 4 / run.weight_shards
+    spread = 1 if run.backend == "zero1" else run.num_processes
+    return trained * run.compute_bytes / spread + (4 * trained / run.num_processes if run.bf16 else 0)
 
 
 def _step(shape: ModelShape, run: Run) -> float:
@@ -258,7 +255,7 @@ def _shadow_pass(shape: ModelShape, run: Run, rollouts: dict[str, float]) -> dic
 
 
 def _gathered(shape: ModelShape, held: int) -> float:
-    """Whole weights that `fully_shard` has while the head is scored: those outside the layers, and the last layer's."""
+    """Full weights that `fully_shard` has while the head is scored: those outside the layers, and the last layer's."""
     return float((shape.root_parameters + shape.layer_parameters) * held)
 
 
@@ -287,7 +284,7 @@ def _logits(shape: ModelShape, run: Run, count: int) -> float:
 
 
 def _generation(shape: ModelShape, run: Run) -> dict[str, float]:
-    """transformers' own: keys and values of all rollouts, and the whole model where ZeRO-3 gathers it."""
+    """transformers' own: keys and values of all rollouts, and the full model where ZeRO-3 gathers it."""
     length, c = run.prompt_length + run.completion_length, run.compute_bytes
     keys = 2.0 * shape.layers * shape.attention_size * length * run.generation_rows * c
     parts = {"keys and values": keys, "logits": 4.0 * run.generation_rows * shape.vocab_size}
