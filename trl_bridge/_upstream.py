@@ -25,8 +25,6 @@ from trl.trainer.utils import add_fused_lm_head
 
 # Set on a model's instance by TRL (fused head) and accelerate (autocast wrapper); bound to the model they were set on.
 _INSTANCE_FORWARDS = ("forward", "_original_forward")
-# Keyword that sends a forward through the demonstration head (see `add_demonstration_head`).
-DEMONSTRATION_HEAD = "demonstration_head"
 
 
 def add_demonstration_head(model: PreTrainedModel, cast_lm_head_to_fp32: bool = False) -> None:

@@ -27,7 +27,6 @@ BROKEN = [None, float("nan"), {}, [], "", {"a": None}, b"12", True]
 @pytest.fixture(autouse=True)
 def _fresh_warnings(monkeypatch):
     monkeypatch.setattr("trl_bridge.rewards.completions._warned", set())
-    monkeypatch.setattr("trl_bridge.rewards.math_rewards._warned", set())
 
 
 @pytest.mark.parametrize("value", BROKEN, ids=repr)

@@ -84,7 +84,12 @@ def phrase_answer(text: str) -> str | None:
     hashes = [match.end() for match in _HASHES.finditer(text)]
     if hashes:
         return text[hashes[-1] :].split("\n", 1)[0].strip() or None
-    phrases = [match.end() for match in _PHRASE.finditer(text)]
+    return after_phrase(text, _PHRASE)
+
+
+def after_phrase(text: str, phrase: re.Pattern[str]) -> str | None:
+    """What follows the last match of a phrase, to the end of its sentence; `None` without one."""
+    phrases = [match.end() for match in phrase.finditer(text)]
     if not phrases:
         return None
     tail = _HOPE.sub("", text[phrases[-1] : phrases[-1] + 2000].lstrip())

@@ -6,7 +6,7 @@ from typing import Any
 
 from .answers import gold_answer
 from .completions import gold_text
-from .math_rewards import is_gold, is_plain
+from .math_rewards import is_plain, may_be_gold
 from .mathematics.workers import shared_pool
 
 
@@ -66,7 +66,7 @@ def check_golds(
             bad.append(BadGold(row, str(value), "missing"))
         elif isinstance(value, float) and abs(value) >= 2**53:
             bad.append(BadGold(row, str(value), "a float that has lost digits: store it as text"))
-        elif not is_gold(text or ""):
+        elif not may_be_gold(text or ""):
             bad.append(
                 BadGold(row, repr(value), "no gold: a placeholder, or a control character in place of a backslash")
             )

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .answers import final_answer
+from .answers import after_phrase, final_answer
 from .completions import (
     Completion,
     LogExtra,
@@ -31,6 +31,7 @@ _VERDICT = re.compile(
     r"\(?\b([A-Z])\b\)?\s*+(?:is|are|=|:)\s*+(?:the\s++|an?\s++)?(not\s++)?(?:the\s++)?(right|correct|true|wrong|incorrect|false)\b",
     re.IGNORECASE,
 )
+_TOGETHER = re.compile(r"\b[A-Z]\b\)?\s*(?:and|or|,)\s*\(?[A-Z]\b\)?\s+(?:is|are)\b")
 _REASON = re.compile(r",?\s(?:because|since|due|given)\s", re.IGNORECASE)
 _PHRASE = re.compile(r"\b(?:option|choice|alternative)\b\s*+(?:is|are|:|=)\s*+(?:\*\*|__)?\s*+:?", re.IGNORECASE)
 _LETTERS = re.compile(r"(?:\\text\s*\{)?\s*\(?[A-J]\)?(?:\s*(?:,\s*and|,|and|&|/|;)?\s*\(?[A-J]\)?)+\s*\}?")
@@ -47,7 +48,7 @@ def choice_letter(answer: str | None) -> str | None:
     text = clean(answer.replace("**", "")) if answer else None
     if not text:
         return None
-    if re.search(r"\b[A-Z]\b\)?\s*(?:and|or|,)\s*\(?[A-Z]\b\)?\s+(?:is|are)\b", text):
+    if _TOGETHER.search(text):
         return None
     if verdicts := _VERDICT.findall(text):
         right = {
@@ -94,10 +95,7 @@ def _stated(text: str | None) -> str | None:
     """The answer's own words: a box, what follows "the answer is", or what follows "the correct option is"."""
     answer = final_answer(text, "phrase")
     if answer is None and text is not None and r"\boxed" not in text:
-        matches = list(_PHRASE.finditer(text))
-        if matches:
-            tail = text[matches[-1].end() :][:_LIMIT].split("\n", 1)[0]
-            answer = re.split(r"[.!?](?=\s|$)", tail, maxsplit=1)[0]
+        answer = after_phrase(text, _PHRASE)
     return answer
 
 

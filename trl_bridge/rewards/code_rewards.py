@@ -18,8 +18,6 @@ from .completions import Completion, LogExtra, LogMetric, cannot_judge, check_le
 from .sandbox import WALLS, CodeExecutionRefused, Isolation, Sandbox, choose
 
 
-__all__ = ["OPT_IN", "CodeExecutionRefused", "CodeReward", "code_reward", "last_program", "parse_tests", "same_output"]
-
 logger = logging.getLogger(__name__)
 
 OPT_IN = "TRL_BRIDGE_RUN_CODE"

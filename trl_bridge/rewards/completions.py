@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -31,7 +31,7 @@ REASONING_BLOCKS: Blocks = (
 
 # gpt-oss without its special tokens, as `skip_special_tokens=True` decodes it: "analysisWe need ...assistantfinalThe ...".
 _BARE_CHANNEL, _BARE_FINAL = re.compile(r"analysis(?=[A-Z\"'(\d])"), "assistantfinal"
-_warned: set[tuple[str, str, str]] = set()
+_warned: set[Hashable] = set()
 
 
 def message_text(completion: Completion) -> str:
@@ -52,14 +52,10 @@ def message_text(completion: Completion) -> str:
 @lru_cache
 def _marks(blocks: tuple[tuple[str, str], ...]) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
     """The first two characters of any mark, opening marks, closing marks."""
-    starts = sorted(
-        {mark[:2].lower() for block in blocks for mark in block}
-        | {mark[:2].upper() for block in blocks for mark in block}
-    )
-    chars = "".join(sorted({start[0] for start in starts}))
-    first = re.compile(
-        f"[{re.escape(chars)}][{re.escape(''.join(sorted({start[1] for start in starts if len(start) > 1})))}]"
-    )
+    heads = zip(
+        *(mark[:2] for block in blocks for mark in block), strict=False
+    )  # one character where a mark has no more
+    first = re.compile("".join(f"[{re.escape(''.join(sorted(set(chars))))}]" for chars in heads), re.IGNORECASE)
     opening, closing = (
         re.compile("|".join(map(re.escape, marks)), re.IGNORECASE) for marks in zip(*blocks, strict=True)
     )
@@ -92,20 +88,18 @@ def gold_text(value: Any) -> str | None:
     return None if isinstance(value, float) and not math.isfinite(value) else str(value)
 
 
-def cannot_judge(reward: str, column: str, row: int, value: Any, why: str, hint: str = "") -> None:
-    """Warn, once for each value, that a row of a column is not rewarded."""
-    key = (reward, column, repr(value)[:200])
+def warn_once(key: Hashable, message: str, *values: Any) -> None:
+    """Warn the first time that a key comes."""
     if key not in _warned:
         _warned.add(key)
-        logger.warning(
-            "%s: `%s` of row %d of this batch %s and is not rewarded (reward None): %s%s",
-            reward,
-            column,
-            row,
-            why,
-            key[2],
-            hint,
-        )
+        logger.warning(message, *values)
+
+
+def cannot_judge(reward: str, column: str, row: int, value: Any, why: str, hint: str = "") -> None:
+    """Warn, once for each value, that a row of a column is not rewarded."""
+    shown = repr(value)[:200]
+    message = "%s: `%s` of row %d of this batch %s and is not rewarded (reward None): %s%s"
+    warn_once((reward, column, shown), message, reward, column, row, why, shown, hint)
 
 
 def last_tagged(text: str, tag: str) -> str | None:

@@ -18,6 +18,7 @@ from .completions import (
     gold_text,
     log_answers,
     visible_text,
+    warn_once,
 )
 from .mathematics.equality import Verdict, quick
 from .mathematics.numbers import exact
@@ -46,12 +47,12 @@ class _Cache:
 
 
 _cache = _Cache(100_000)
-_warned: set[str] = set()
 # What an answer may still have to be worked out for: products, sums, powers, factorials, and signs of summation.
 _OPERATION = re.compile(
     r"\\(?:times|cdot|div|sum|prod|int|lim|[td]?binom|gcd|max|min|lfloor|lceil|log|ln|sin|cos|tan|det)(?![a-zA-Z])"
     r"|(?<=[\w})\]!])\s*[+*!^-]|(?<=\w)/(?=\w*[!^])|(?<=[\d)])\s*\((?=\d)"
 )
+_NOT_JUDGED = {"deadline": "an answer could not be judged in the batch's time", "killed": "a worker was killed twice"}
 _NO_GOLDS = {"proof", "notfound", "not found", "see solution", "n/a", "nan"}
 
 
@@ -63,7 +64,7 @@ def is_plain(gold: str) -> bool:
     return exact(split_unit(cleaned)[0]) is not None or cleaned.replace(" ", "").isalpha()
 
 
-def is_gold(text: str) -> bool:
+def may_be_gold(text: str) -> bool:
     """Whether a text may be a gold at all: no placeholder, and no backslash that JSON has eaten (`\\f` + `rac`)."""
     return text.strip().lower() not in _NO_GOLDS and not re.search(
         r"[\x07\x08\x0b\x0c]|\t(?:ext|imes|heta|an)\b|\r(?:ight|ho)\b", text
@@ -195,7 +196,7 @@ class MathReward:
     ) -> list[float | None]:
         check_lengths(completions, solution, "solution")
         texts = [gold_text(gold) for gold in solution]
-        golds = [gold_answer(text) if text is not None and is_gold(text) else None for text in texts]
+        golds = [gold_answer(text) if text is not None and may_be_gold(text) else None for text in texts]
         answers = [final_answer(visible_text(completion, self.blocks), self.fallback) for completion in completions]
         rows = [i for i, (gold, answer) in enumerate(zip(golds, answers, strict=True)) if gold and answer]
         pairs = [(golds[i] or "", answers[i] or "") for i in rows]
@@ -221,18 +222,14 @@ class MathReward:
         self, row: int, solution: Any, gold: str | None, answer: str | None, parsed: Outcome, outcome: Outcome
     ) -> float | None:
         if gold is not None and parsed is not True and parsed is not False and parsed != "timeout":
-            _warn_once(f"the check of a gold was stopped ({parsed})")
+            _unjudged(f"the check of a gold was stopped ({parsed})")
             return None
         if gold is None or parsed is not True:
             hint = ". List such rows before training with `trl_bridge.rewards.check_golds(dataset)`."
             cannot_judge("math_reward", "solution", row, solution, "cannot be parsed", hint)
             return None
-        if outcome in ("deadline", "killed"):
-            _warn_once(
-                "an answer could not be judged in the batch's time"
-                if outcome == "deadline"
-                else "a worker was killed twice"
-            )
+        if outcome in _NOT_JUDGED:
+            _unjudged(_NOT_JUDGED[outcome])
             return None
         right = outcome is True or self._near(gold, answer)
         return float(right and (not self.evaluated or is_evaluated(answer or "", gold)))
@@ -246,14 +243,13 @@ class MathReward:
         return abs(one - two) <= self.tolerance * max(abs(one), abs(two))
 
 
-def _warn_once(what: str) -> None:
-    if what not in _warned:
-        _warned.add(what)
-        logger.warning(
-            "math_reward: %s; such rows are not rewarded (reward None). `MathReward(batch_limit=...)` gives more time; the "
-            "metric `math_reward/timeouts` counts them.",
-            what,
-        )
+def _unjudged(what: str) -> None:
+    warn_once(
+        ("math_reward", what),
+        "math_reward: %s; such rows are not rewarded (reward None). `MathReward(batch_limit=...)` gives more time; the metric "
+        "`math_reward/timeouts` counts them.",
+        what,
+    )
 
 
 _default = MathReward()

@@ -131,7 +131,6 @@ _SYNONYMS = {
     "iff": "Leftrightarrow", "tg": "tan", "ctg": "cot", "arctg": "arctan", "lg": "log", "varphi": "phi",
 }  # fmt: skip
 _SYNONYM = re.compile(r"\\(" + "|".join(sorted(_SYNONYMS, key=len, reverse=True)) + r")(?![a-zA-Z])")
-_COMMAND_SYNONYMS = {"{", "}", "le", "ge", "ne"}
 
 
 def _ascii(text: str) -> str:
