@@ -134,6 +134,7 @@ def test_reasoning_is_no_answer(block):
 def test_marks_of_ones_own():
     reward = MathReward(reasoning_blocks=[("<plan>", "</plan>")])
     assert reward([r"<plan>\boxed{12}</plan>", r"<plan>\boxed{1}</plan>\boxed{12}"], ["12"] * 2) == [0.0, 1.0]
+    assert MathReward(reasoning_blocks=[("§", "¶")])([r"§\boxed{12}¶", r"§x¶\boxed{12}"], ["12"] * 2) == [0.0, 1.0]
     assert visible_text("analysis of the case: 4") == "analysis of the case: 4"
 
 
