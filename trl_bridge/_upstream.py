@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from peft.utils import transformers_weight_conversion
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations import deepspeed as transformers_deepspeed
@@ -213,6 +214,28 @@ def outside_zero3() -> Iterator[None]:
         yield
     finally:
         transformers_deepspeed._hf_deepspeed_config_weak_ref = kept
+
+
+@contextlib.contextmanager
+def linear_layers_only() -> Iterator[None]:
+    """While inside, PEFT's "all-linear" leaves fused experts and their routers out, and layers that are called as those."""
+    convert = transformers_weight_conversion.convert_peft_config_for_transformers
+
+    # PEFT reads the names that a Mixture-of-Experts model had in transformers 4, and targets the parameters that those
+    # layers have become. A layer that still has such a name is read so too, here and when the adapter is loaded.
+    def linear_only(peft_config: Any, model: nn.Module, conversions: Any) -> None:
+        asked = peft_config.target_modules
+        patterns = copy.deepcopy((peft_config.rank_pattern, peft_config.alpha_pattern))
+        convert(peft_config, model=model, conversions=conversions)
+        if str(asked).lower() == "all-linear" and peft_config.target_parameters:
+            peft_config.target_parameters = None
+            peft_config.rank_pattern, peft_config.alpha_pattern = patterns
+
+    transformers_weight_conversion.convert_peft_config_for_transformers = linear_only
+    try:
+        yield
+    finally:
+        transformers_weight_conversion.convert_peft_config_for_transformers = convert
 
 
 class DeferredGeneration:

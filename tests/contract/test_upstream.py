@@ -15,7 +15,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from transformers import Trainer
+from peft import LoraConfig, LoraModel
+from peft.tuners.lora import LoraLayer
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_head
@@ -24,7 +26,7 @@ import trl_bridge
 from tests.helpers.contract import OWN_ATTRIBUTES, OWN_NAMES, assert_in_order, place_of, readers_of, source_of
 from tests.helpers.training import small_config, small_model, small_trainer
 from trl_bridge import BridgeTrainer, ExpertTrainer, LightningOPDTrainer
-from trl_bridge._upstream import isolated_bookkeeping, policy_term_only, scored_by, set_up_again
+from trl_bridge._upstream import isolated_bookkeeping, linear_layers_only, policy_term_only, scored_by, set_up_again
 from trl_bridge.methods.catalogue import METHODS
 from trl_bridge.training.checkpoint.resume import BufferResumable, Resumable, ResumableTrainer
 from trl_bridge.training.demonstrations import Demonstrations
@@ -102,6 +104,7 @@ SIGNATURES = {
     "trl.trainer.sft_trainer.DataCollatorForLanguageModeling.__init__": "(self, pad_token_id, padding_free=False, return_position_ids=False, pad_to_multiple_of=None, return_tensors='pt')",
     "peft.LoraModel.__init__": "(self, model, peft_config, adapter_name, low_cpu_mem_usage=False, state_dict=None)",
     "peft.LoraModel.unload": "(self)",
+    "peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers": "(peft_config, model, conversions)",
     "accelerate.Accelerator.no_sync": "(self, model)",
     "accelerate.Accelerator.backward": "(self, loss, **kwargs)",
     "accelerate.Accelerator.autocast": "(self, autocast_handler=None)",
@@ -309,6 +312,28 @@ def test_terms_that_the_gain_leaves_out_are_read_by_the_loss():
     for name in ("beta", "_entropy_bonus_enabled", "aux_loss_enabled"):
         assert_in_order(GRPOTrainer._compute_loss, f"self.{name}", ours=policy_term_only)
         assert f'"{name}"' in source_of(policy_term_only)
+
+
+def test_all_linear_of_a_mixture_of_experts_is_converted_by_one_function():
+    # Where PEFT no longer converts, or by another function, `linear_layers_only` does nothing, and may go.
+    config = MixtralConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        vocab_size=9,
+    )
+
+    def targets():
+        model = LoraModel(MixtralForCausalLM(config), lora := LoraConfig(target_modules="all-linear"), "default")
+        return {type(m).__name__ for m in model.modules() if isinstance(m, LoraLayer)}, lora.target_parameters
+
+    kinds, parameters = targets()
+    assert "ParamWrapper" in kinds and parameters, place_of(linear_layers_only)
+    with linear_layers_only():
+        assert targets() == ({"Linear"}, None)
+    assert targets()[1] == parameters
 
 
 # Rollouts and scores

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...training.backends import Weights
-from .targets import Projection, Target, check_peft_config, check_targets
+from .targets import Projection, Target, check_layers, check_peft_config, check_targets
 
 
 class CoordinatorGradient:
@@ -250,13 +250,8 @@ def _read_off_adapters(model: PreTrainedModel, peft_config: PeftConfig, seed: in
 
 
 def _targets_of(model: PreTrainedModel) -> list[Target]:
-    layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
-    for name, layer in layers:
-        if _ADAPTER not in layer.lora_A:
-            raise ValueError(
-                f"`peft_config.target_modules` matches {name!r}, a {type(layer.get_base_layer()).__name__}; the "
-                "coordinator acts on linear layers. Exclude it (`exclude_modules`)."
-            )
+    layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    check_layers(layers, _ADAPTER)
     return [
         Target(
             module=name,
@@ -265,7 +260,7 @@ def _targets_of(model: PreTrainedModel) -> list[Target]:
             scaling=float(layer.scaling[_ADAPTER]),
             transposed=isinstance(layer.get_base_layer(), Conv1D),
         )
-        for name, layer in layers
+        for name, layer in layers.items()
     ]
 
 

@@ -1,12 +1,18 @@
 """One layer of the coordinator, and what it can be and act on: additive LoRA on layers whose weight no other uses, in full precision."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+
+logger = get_logger(__name__)
 
 # Fields of `LoraConfig` that say where the adapter is, how large, and what it starts from: all are PEFT's own to read.
 _SHAPES = frozenset(
@@ -157,6 +163,36 @@ def dimensions(weight: nn.Parameter) -> int:
     return len(getattr(weight, "ds_shape", weight.shape))
 
 
+def check_layers(layers: Mapping[str, Any], adapter: str) -> None:
+    """Refuse layers on which PEFT's adapter is no product of two matrices that is added to one weight."""
+    for name, layer in layers.items():
+        kind = type(layer.get_base_layer()).__name__
+        if isinstance(layer, ParamWrapper):
+            raise ValueError(
+                f"`peft_config.target_modules` matches `{layer.parameter_name}` of {name!r}, a {kind}; the coordinator "
+                'acts on linear layers, and this is none. Name linear layers only, or set it to "all-linear".'
+            )
+        if adapter not in layer.lora_A or layer.lora_A[adapter].weight.dim() != 2:
+            raise ValueError(
+                f"`peft_config.target_modules` matches {name!r}, a {kind}; the coordinator acts on linear layers. "
+                "Exclude it (`exclude_modules`)."
+            )
+
+
+def note_fused_experts(model: nn.Module) -> None:
+    """Say in the log which weights no target can be."""
+    fused = {
+        type(module).__name__
+        for module in model.modules()
+        for weight in module._parameters.values()
+        if weight is not None and dimensions(weight) == 3 and not isinstance(module, nn.Conv1d)
+    }
+    if fused:
+        logger.warning(
+            f"The coordinator leaves the fused weights of {', '.join(sorted(fused))} out: it acts on linear layers."
+        )
+
+
 def check_targets(model: PreTrainedModel, targets: list[Target]) -> None:
     """Refuse target layers that the merged form would compute differently from an adapter."""
     if not targets:
@@ -169,12 +205,13 @@ def check_targets(model: PreTrainedModel, targets: list[Target]) -> None:
             users.setdefault(id(weight), []).append(name)
     for target in targets:
         module = modules[target.module]
-        if isinstance(module, (nn.Embedding, nn.Conv2d, nn.Conv3d)) or dimensions(module.weight) != 2:
+        weight = module._parameters.get("weight")
+        if weight is None or isinstance(module, nn.Embedding) or dimensions(weight) != 2:
             raise ValueError(
                 f"`peft_config.target_modules` matches {target.module!r}, a {type(module).__name__}; the coordinator "
                 "acts on linear layers. Exclude it (`exclude_modules`)."
             )
-        shared = users[id(module.weight)]
+        shared = users[id(weight)]
         if len(shared) > 1:
             raise ValueError(
                 f"`peft_config.target_modules` matches {target.module!r}, whose weight is tied to "

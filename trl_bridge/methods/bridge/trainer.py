@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.training_args import OptimizerNames
 
-from ..._upstream import decay_groups, deferred_generation, optimizer_for, plain_copy
+from ..._upstream import decay_groups, deferred_generation, linear_layers_only, optimizer_for, plain_copy
 from ...training.backends import Weights
 from ...training.checkpoint.registry import LOCAL, SHARDED, SHARED, Registry
 from ...training.policy import Scores, Snapshot
@@ -26,7 +26,7 @@ from .measures import GainMeter, GradientProbe
 from .shadow.model import Shadow
 from .shadow.passes import RolloutShare, Scored, ShadowPass
 from .shadow.turns import ShadowOverlap, ShadowTurns
-from .targets import Projection, check_base_model, check_initial_values
+from .targets import Projection, check_base_model, check_initial_values, note_fused_experts
 
 
 class BridgeTrainer(DemonstrationTrainer):
@@ -99,6 +99,7 @@ class BridgeTrainer(DemonstrationTrainer):
             }"""),
     }
 
+    @linear_layers_only()
     def __init__(
         self,
         model: "str | PreTrainedModel",
@@ -159,6 +160,7 @@ class BridgeTrainer(DemonstrationTrainer):
         else:
             check_base_model(self._plain_model, self.backend.keeps_master)
             self.coordinator = self._build_coordinator(peft_config)
+        note_fused_experts(self._plain_model)
         self.coordinator_optimizer: torch.optim.Optimizer | None = None
         self.shadow: Shadow | None = None
         self.student_gradient: CoordinatorGradient | None = None

@@ -16,7 +16,7 @@ from torch import nn
 from ....training.backends import Backend
 from ..config import BridgeConfig
 from ..coordinator import default_peft_config
-from ..targets import check_peft_config
+from ..targets import check_layers, check_peft_config
 from .coordinator import LeanCoordinator, initial_values
 from .weights import ADAPTER, AdapterWeights, adapter_pairs, lora_layers
 
@@ -75,14 +75,7 @@ def build_student(
     model: PeftModel, backend: Backend, args: BridgeConfig, peft_config: PeftConfig | None
 ) -> tuple[LeanCoordinator, AdapterWeights]:
     """The coordinator, and the student's weights with the initial values of theta and w in them. Collective."""
-    layers = lora_layers(model)
-    for module, layer in layers.items():
-        pair: Any = layer.lora_A
-        if ADAPTER not in pair or pair[ADAPTER].weight.dim() != 2:
-            raise ValueError(
-                f"`peft_config.target_modules` matches {module!r}, a {type(layer.get_base_layer()).__name__}; adapters "
-                "act on linear layers. Exclude it (`exclude_modules`)."
-            )
+    check_layers(lora_layers(model), ADAPTER)
     theta, own, scalings = slices(args, peft_config)
     initial_theta, initial_w = initial_values(model, [theta, own], args.seed)
     coordinator = LeanCoordinator(
