@@ -2,7 +2,7 @@ import importlib.util
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from trl_bridge import models
 
@@ -59,6 +59,29 @@ def test_tiny_model_saves_and_loads_as_a_plain_model(tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert again.decode(ids[0]) == "12+3="
     assert again.chat_template == tokenizer.chat_template
+
+
+@pytest.mark.parametrize("chat_template", [False, True])
+@pytest.mark.parametrize("text", ["a b\nc", "  two  blanks \n\n", "é is unknown, \t too", "I'm 12+ 34 = 46 <eos>"])
+def test_tiny_tokenizer_saved_beside_its_model_reads_the_same(tmp_path, chat_template, text):
+    tokenizer = models.tiny_tokenizer(chat_template=chat_template)
+    models.tiny_model(tokenizer, hidden_size=8, layers=1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert again.decode(again(text)["input_ids"]) == tokenizer.decode(tokenizer(text)["input_ids"])
+    assert (again.pad_token_id, again.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+
+
+def test_tiny_model_computes_what_qwen2_does():
+    tiny = models.tiny_model(models.tiny_tokenizer(), seed=2)
+    names = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+    ).split()
+    qwen = Qwen2ForCausalLM(Qwen2Config(**{name: getattr(tiny.config, name) for name in names})).eval()
+    qwen.load_state_dict(tiny.state_dict())
+    ids = torch.arange(20)[None]
+    assert torch.equal(qwen(ids).logits, tiny(ids).logits)
 
 
 def test_missing_wheel_is_named_with_the_command(monkeypatch):

@@ -19,8 +19,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
 )
 
 
@@ -81,9 +81,10 @@ def tiny_model(
     heads: int = 4,
     max_position_embeddings: int = 512,
     tie_word_embeddings: bool = False,
-) -> Qwen2ForCausalLM:
+) -> SeedOssForCausalLM:
     """
-    Small Qwen2 with random weights in float32, made in memory. The global random state is left as it was.
+    Small Qwen2 with random weights in float32, made in memory, under a name by which transformers loads the saved
+    tokenizer as it is. The global random state is left as it was.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -102,15 +103,22 @@ def tiny_model(
             Whether the LM head shares the embedding's weight.
 
     Returns:
-        [`~transformers.Qwen2ForCausalLM`]: the model, in evaluation mode.
+        [`~transformers.SeedOssForCausalLM`]: the model, in evaluation mode.
     """
-    config = Qwen2Config(
+    # Seed-OSS with these options computes what Qwen2 does. For a `qwen2` AutoTokenizer takes Qwen2's own tokenizer class
+    # whatever was saved, and that one drops blanks.
+    config = SeedOssConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=max(1, heads // 2),
+        head_dim=hidden_size // heads,
+        attention_bias=True,
+        attention_out_bias=False,
+        attention_dropout=0.0,
+        residual_dropout=0.0,
         max_position_embeddings=max_position_embeddings,
         tie_word_embeddings=tie_word_embeddings,
         bos_token_id=None,
@@ -120,7 +128,7 @@ def tiny_model(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen2ForCausalLM(config).eval()
+        return SeedOssForCausalLM(config).eval()
 
 
 def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
