@@ -15,10 +15,10 @@ from trl_bridge.distillation.teacher import logit_scale
 
 # What an instance of `DistillationTrainer` has, and our parts read.
 READ = (
-    "_buffered_inputs _forward_redirection _metrics _step _tokenizer _total_train_tokens accelerator model processing_class "
+    "_buffered_inputs _forward_redirection _metrics _step _tokenizer _total_train_tokens accelerator chat_template model processing_class "
     "state teacher_model temperature"
 ).split()
-OWN = {"_measured", "_train_sampler", "served_teacher"}
+OWN = {"_clock_template", "_measured", "_train_sampler", "served_teacher", "template_day"}
 
 
 @pytest.fixture(scope="module")

@@ -94,9 +94,9 @@ def test_a_users_error_is_one_line(capsys, monkeypatch, tmp_path, arguments, sai
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_context_bounds_the_default_length():
+def test_the_context_bounds_the_default_length(tmp_path):
     arguments = evaluate._parse(["--model", "builtin:tiny", "--benchmarks", "builtin:addition", "--limit", "1"])
-    ((_, jobs, sampling),), *_ = evaluate._prepare(arguments)
+    ((_, jobs, sampling),), *_ = evaluate._prepare(arguments, tmp_path, "2026-11-30")
     assert len(jobs[0].ids) == 4 and sampling.max_new_tokens == 508 and sampling.temperature == 0
 
 

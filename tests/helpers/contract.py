@@ -16,7 +16,6 @@ OWN_NAMES = {
     "_as_rollout",
     "_begin_window",
     "_build_coordinator",
-    "_build_demonstrations",
     "_build_measures",
     "_build_sft_optimizer",
     "_build_shadow",
@@ -64,6 +63,7 @@ OWN_NAMES = {
     "_shadow_part",
     "_shadow_is_due",
     "_step_coordinator",
+    "_stop_clock",
     "_sum_over_ranks",
     "_tempered_sequence_log_probs",
     "_terms",
@@ -107,6 +107,7 @@ OWN_NAMES = {
     "record",
     "reduce",
     "register_state",
+    "render_rows",
     "resolve_weighting",
     "saved",
     "sample_apart",
@@ -120,6 +121,7 @@ OWN_NAMES = {
     "shards",
     "shards_adapters",
     "student",
+    "take_over",
     "teacher_top_k",
     "theta_state_dict",
     "token_losses",
@@ -131,6 +133,7 @@ OWN_NAMES = {
 
 # Attributes of an instance that the parents' instances do not have.
 OWN_ATTRIBUTES = {
+    "_clock_template",
     "_frozen_base",
     "_gain",
     "_observer",
@@ -139,6 +142,7 @@ OWN_ATTRIBUTES = {
     "_pass_start",
     "_probe",
     "_shadow_pass",
+    "_sft_dataset",
     "_share",
     "_student",
     "_train_sampler",
@@ -153,6 +157,7 @@ OWN_ATTRIBUTES = {
     "shadow",
     "shadow_gradient",
     "student_gradient",
+    "template_day",
     "weighting",
 }
 

@@ -7,6 +7,7 @@ from trl import DatasetMixtureConfig, ModelConfig, get_dataset
 
 from ..data.rows import load_named_dataset, prepared, take_split, within_prompt_length
 from ..data.templates import Prompting
+from ..generation.day import LONGEST_DAY, template_kwargs
 from ..models import check_name, load_tokenizer
 from .arguments import (
     DatasetArguments,
@@ -38,6 +39,8 @@ def load_splits(
     splits = {"train_dataset": train, "eval_dataset": rows("dataset_test_split") if evaluate else None}
     tokenizer = None if script.max_prompt_length is None else _tokenizer(model, training)
     kwargs = getattr(training, "chat_template_kwargs", None)
+    if tokenizer is not None:
+        kwargs = template_kwargs(tokenizer, LONGEST_DAY, kwargs)
     for name, raw in splits.items():
         if raw is not None:
             splits[name] = prepared(raw, "dataset_name", _columns(script, raw.column_names or []), prompting)

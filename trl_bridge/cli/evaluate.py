@@ -3,7 +3,7 @@
 import difflib
 import re
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -113,14 +113,17 @@ def main(argv: list[str] | None = None) -> int:
 
     from ..evaluation.report import write_report
     from ..evaluation.run import check_task, evaluate_task
+    from ..generation.day import today
+    from ..training.checkpoint.folder import agreed
 
     # Unless told so, several ranks without an accelerator would each believe that they are alone.
     state = PartialState(cpu=not torch.accelerator.is_available())
     if arguments.use_vllm and state.num_processes > 1:
         raise UsageError("`use_vllm` runs in one process: use `vllm_tensor_parallel_size` in place of several ranks")
-    with state.main_process_first():
-        work, tokenizer, identity = _prepare(arguments)
     output = Path(arguments.output_dir or f"eval_results/{_folder_name(arguments.model)}")
+    now = agreed(today)
+    with state.main_process_first():
+        work, tokenizer, identity = _prepare(arguments, output, now)
     common: dict[str, Any] = {"model": identity, "seed": arguments.seed}
     for task, jobs, sampling in work:
         # All of them before the first: the last one's mistake must not come to light after hours.
@@ -152,7 +155,7 @@ def _parse(argv: list[str]) -> EvaluationArguments:
     return arguments
 
 
-def _prepare(arguments: EvaluationArguments) -> tuple["Work", Any, dict[str, Any]]:
+def _prepare(arguments: EvaluationArguments, output: Path, now: str) -> tuple["Work", Any, dict[str, Any]]:
     """
     Tasks with their jobs, tokenizer, and what identifies the model; everything that can be refused is refused here, before
     anything is generated.
@@ -160,6 +163,7 @@ def _prepare(arguments: EvaluationArguments) -> tuple["Work", Any, dict[str, Any
     from ..evaluation.run import make_jobs
     from ..evaluation.tasks import Prompting, load_task, parse_benchmarks
     from ..generation.engines import Sampling, fitting_length
+    from ..generation.records import Store
     from ..models import check_name, context_of, load_tokenizer
     from ..rewards.by_name import reward_function
 
@@ -182,7 +186,9 @@ def _prepare(arguments: EvaluationArguments) -> tuple["Work", Any, dict[str, Any
     options = {name: getattr(arguments, name) for name in own}
     work = []
     for folder, (name, path) in entries.items():
-        task = load_task(folder, name, path, prompting=prompting, grader=grader, **options)
+        # One that grows over the days goes on with the day of its first start.
+        dated = replace(prompting, day=Store(output / folder).day(tokenizer, now))
+        task = load_task(folder, name, path, prompting=dated, grader=grader, **options)
         jobs = make_jobs(task, tokenizer, arguments.n, arguments.seed)
         length = fitting_length(jobs, contexts, arguments.max_new_tokens, _MAX_NEW_TOKENS, f" of {task.name}")
         work.append((task, jobs, Sampling(length, temperature, arguments.top_p)))

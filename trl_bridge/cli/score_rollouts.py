@@ -50,13 +50,18 @@ def run(options: argparse.Namespace, rows: "Dataset", tokenizer: "PreTrainedToke
     """Sample, score and write."""
     from ..distillation.collect import sample_rollouts, score_rollouts, write_rollouts
     from ..distillation.scoring import LocalTeacher, ServedTeacher
+    from ..generation.day import template_kwargs, today
+    from ..generation.records import Store
 
     _check(options, tokenizer)
     assert tokenizer is not None
     kwargs = json_mapping("--chat_template_kwargs", options.chat_template_kwargs)
     if options.limit is not None:
         rows = rows.select(range(min(options.limit, len(rows))))
-    jobs = _jobs(options, rows, tokenizer, kwargs)
+    folder = Path(options.output_dir)
+    # A run that is taken up again goes on with the day of its first start.
+    day = Store(folder / "rollouts").day(tokenizer, today())
+    jobs = _jobs(options, rows, tokenizer, kwargs if day is None else template_kwargs(tokenizer, day, kwargs))
     sampling = _sampling(options, jobs)
     _check_teacher(options, tokenizer)
     batch_size = options.score_batch_size
@@ -64,9 +69,9 @@ def run(options: argparse.Namespace, rows: "Dataset", tokenizer: "PreTrainedToke
     if served is not None:
         _check_served(options, served.model)
     identity = _identity(options, tokenizer, sampling, served, kwargs if isinstance(_prompt(rows[0]), list) else None)
-    folder = Path(options.output_dir)
     sampled_with = {name: identity[name] for name in ("student", "tokenizer", "sampling")}
     sampled_with["prompts"] = hashlib.sha256(json.dumps([job.ids for job in jobs]).encode()).hexdigest()[:16]
+    sampled_with |= {} if day is None else {"day": day}
     student = _Student(options, tokenizer, jobs, sampling)
     rollouts = sample_rollouts(jobs, student.engine, sampling, folder / "rollouts", sampled_with, options.batch_size)
     reference = None

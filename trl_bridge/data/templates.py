@@ -75,6 +75,8 @@ class Prompting:
             a plain one. Prompts of other datasets are what the dataset says, as in training.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Variables for the tokenizer's chat template, as in [`~trl.GRPOConfig`].
+        day (`str`, *optional*):
+            The day that a chat template prints, as 2026-11-30. `None` is the clock's.
 
     Raises:
         ValueError: no such template, or a system prompt where there are no conversations.
@@ -84,6 +86,7 @@ class Prompting:
     template: str | None = None
     chat_template: bool = True
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    day: str | None = None
 
     def __post_init__(self) -> None:
         if self.template is not None and find_template(self.template).plain and self.system_prompt is not None:

@@ -170,7 +170,9 @@ class AccuracyCallback(TrainerCallback):
     def _answer(self, jobs: Sequence[tuple[int, int]]) -> list[bool]:
         trainer = self.trainer
         tokenizer: Any = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-        template_kwargs: Any = trainer.chat_template_kwargs
+        # TRL's trainers leave the template to the tokenizer, or name one (ours one whose clock stands still).
+        own_kwargs: Any = trainer.chat_template_kwargs
+        template_kwargs = {"chat_template": trainer.chat_template, **own_kwargs}
         training = trainer.model.training
         right: list[bool] = []
         with (

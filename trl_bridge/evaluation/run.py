@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
+from ..generation.day import template_kwargs
 from ..generation.engines import Engine, Generated, Job, Sampling, jobs_of
 from ..generation.records import Store
 from .report import summarise
@@ -43,7 +44,10 @@ def make_jobs(task: Task, tokenizer: PreTrainedTokenizerBase, samples: int, seed
     if samples < 1:
         raise ValueError(f"`n` must be 1 or more, got {samples}.")
     prompts = [row["prompt"] for row in task.rows]
-    return jobs_of(prompts, tokenizer, samples, seed, task.name, task.prompting.chat_template_kwargs)
+    kwargs = task.prompting.chat_template_kwargs
+    if task.prompting.day is not None:
+        kwargs = template_kwargs(tokenizer, task.prompting.day, kwargs)
+    return jobs_of(prompts, tokenizer, samples, seed, task.name, kwargs)
 
 
 def check_task(
@@ -149,6 +153,7 @@ def _samples(jobs: Sequence[Job]) -> int:
 def _settings(task: Task, engine: str, sampling: Sampling, model: dict[str, Any], seed: int) -> dict[str, Any]:
     """All that a completion or its score depends on. The number of samples is not among them: more may be added."""
     greedy = sampling.temperature == 0
+    day = {} if task.prompting.day is None else {"day": task.prompting.day}
     return {
         "model": model,
         "source": task.source,
@@ -167,6 +172,7 @@ def _settings(task: Task, engine: str, sampling: Sampling, model: dict[str, Any]
         },
         "seed": seed,
         "engine": engine,
+        **day,
     }
 
 

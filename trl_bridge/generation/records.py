@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .day import clock_template
+
 
 def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Append records, one JSON line each. What a kill left of a line is cut off first."""
@@ -64,14 +66,13 @@ class Store:
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Refuse to continue with completions that were made in another way."""
-        path = self.folder / "config.json"
-        if not path.is_file():
+        before = self.settings()
+        if not before:
             if self._files():
                 raise ValueError(
                     f"`output_dir`: {self.folder} holds completions but no config.json: choose another one."
                 )
             return
-        before = json.loads(path.read_text(encoding="utf-8"))
         now = json.loads(json.dumps(settings))
         changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
         if changed:
@@ -80,6 +81,15 @@ class Store:
                 f"`output_dir`: {self.folder} holds completions made with another {listed}. Choose another `output_dir`, "
                 "or delete that folder."
             )
+
+    def settings(self) -> dict[str, Any]:
+        """How the folder's completions were made; empty where there is nothing yet."""
+        path = self.folder / "config.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def day(self, tokenizer: Any, now: str) -> str | None:
+        """The day that a chat template prints in all of the folder: that of its first start. `None` where it prints none."""
+        return None if clock_template(tokenizer) is None else self.settings().get("day", now)
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Make the folder and write the settings."""

@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import GRPOConfig, SFTConfig, SFTTrainer
 
 from .._upstream import set_up_again
+from ..generation.day import clock_template, stopped, today
 from ..training.backends import backend_for
 from ..training.backends.refusals import refuse_quantised
 from ..training.checkpoint import folder as checkpoints
@@ -27,6 +28,7 @@ from ..training.options import options
 
 FOLDERS = ("sft", "grpo")
 FINISHED = "finished.json"
+DAY = "day.txt"
 # What the first stage does not take over from the run: evaluation and the hub are the second one's.
 _SECOND_STAGE_ONLY = {
     "eval_strategy": "no",
@@ -133,6 +135,20 @@ class TwoStageConfig(GRPOConfig):
         return self.first_stage_finished or any(any(folder.glob("checkpoint-*")) for folder in self.folders)
 
 
+class _ColdStart(SFTTrainer):
+    """TRL's SFT, whose chat template's clock stands at the day of the run's first start."""
+
+    def __init__(self, *args: Any, day: str, **kwargs: Any):
+        self.day = day
+        super().__init__(*args, **kwargs)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any, **kwargs: Any) -> Any:
+        template = clock_template(processing_class, self.chat_template)
+        if template is not None:
+            self.chat_template = stopped(template, self.day)
+        return super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
+
+
 class TwoStageTrainer:
     """
     Cold start: TRL's [`~trl.SFTTrainer`] on the demonstrations, then TRL's GRPO on the RL rows, as one run.
@@ -204,6 +220,7 @@ class TwoStageTrainer:
         self._callbacks = callbacks
         self._quantization_config = quantization_config
         self._peft_config = peft_config
+        self._day = today()
         self._second: ResumableTrainer | None = None
 
     def train(self, resume_from_checkpoint: bool | None = None) -> Any:
@@ -211,6 +228,7 @@ class TwoStageTrainer:
         self._check_resume(resume_from_checkpoint)
         first, second = self.args.folders
         checkpoint = None
+        self._day = checkpoints.agreed(lambda: _first_day(first, bool(resume_from_checkpoint)))
         if resume_from_checkpoint and checkpoints.agreed(lambda: self.args.first_stage_finished):
             checkpoint = checkpoints.agreed(lambda: checkpoints.latest(second))
         else:
@@ -265,7 +283,8 @@ class TwoStageTrainer:
         PartialState().wait_for_everyone()
 
     def _sft_trainer(self) -> SFTTrainer:
-        trainer = SFTTrainer(
+        trainer = _ColdStart(
+            day=self._day,
             model=self._model,
             args=self._first_args,
             train_dataset=self._sft_dataset,
@@ -295,6 +314,7 @@ class TwoStageTrainer:
             model=model, args=args, processing_class=processing_class, callbacks=self._callbacks, **self._rl
         )
         self._check_backend(trainer)
+        trainer.take_over({"day": self._day})
         return trainer
 
     def _load(self, folder: Path) -> tuple[Any, Any]:
@@ -349,6 +369,15 @@ def _progress(checkpoint: Path) -> dict[str, Any] | None:
         return json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
+
+
+def _first_day(folder: Path, resumed: bool) -> str:
+    """The day of a run's first start, kept in the first stage's folder."""
+    kept = folder / DAY
+    if not resumed or not kept.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        kept.write_text(today())
+    return kept.read_text()
 
 
 def _steps_of_finished(checkpoint: Path) -> int | None:

@@ -120,7 +120,13 @@ class ExpertTrainer(StudentTrainer):
             tools=tools,
             environment_factory=environment_factory,
         )
-        own_eos = self._tokenizer.eos_token_id
+        self.render_rows()
+        self._plan: ExpertPlan | None = None
+        self._sums: dict[str, torch.Tensor] = {}
+        self._sft_items: float | None = None  # SFT tokens of the window under way, over all ranks
+
+    def render_rows(self) -> None:
+        args, own_eos = self.args, self._tokenizer.eos_token_id
         dataset: Any = self.train_dataset
         template_kwargs: Any = self.chat_template_kwargs
         # The main process renders first, so that the others read its cache.
@@ -136,9 +142,6 @@ class ExpertTrainer(StudentTrainer):
                 seed=args.seed,
                 steps=self.reads_steps,
             )
-        self._plan: ExpertPlan | None = None
-        self._sums: dict[str, torch.Tensor] = {}
-        self._sft_items: float | None = None  # SFT tokens of the window under way, over all ranks
 
     # What methods fill
 

@@ -107,7 +107,8 @@ class DemonstrationTrainer(StudentTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
-        self.demonstrations = self._build_demonstrations(sft_dataset)
+        self._sft_dataset = sft_dataset
+        self.render_rows()
         self.weighting = DemonstrationWeighting(
             self.resolve_weighting(sft_dataset),
             judge_window=args.judge_window,
@@ -143,7 +144,7 @@ class DemonstrationTrainer(StudentTrainer):
         if len(sft_dataset) == 0:
             raise ValueError("`sft_dataset` is empty.")
 
-    def _build_demonstrations(self, sft_dataset: Any) -> Demonstrations:
+    def render_rows(self) -> None:
         args: Any = self.args
         tokenizer: Any = self.processing_class
         template_kwargs: Any = self.chat_template_kwargs
@@ -151,7 +152,7 @@ class DemonstrationTrainer(StudentTrainer):
         # The main process renders first, so that the others read its cache.
         with self.accelerator.main_process_first():
             rendered = render_demonstrations(
-                sft_dataset,
+                self._sft_dataset,
                 tokenizer,
                 chat_template=self.chat_template,
                 chat_template_kwargs=template_kwargs,
@@ -159,8 +160,8 @@ class DemonstrationTrainer(StudentTrainer):
                 max_length=args.sft_max_length,
                 overlong=args.sft_overlong,
             )
-        return Demonstrations(
-            sft_dataset,
+        self.demonstrations = Demonstrations(
+            self._sft_dataset,
             rendered,
             seed=args.seed,
             collator=DataCollatorForLanguageModeling(

@@ -60,6 +60,7 @@ def write(
             "global_step": step,
             "layout": saved.layout,
             "requirements": saved.requirements,
+            "first_start": saved.first_start,
             "parts": [*parts(checkpoint), *pieces],
         }
         partial = folder / (_MARKER + ".partial")
@@ -101,6 +102,11 @@ def _load(checkpoint: Path, name: str) -> dict[str, Any]:
 def layout_of(checkpoint: Path) -> dict[str, int]:
     """How the run that wrote a checkpoint cut its updates into ranks and micro-batches."""
     return _marker(checkpoint)["layout"]
+
+
+def first_start_of(checkpoint: Path) -> dict[str, Any]:
+    """What the run that wrote a checkpoint decided at its first start."""
+    return {} if missing_part(checkpoint) is not None else _marker(checkpoint).get("first_start", {})
 
 
 def _marker(checkpoint: Path) -> dict[str, Any]:

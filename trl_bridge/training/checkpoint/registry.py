@@ -33,6 +33,8 @@ class Registry:
         self.layout: dict[str, int] = {}
         # Why the run must be resumed on the same number of ranks; None if any number works.
         self.only_same_ranks: str | None = None
+        # What a run decides at its first start, as JSON values, and takes over where it is resumed.
+        self.first_start: dict[str, Any] = {}
         self.parts: dict[str, dict[str, Any]] = {SHARED: {}, LOCAL: {}, SHARDED: {}}
         self.of_weights: list[str] = []
         # By a local part's name: makes a rank's state of those of all ranks that wrote it, and of their layout.

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOTrainer
 
+from ...generation.day import clock_template, stopped, today
 from ..backends import Backend, backend_for
 from ..randomness import seed_anew
 from . import folder as checkpoints
@@ -64,6 +65,9 @@ class Resumable(Trainer):
     def build_parts(self) -> None:
         """Build, once, what needs the student as `train` has prepared it. Called before a checkpoint is loaded."""
 
+    def take_over(self, first_start: dict[str, Any]) -> None:
+        """Go by what a resumed run decided at its first start. Called before the checkpoint is compared with this run."""
+
     @property
     def inside_update(self) -> bool:
         """Whether some micro-batches of an update are done and others are not."""
@@ -81,7 +85,9 @@ class Resumable(Trainer):
                 raise ValueError(f"`resume_from_checkpoint`: no complete checkpoint in {self.args.output_dir!r}.")
             resume_from_checkpoint = str(found)
         if resume_from_checkpoint:
-            folder, saved = Path(resume_from_checkpoint), self.saved
+            folder = Path(resume_from_checkpoint)
+            self.take_over(checkpoints.first_start_of(folder))
+            saved = self.saved
             checkpoints.check(folder, saved.requirements, saved.layout, saved.only_same_ranks)
             ranks, now = checkpoints.layout_of(folder)[RANKS], saved.layout[RANKS]
             if ranks != now and self.accelerator.is_main_process:
@@ -153,14 +159,44 @@ class BufferResumable(Resumable):
     """
     [`Resumable`] for TRL's trainers that generate for several micro-batches at once (GRPO, distillation).
 
-    They save neither their generation buffer nor their micro-batch counter, and forget the order of a second epoch.
+    They save neither their generation buffer nor their micro-batch counter, and forget the order of a second epoch. Their
+    chat template's clock stands at the day of the run's first start.
     """
 
     _step: int
     _buffered_inputs: Any
+    chat_template: str | None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # The day that prompts and demonstrations print; None where the template prints none.
+        self.template_day: str | None = None
+        self._clock_template = clock_template(self._tokenizer, self.chat_template)
+        if self._clock_template is not None:
+            self._stop_clock(checkpoints.agreed(today))
+            if self.accelerator.is_main_process:
+                logger.warning(
+                    f"The chat template prints the day: it stays {self.template_day} for the whole run, and a resumed run goes on "
+                    "with the day of its first start. What `chat_template_kwargs` say (such as `date_string`) wins."
+                )
+
+    def _stop_clock(self, day: str) -> None:
+        self.template_day, self.chat_template = day, stopped(str(self._clock_template), day)
+
+    def take_over(self, first_start: dict[str, Any]) -> None:
+        super().take_over(first_start)
+        day = first_start.get("day")
+        if self.template_day is not None and day not in (None, self.template_day):
+            self._stop_clock(day)
+            self.render_rows()
+
+    def render_rows(self) -> None:
+        """Render rows that training reads, once the chat template and its day are known. Nothing here."""
 
     def register_state(self, saved: Registry) -> None:
         super().register_state(saved)
+        if self.template_day is not None:
+            saved.first_start["day"] = self.template_day
         saved.add("step", attribute(self, "_step"), LOCAL)
         saved.add("buffered_inputs", Value(lambda: self._buffered_inputs, self._load_rollouts), LOCAL)
         saved.reshard |= {"step": self._reshard_step, "buffered_inputs": self._reshard_rollouts}
