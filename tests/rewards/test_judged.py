@@ -84,6 +84,22 @@ def test_golds_that_are_numbers_are_read_as_text():
         (r"\boxed{B}", ["B"], 1.0),
         ("The answer is A as well as B", "A", 0.0),
         (r"\boxed{A and B are correct}", "B", 0.0),
+        ("The answer is B, not A", "B", 1.0),
+        ("The answer is B, not A.", "A", 0.0),
+        ("The answer is (B), not (A) or (C).", "B", 1.0),
+        ("The correct answer is B and not C", "B", 1.0),
+        ("The answer is not A but C.", "C", 1.0),
+        ("The answer is not B.", "B", 0.0),
+        ("The answer is not B.", "A", 0.0),
+        ("We see that Option B is correct.", "B", 1.0),
+        ("Therefore, option (B) is correct.", "B", 1.0),
+        ("Option A is incorrect. Option B is correct.", "B", 1.0),
+        ("Option A is incorrect. Option B is correct.", "A", 0.0),
+        ("So choice B is the right one, which is correct.", "B", 1.0),
+        ("Options A and C fail. Hence **option D** is the correct choice.", "D", 1.0),
+        ("Option C is correct. Option D is correct too.", "D", 0.0),
+        ("Option A is correct? No, option A is wrong, option B is correct.", "A", 0.0),
+        ("Alternative E is true; not D is the correct one.", "D", 0.0),
     ],
 )
 def test_choices(completion, gold, want):
@@ -109,6 +125,25 @@ def test_an_integer_beside_the_choices_is_their_index():
 )
 def test_a_hedge_is_no_claim(said):
     assert knights_knaves_reward([rf"\boxed{{{said}}}"], ["Zoey is a knight"]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    "table, want",
+    [
+        ("Final answer:\n| Name | Role |\n|---|---|\n| Zoey | knight |\n| Riley | knave |", 1.0),
+        (
+            "**Conclusion**\n\n| Who | What | Why |\n|:--|:-:|--|\n| **Zoey** | Knight | says so |\n| **Riley** | Knave | lies |",
+            1.0,
+        ),
+        ("| Zoey | a knight |\n| Riley | a knave |", 1.0),
+        ("| Name | Role |\n|---|---|\n| Zoey | knave |\n| Riley | knight |", 0.0),
+        ("| Name | Role |\n|---|---|\n| Zoey | knight or knave |\n| Riley | knave |", 0.0),
+        ("| Name | Role |\n|---|---|\n| Zoey | not a knight |\n| Riley | knave |", 0.0),
+        ("| Name | Role |\n|---|---|\n| Zoey | knight |", 0.0),
+    ],
+)
+def test_roles_in_a_table(table, want):
+    assert knights_knaves_reward([table], ["Zoey is a knight, and Riley is a knave"]) == [want]
 
 
 REASONING = [
@@ -215,7 +250,7 @@ REWARDS = {
     "route": lambda text: route_reward([text], tables=[ROUTE]),
 }
 UNITS = [" ", "\n", "\r\n", "\t", "a", "A ", "(", "{", "<answer>", "<answer_begin>", "</answer>", "<think>", "\\", "\\boxed{", "\\text{",
-         "9", "answer ", "answer is ", "is a ", "####", ".", "$", "1,", "A or ", "**", "-"]  # fmt: skip
+         "9", "answer ", "answer is ", "is a ", "####", ".", "$", "1,", "A or ", "**", "-", "| a ", "|-\n", "option B is ", " not A", "'", "1'", "2 hours ", "x \\equiv "]  # fmt: skip
 FRAMES = [
     ("", ""),
     ("answer", ""),

@@ -1,5 +1,6 @@
 """The rewards inside real trainers, from Python and from YAML by dotted path."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from trl_bridge.cli.train import build_trainer
 from trl_bridge.methods.catalogue import METHODS
 from trl_bridge.models import tiny_tokenizer
 from trl_bridge.recipes import find_recipe
-from trl_bridge.rewards import boxed_format_reward, math_reward, noisy
+from trl_bridge.rewards import boxed_format_reward, code_reward, math_reward, noisy
 
 
 ROWS = Dataset.from_dict({"prompt": [f"{a}+1=" for a in range(8)], "solution": [str(a + 1) for a in range(8)]})
@@ -56,6 +57,42 @@ def test_bridge_trainer(tmp_path):
         processing_class=tiny_tokenizer(),
     )
     check(trainer)
+
+
+MIXED = Dataset.from_dict({
+    "prompt": [f"{a}+1=" for a in range(4)] + [f"print {a}" for a in range(4)],
+    "solution": [str(a + 1) for a in range(4)] + [None] * 4,
+    "tests": [None] * 4 + [[f"assert answer == {a}"] for a in range(4)],
+})  # fmt: skip
+
+
+def test_mixed_tasks_are_judged_by_their_own_reward_only(tmp_path, monkeypatch):
+    """A row without a reward's column gets `None` from it, and the other reward alone counts, in real updates."""
+    monkeypatch.setenv("TRL_BRIDGE_RUN_CODE", "1")
+    seen = {"math_reward": {}, "code_reward": {}}
+
+    def recorded(reward):
+        @functools.wraps(reward)
+        def judged(prompts, **columns):
+            values = reward(prompts=prompts, **columns)
+            for prompt, value in zip(prompts, values, strict=True):
+                seen[reward.__name__].setdefault(prompt, set()).add(value)
+            return values
+
+        return judged
+
+    trainer = GRPOTrainer(
+        model=small_model(),
+        reward_funcs=[recorded(math_reward), recorded(code_reward)],
+        args=small_config(tmp_path, GRPOConfig, max_steps=2, per_device_train_batch_size=16, log_completions=True),
+        train_dataset=MIXED,
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert seen["math_reward"] == {p: {None} if p.startswith("print") else {0.0} for p in MIXED["prompt"]}
+    assert seen["code_reward"] == {p: {0.0} if p.startswith("print") else {None} for p in MIXED["prompt"]}
+    assert all(row["reward"] == 0.0 for row in trainer.state.log_history if "reward" in row)
 
 
 @pytest.mark.parametrize("name", ["grpo", "bridge"])

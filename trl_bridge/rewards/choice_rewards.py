@@ -34,6 +34,11 @@ _VERDICT = re.compile(
 _TOGETHER = re.compile(r"\b[A-Z]\b\)?\s*(?:and|or|,)\s*\(?[A-Z]\b\)?\s+(?:is|are)\b")
 _REASON = re.compile(r",?\s(?:because|since|due|given)\s", re.IGNORECASE)
 _PHRASE = re.compile(r"\b(?:option|choice|alternative)\b\s*+(?:is|are|:|=)\s*+(?:\*\*|__)?\s*+:?", re.IGNORECASE)
+# "Option B is correct", where nothing is called the answer.
+_CALLED = re.compile(rf"\b(?:option|choice|alternative)\b\s*+{_VERDICT.pattern}", re.IGNORECASE)
+_DENIED = re.compile(
+    r",?\s(?:and\s)?not\s(?:(?:option|choice)\s)?\(?[A-Z]\b\)?(?:\s?(?:,|or|and|nor)\s\(?[A-Z]\b\)?)*+(?:,?\sbut\b)?"
+)
 _LETTERS = re.compile(r"(?:\\text\s*\{)?\s*\(?[A-J]\)?(?:\s*(?:,\s*and|,|and|&|/|;)?\s*\(?[A-J]\)?)+\s*\}?")
 _LIMIT = 400
 
@@ -44,7 +49,8 @@ def choice_letter(answer: str | None) -> str | None:
 
     Of several letters the one that is called right; `None` where none or more than one is.
     """
-    answer = _REASON.split((answer or "")[:_LIMIT], maxsplit=1)[0].strip(" ,")
+    answer = _REASON.split((answer or "")[:_LIMIT], maxsplit=1)[0]
+    answer = _DENIED.sub("", f" {answer}").strip(" ,")
     text = clean(answer.replace("**", "")) if answer else None
     if not text:
         return None
@@ -92,10 +98,11 @@ def _named(text: str | None) -> frozenset[str] | None:
 
 
 def _stated(text: str | None) -> str | None:
-    """The answer's own words: a box, what follows "the answer is", or what follows "the correct option is"."""
+    """The answer's own words: a box, what follows "the answer is" or "the correct option is", or "option B is correct"."""
     answer = final_answer(text, "phrase")
     if answer is None and text is not None and r"\boxed" not in text:
-        answer = after_phrase(text, _PHRASE)
+        called = [match.group() for match in _CALLED.finditer(text.replace("**", ""))]
+        answer = after_phrase(text, _PHRASE) or ". ".join(called[-5:]) or None
     return answer
 
 

@@ -35,7 +35,7 @@ _MARKUP = re.compile(r"\\text\s*+\{([^{}]*+)\}|\*\*|__|[{}$\\]")
 
 def assignment(text: str | None) -> dict[str, str] | None:
     """Roles by name, both in lower case, of a text such as "Zoey is a knight, and Riley is a knave"."""
-    plain = re.sub(r"\s+", " ", _MARKUP.sub(lambda m: m.group(1) or " ", text or ""))
+    plain = re.sub(r"\s+", " ", _MARKUP.sub(lambda m: m.group(1) or " ", _told(text or "")))
     roles: dict[str, str] = {}
     if _CONDITION.search(plain):
         return None
@@ -46,6 +46,17 @@ def assignment(text: str | None) -> dict[str, str] | None:
         if negation or hedged or roles.setdefault(name.lower(), role.lower()) != role.lower():
             return None
     return roles or None
+
+
+def _told(text: str) -> str:
+    """A text with the rows of its tables as sentences: `| Zoey | knight | ... |` is "Zoey is knight."."""
+    lines = text.split("\n")
+    for index, line in enumerate(lines):
+        cells = [cell.strip(" *") for cell in line.split("|")]
+        if not cells[0] and len(cells) > 3 and cells[1]:
+            ruled = index + 1 < len(lines) and set(lines[index + 1]) <= set("|:- ") and "-" in lines[index + 1]
+            lines[index] = "" if ruled or not cells[1].strip("-: ") else f"{cells[1]} is {cells[2]}."
+    return "\n".join(lines)
 
 
 def _gold(solution: Any) -> dict[str, str] | None:

@@ -119,16 +119,20 @@ def same(a: Node, b: Node, leaf: Leaf) -> Verdict:
     if a.kind == b.kind:
         return _same_kind(a, b, leaf)
     kinds = (a.kind, b.kind)
-    if b.kind == "equation" and a.kind in ("expression", "text", "ratio", "based", "congruence"):
+    if b.kind == "equation" and a.kind in ("expression", "text", "ratio", "based"):
         assigns = _assigns(b, leaf)
         return same(a, b.items[1], leaf) if assigns else assigns
+    if kinds == ("equation", "list") and _names(b) and (named := _by_component(a)) is not None:
+        return _same_list(named, b, leaf)
+    if kinds == ("congruence", "equation"):
+        return leaf(a, b.items[1], Fraction(1)) if is_name(b.items[0].text) else False
     if a.kind == "equation":
         assigns = _assigns(a, leaf)
         return same(a.items[1], b, leaf) if assigns else assigns
     if kinds == ("expression", "ratio"):
         return _same_ratio(a, b)
     if kinds == ("expression", "congruence"):
-        return same(a, b.items[0], leaf)
+        return _either(same(a, b.items[0], leaf), leaf(a, b, Fraction(1)))
     if a.kind in ("expression", "text") and b.kind in ("set", "list"):
         return _collapsed(a, b, leaf)
     if kinds == ("list", "set"):
@@ -156,7 +160,7 @@ def _same_kind(a: Node, b: Node, leaf: Leaf) -> Verdict:
     if a.kind == "expression":
         return _same_expression(a, b, leaf)
     if a.kind == "congruence":
-        return False if a.text and b.text and a.text != b.text else _ordered(a.items, b.items, leaf)
+        return False if a.text and b.text and a.text != b.text else leaf(a, b, Fraction(1))
     if a.kind == "ratio":
         return _same_parts(a, b)
     if a.kind in ("text", "based"):
@@ -166,7 +170,8 @@ def _same_kind(a: Node, b: Node, leaf: Leaf) -> Verdict:
         if left and _assigns(a, leaf):
             return same(a.items[1], b.items[1], leaf)
         if a.items[0].kind == "tuple" or b.items[0].kind == "tuple":
-            return False
+            parts = _by_component(a), _by_component(b)
+            return _same_list(*parts, leaf) if all(parts) else False  # type: ignore[arg-type]
         return leaf(a, b, Fraction(1))
     if a.kind == "set":
         return _unordered(tuple(dict.fromkeys(_values(a))), tuple(dict.fromkeys(_values(b))), leaf)
@@ -197,8 +202,9 @@ def _same_expression(a: Node, b: Node, leaf: Leaf) -> Verdict:
     if any(percents) and not all(percents):
         if (b.unit if percents[0] else a.unit) != "":
             return False
-        # 50% is 50 where the sign is a mere label, and 1/2 where it is a value.
-        by_label = _value(a, b, Fraction(1), leaf)
+        # 50% is 50 where the sign is a mere label, and 1/2 where it is a value; 0.5 is always one half.
+        small = any((value := exact(node.text)) is not None and abs(value) < 1 for node in (a, b))
+        by_label = False if small else _value(a, b, Fraction(1), leaf)
         return by_label or _either(by_label, _value(a, b, Fraction(1, 100) if percents[0] else Fraction(100), leaf))
     factor = conversion(a.unit.lstrip("% "), b.unit.lstrip("% "))
     return False if factor is None else _value(a, b, factor, leaf)
@@ -300,6 +306,14 @@ def _by_name(node: Node) -> tuple[Node, ...]:
         items = sorted(node.items, key=lambda item: squash(item.items[0].text))
         return tuple(item.items[1] for item in items)
     return node.items
+
+
+def _by_component(node: Node) -> Node | None:
+    """`(y, x) = (1, 2)` as a list of assignments, `y = 1, x = 2`."""
+    left, right = node.items
+    if left.kind != "tuple" or right.kind != "tuple" or len(left.items) != len(right.items):
+        return None
+    return Node("list", "", tuple(Node("equation", "=", pair) for pair in zip(left.items, right.items, strict=True)))
 
 
 def _values(node: Node) -> tuple[Node, ...]:

@@ -56,7 +56,7 @@ def exact(text: str) -> Fraction | None:
     text = text.strip()
     while text.startswith("(") and text.endswith(")") and text.count("(") == 1:
         text = text[1:-1].strip()
-    if text[:1].isalpha() or text[:1] == "-":
+    if text[-1:].isalpha():
         if (word := _worded(text.lower())) is not None:
             return word
     if match := _DECIMAL.fullmatch(text):
@@ -81,6 +81,11 @@ def _worded(text: str) -> Fraction | None:
     words = re.sub(r"[-\s]+", " ", text).strip().split(" ")
     sign = -1 if words[0] in ("minus", "negative") else 1
     words = words[1:] if sign < 0 else words
+    if "and" in words[1:-1] and (rest := _worded(" ".join(words[(cut := words.index("and", 1)) + 1 :]))) is not None:
+        # "five and a half"; "one hundred and two" is counted below.
+        whole = _counted(words[:cut]) if 0 < rest < 1 else None
+        if whole is not None:
+            return sign * (whole + rest)
     if not words or len(words) > 6:
         return None
     part = _PARTS.get(words[-1].removesuffix("s") if words[-1] not in _PARTS else words[-1])
@@ -106,7 +111,7 @@ def _counted(words: list[str]) -> int | None:
     if len(words) == 2 and words[0] in _TENS and 0 < _WORDS.get(words[1], 0) < 10:
         return _TENS[words[0]] + _WORDS[words[1]]
     if len(words) == 1:
-        return _WORDS.get(words[0], _TENS.get(words[0]))
+        return int(words[0]) if re.fullmatch(r"\d{1,3}", words[0]) else _WORDS.get(words[0], _TENS.get(words[0]))
     return None
 
 

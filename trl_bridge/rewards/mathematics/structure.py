@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from .numbers import exact
 from .surface import closing
-from .units import split_scale, split_unit
+from .units import in_one_unit, split_scale, split_unit
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ _DOES_NOT_EXIST = re.compile(r"(?:the |this )?(?:limit|it|value|integral|sum|der
 # One of i, j, k as a unit vector: `\hat{i}`, or plain beside another of them.
 _UNIT_VECTOR = r"(?:\\(?:hat|vec|widehat|mathbf|boldsymbol|bar)\s*\{?\s*(?:\\[ij]math|([ijk]))\s*\}?|([ijk]))"
 _VECTOR_TERM = re.compile(rf"\s*([+-]?)\s*((?:[^+\-ijk()]|\([^()]*\))*?)\s*{_UNIT_VECTOR}\s*")
+_I_AND_K = re.compile(r"\s*[+-]?\s*\d*\s*[ik]\s*[+-]\s*\d*\s*[ik]\s*")
 _ENGINEERS_COMPLEX = re.compile(r"[+-]?\s*[\d.]+\s*[+-]\s*[\d.]*\s*j")
 _ALL_REALS = {
     "all real numbers",
@@ -116,6 +117,8 @@ def parse(text: str) -> Node:
     text = text.strip()
     if exact(text) is not None:
         return Node("expression", text)
+    if (quantity := in_one_unit(text)) is not None:
+        return Node("expression", quantity[0], (), quantity[1])
     if (node := _worded(text)) is not None:
         return node
     if match := _BUILDER.fullmatch(text):
@@ -169,7 +172,9 @@ def _worded(text: str) -> Node | None:
 def _clock(match: re.Match[str]) -> str:
     """A time in one spelling, after noon in 24 hours; no seconds where they are zero."""
     hour = int(match[1]) + (12 if match[4] == "pm" and int(match[1]) < 12 else 0)
-    return f"{hour}{match[2]}{match[3] or ''}{'am' if match[4] == 'am' else ''}"
+    if match[4] == "am" or hour == 0:
+        return f"{hour % 12}{match[2]}{match[3] or ''}am"
+    return f"{hour}{match[2]}{match[3] or ''}"
 
 
 def _plain(text: str) -> str:
@@ -224,6 +229,8 @@ def _single(text: str) -> Node:
         plus = _SIGNED.sub(lambda m: "-" if m.group(1) == "mp" else "+", text)
         minus = _SIGNED.sub(lambda m: "+" if m.group(1) == "mp" else "-", text)
         return Node("list", "", (parse(_tidy(plus)), parse(_tidy(minus))))
+    if r"\equiv" in text:
+        text = re.sub(r"\\b?mod(?![a-z])", r"\\pmod", text)
     if match := _MODULO.fullmatch(text):
         residue = match[1].split(r"\equiv", 1)[-1]
         return Node("congruence", match[1].split(r"\equiv", 1)[0].strip() if r"\equiv" in match[1] else "",
@@ -252,7 +259,8 @@ def _single(text: str) -> Node:
 def _vector(text: str) -> Node | None:
     r"""A sum over the unit vectors i, j, k, as a tuple: `\hat{i} - 2\hat{j}`, and `i - 2j`, but never `3 + 4i`."""
     marked = r"\hat" in text or r"\vec" in text or r"\widehat" in text
-    if not (marked or ("j" in text and ("i" in text or "k" in text))) or len(text) > 200:
+    pair = _I_AND_K.fullmatch(text) or ("j" in text and ("i" in text or "k" in text))
+    if not (marked or pair) or len(text) > 200:
         return None
     components: dict[str, str] = {}
     position = 0
@@ -282,7 +290,10 @@ def _relation(parts: list[str], operators: list[str], text: str) -> Node:
         return Node("expression", text)
     if operators[-1] == r"\approx":
         # What is said to be approximate is not the answer; the exact side is.
-        keep = parts[0] if len(parts) == 2 and not re.fullmatch(r"[a-zA-Z]\w*", parts[0]) else parts[-1]
+        named = re.fullmatch(r"[a-zA-Z]\w*", parts[0])
+        keep = parts[0] if len(parts) == 2 and not named else parts[-1]
+        if len(parts) == 2 and named and "." not in keep:
+            return Node("text", text)  # "about 5" is not 5; a gold of 5.2 is rounded itself
         if set(operators) <= {"=", r"\approx"} and len(parts) > 2:
             keep = parts[-2]
         return parse(keep) if keep else Node("expression", text)

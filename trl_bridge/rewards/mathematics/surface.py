@@ -75,7 +75,9 @@ _TO = re.compile(r"(?<=\d)\s*\\text\s*\{\s*to\s*\}\s*(?=\d)|(?<=\d)\s+to\s+(?=\d
 _QUAD = re.compile(r"\s*\\q?quad(?![a-zA-Z])\s*")
 _NUMBER_START = re.compile(r"[+-]?\s*(?:\d|\\[dt]?frac|\\sqrt)")
 _ANY_INTEGER = re.compile(
-    r"\s*[,;]?\s*\(?\s*(?:\\text\s*\{[^{}]*\}\s*)?([a-zA-Z])\s*\\in\s*(?:\\mathbb\s*\{?\s*Z\s*\}?|Z)\s*\)?$"
+    r"\s*[,;]?\s*\(?\s*(?:(?:\\text\s*\{[^{}]*\}\s*)?([a-zA-Z])\s*\\in\s*(?:\\mathbb\s*\{?\s*Z\s*\}?|Z)"
+    r"|\\text\s*\{[\s,]*(?:for|where|with)\s+(?:(?:some|any|all|every|an)\s+)?integers?[\s}]*([a-z])\s*\}?"
+    r"|\\text\s*\{[\s,]*(?:for|where|with)[\s}]+([a-z])\s+(?:\\text\s*\{\s*)?is\s+an(?:y|\s)\s*integer\s*\})\s*\)?$"
 )
 _TRIG_DEGREE = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)")
 _TRIG = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
@@ -105,6 +107,11 @@ _SPACES = re.compile(
 )
 _DELIMITERS = re.compile(r"(?<!\\)\\[()\[\]](?![a-zA-Z])")
 _DEGREE = re.compile(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\s*\\degrees?(?![a-zA-Z])")
+# Minutes and seconds of arc, feet and inches, behind a number that stands by itself; `x_1'` is a derivative.
+_PRIME = re.compile(
+    r"(?<![\w_^{.])(\d+(?:\.\d+)?) ?(?:\^ ?\{? ?)?('|\\prime(?![a-z])) ?('|\\prime(?![a-z]))? ?\}?(?!['a-zA-Z(])"
+)
+_PRIME_NEXT = re.compile(r"\s*\d+(?:\.\d+)?\\text\{ (?:double)?prime")
 _FRAC = re.compile(r"\\(?:[dtcsx]|nice)frac(?![a-zA-Z])")
 _FRAC_BARE = re.compile(r"\\frac\s*(?:\{([^{}]*)\}|([0-9a-zA-Z]))\s*(?:\{([^{}]*)\}|([0-9a-zA-Z]))")
 _FRAC_ARGUMENT = re.compile(r"\s*(\\(?:pi|theta|alpha|beta|infty)(?![a-zA-Z])|[0-9a-zA-Z])")
@@ -286,7 +293,7 @@ def clean(raw: str) -> str | None:
     text = _COMBINATIONS.sub(r"\\binom{\1}{\2}", text.replace("...", r"\ldots "))
     # "2k pi, k an integer": which letter runs over the integers goes without saying.
     free = _ANY_INTEGER.search(text)
-    text = _strip(text[: free.start()] if free and free[1] in text[: free.start()] else text)
+    text = _strip(text[: free.start()] if free and free[free.lastindex] in text[: free.start()] else text)  # type: ignore[index]
     text = _turned(text)
     if (name := _NAME_ONLY.fullmatch(text)) and name[1].isupper() and name[1] not in _NO_NAMES:
         return name[1]
@@ -303,11 +310,14 @@ def _with_currency(text: str) -> str:
 
 
 def _with_degrees(text: str) -> str:
-    """A degree sign that ends a value as a unit; any other is dropped."""
+    """A degree sign that ends a value as a unit, and primes behind a number; any other degree sign is dropped."""
 
     def unit(match: re.Match[str]) -> str:
-        return r"\text{ degree}" if re.match(_VALUE_END, match.string[match.end() :]) else ""
+        rest = match.string[match.end() :]
+        return r"\text{ degree}" if re.match(_VALUE_END, rest) or _PRIME_NEXT.match(rest) else ""
 
+    if "'" in text or r"\prime" in text:
+        text = _PRIME.sub(lambda m: rf"{m[1]}\text{{ {'double' if m[3] else ''}prime}}", text)
     return _DEGREE.sub(unit, text)
 
 

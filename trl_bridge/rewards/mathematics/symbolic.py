@@ -42,7 +42,9 @@ _IMAGINARY = {
 
 
 _FUNCTION = re.compile(r"([A-Za-z])\s*\(\s*([A-Za-z])\s*\)")
-_PROSE = re.compile(r"\\text\s*\{[^{}]*[A-Za-z]{2}|(?<![\\A-Za-z])[A-Za-z]{3,}")
+# SymPy takes a letter here for a polynomial: the greatest common divisor of n and 6 would be 1.
+_GCD = re.compile(r"\\(?:gcd|lcm)\s*\(?[^()]*[a-zA-Z]")
+_PROSE = re.compile(r"\\(?:gcd|lcm)|\\text\s*\{[^{}]*[A-Za-z]{2}|(?<![\\A-Za-z])[A-Za-z]{3,}")
 
 
 # Words that are no products of letters; `0x1F` is no product either.
@@ -68,7 +70,7 @@ def to_sympy(text: str) -> sympy.Basic:
     number = exact(text)
     if number is not None:
         return sympy.Rational(number.numerator, number.denominator)
-    if _NO_PRODUCT.search(text):
+    if _NO_PRODUCT.search(text) or _GCD.search(text):
         raise ParseError(text[:80])
     text = _explicit(text)
     text = re.sub(r"\\(?:overline|bar)\{\s*([a-z])\s*\}", r"\\bar{\1}", text)
@@ -125,6 +127,8 @@ def _leaf(a: Node, b: Node, factor: Fraction) -> bool:
         return same_value(left, right)
     if a.kind == b.kind == "equation":
         return _same_equation(a, b)
+    if "congruence" in (a.kind, b.kind):
+        return _same_residues(*((a, b) if a.kind == "congruence" else (b, a)))
     if "determinant" in (a.kind, b.kind) or "matrix" in (a.kind, b.kind):
         return same_value(_matrix(a), _matrix(b))
     if a.kind == b.kind == "inequality" and len(a.items) == len(b.items) == 2 and _same_inequality(a, b):
@@ -140,6 +144,21 @@ def _same_integer(left: sympy.Basic, right: sympy.Basic) -> sympy.Basic:
     (old,), (new,) = one, two
     step = sympy.expand(left - left.subs(old, 0)) / (old * sympy.pi)
     return left.xreplace({old: new}) if {old.name, new.name} <= set("nkmlN") and step.is_Rational else left
+
+
+def _same_residues(a: Node, b: Node) -> bool:
+    r"""A residue class against another, or against its members `7k + 3`, k any integer."""
+    residue, modulus = (to_sympy(item.text) for item in a.items)
+    if b.kind == "congruence":
+        other, step = (to_sympy(item.text) for item in b.items)
+    else:
+        value = to_sympy(b.text)
+        letters = [symbol for symbol in value.free_symbols if symbol.name in "nkmltjqK"]
+        if len(letters) != 1 or not (value.is_polynomial(letters[0]) and sympy.degree(value, letters[0]) == 1):
+            return False
+        other, step = value.subs(letters[0], 0), sympy.expand(value - value.subs(letters[0], 0)) / letters[0]
+    whole = all(number.is_Integer for number in (residue, modulus, other, step)) and modulus != 0
+    return bool(abs(step) == abs(modulus) and (residue - other) % modulus == 0) if whole else False
 
 
 def _matrix(node: Node) -> sympy.Basic:
@@ -191,6 +210,8 @@ def _same_at_points(a: sympy.Expr, b: sympy.Expr, symbols: list[sympy.Symbol]) -
             # Too few points were of use: both may be real for positive symbols only.
             point = {s: abs(p) for s, p in point.items()}
         if real and not (_is_real_throughout(a, point) and _is_real_throughout(b, point)):
+            if _only_one_has_absolute_logarithm(a, b):
+                return False
             continue
         verdict = _close(a.xreplace(point), b.xreplace(point))
         if verdict is False:
@@ -199,6 +220,12 @@ def _same_at_points(a: sympy.Expr, b: sympy.Expr, symbols: list[sympy.Symbol]) -
         if turn >= _ROUNDS - 1 and seen >= 3:
             return _same_beyond_kinks(a, b, symbols, real)
     return _simplified(a, b)
+
+
+def _only_one_has_absolute_logarithm(a: sympy.Expr, b: sympy.Expr) -> bool:
+    r"""`\ln|x|` and `\ln x` are two functions; with a constant of integration both are how an antiderivative is written."""
+    bars = [any(log.args[0].has(sympy.Abs) for log in side.atoms(sympy.log)) for side in (a, b)]
+    return bars[0] != bars[1] and "C" not in {symbol.name for symbol in a.free_symbols}
 
 
 def _same_beyond_kinks(a: sympy.Expr, b: sympy.Expr, symbols: list[sympy.Symbol], real: bool) -> bool:
@@ -365,7 +392,8 @@ def _ratio(first: sympy.Expr, second: sympy.Expr) -> sympy.Expr | None:
             ratio = x / y
         elif abs(x / y - ratio) > _AGREE * abs(ratio):
             return None
-    return ratio
+    bent = ratio is not None and not _same_beyond_kinks(first, ratio * second, symbols, real=True)
+    return None if bent else ratio
 
 
 def _same_inequality(a: Node, b: Node) -> bool:

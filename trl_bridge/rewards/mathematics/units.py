@@ -10,13 +10,33 @@ _LENGTH = {"mm": "1/1000", "cm": "1/100", "dm": "1/10", "m": "1", "km": "1000", 
 _TIME = {"ms": "1/1000", "s": "1", "min": "60", "h": "3600", "day": "86400", "week": "604800", "month": "", "year": ""}
 _MASS = {"mg": "1/1000", "g": "1", "kg": "1000", "lb": "453.59237", "oz": "28.349523125", "ton": ""}
 _MONEY = {"dollar": "1", "cent": "1/100", "euro": "", "pound": "", "yuan": "", "yen": "", "rupee": ""}
-_OTHER = ["degree", "radian", "liter", "ml", "gallon", "mph", "kph", "newton", "joule", "watt", "volt", "amp", "ohm",
-          "hz", "pascal", "kelvin", "celsius", "fahrenheit", "mole", "am", "pm", "acre", "hectare", "unit"]  # fmt: skip
+_ANGLE = {"degree": "1", "arcminute": "1/60", "arcsecond": "1/3600"}
+_OTHER = ["radian", "liter", "ml", "gallon", "mph", "kph", "newton", "joule", "watt", "volt", "amp", "ohm", "hz",
+          "pascal", "kelvin", "celsius", "fahrenheit", "mole", "am", "pm", "acre", "hectare", "unit", "prime", "doubleprime"]  # fmt: skip
 _FACTORS: dict[str, tuple[str, Fraction]] = {}
-for _dimension, _table in (("length", _LENGTH), ("time", _TIME), ("mass", _MASS), ("money", _MONEY)):
+for _dimension, _table in (
+    ("length", _LENGTH),
+    ("time", _TIME),
+    ("mass", _MASS),
+    ("money", _MONEY),
+    ("angle", _ANGLE),
+):
     for _name, _factor in _table.items():
         _FACTORS[_name] = (_dimension, Fraction(_factor)) if _factor else (_name, Fraction(1))
 _FACTORS |= {name: (name, Fraction(1)) for name in _OTHER}
+# Symbols whose prefix is told by its case alone: MW is no mW. "pm" is the afternoon.
+_SYMBOLS = {"W": "watt", "Hz": "hz", "Pa": "pascal", "A": "amp", "V": "volt", "J": "joule", "N": "newton", "L": "liter",
+            "g": "g", "m": "m", "s": "s"}  # fmt: skip
+_PREFIXES = {"p": -12, "n": -9, "u": -6, "m": -3, "k": 3, "M": 6, "G": 9, "T": 12}
+_BY_CASE = {
+    prefix + symbol: (_FACTORS[name][0], _FACTORS[name][1] * Fraction(10) ** power)
+    for symbol, name in _SYMBOLS.items()
+    for prefix, power in _PREFIXES.items()
+    if prefix + symbol != "pm"
+}
+_FACTORS = {**_BY_CASE, **_FACTORS, "ml": _BY_CASE["mL"]}
+# `5'` is five feet beside a length, five minutes of arc beside an angle.
+_PRIMES = {"prime": {"length": "ft", "angle": "arcminute"}, "doubleprime": {"length": "in", "angle": "arcsecond"}}
 _ALIASES = {
     "millimeter": "mm", "millimetre": "mm", "centimeter": "cm", "centimetre": "cm", "decimeter": "dm", "meter": "m",
     "metre": "m", "kilometer": "km", "kilometre": "km", "inch": "in", "inches": "in", "inche": "in", "foot": "ft",
@@ -28,6 +48,9 @@ _ALIASES = {
     "f": "fahrenheit", "mol": "mole", "amps": "amp", "hertz": "hz", "pa": "pascal", "day": "day", "noon": "pm",
     "degrees celsius": "celsius", "miles per hour": "mph", "kilometers per hour": "kph",
 }  # fmt: skip
+# `KW` and `Ghz` leave no doubt, `mw` does.
+_LOWERED = [name.lower() for name in _BY_CASE]
+_ALIASES = {name.lower(): name for name in _BY_CASE if _LOWERED.count(name.lower()) == 1} | _ALIASES
 _POWERS = {"square": 2, "sq": 2, "sq.": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _TEXT_UNIT = re.compile(r"^(.*?)\s*\\text\s*\{([^{}]*)\}\s*(?:\^\s*\{?\s*(-?\d)\s*\}?)?$", re.DOTALL)
 _FRACTION_UNIT = re.compile(
@@ -50,6 +73,9 @@ _NOT_UNITS = re.compile(
     r"loss|wrong|incorrect|binary|out|crore|lakh|bn|mil|score|gross|(?:in|of)\s+(?:\d+|one|two|three|four|five|six|seven|eight|nine|ten))\b"
     r"|^\s*(?:squared|cubed)\s*$"
 )
+_PARTS = re.compile(r"[^A-Za-z]+")
+_MEASURE = re.compile(r"\s*(?:,\s*|and\s)?\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)")
+_MEASURES = re.compile(rf"(?:{_MEASURE.pattern}){{2,4}}\s*")
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "hundred": 100, "dozen": 12}
 _SCALED = re.compile(
     r"^([+-]?[\d.]+)\s*(?:\\text\s*\{\s*)?(hundred|thousand|million|billion|trillion|dozen)s?\b([^{}]*)\}?$"
@@ -64,6 +90,25 @@ def split_scale(text: str) -> str:
     value = Fraction(match[1]) * _SCALES[match[2]]
     number = str(value.numerator) if value.denominator == 1 else f"{value.numerator}/{value.denominator}"
     return number + (rf"\text{{{match[3]}}}" if match[3].strip() else "")
+
+
+def in_one_unit(text: str) -> tuple[str, str] | None:
+    r"""One quantity in several units, `2 \text{ hours } 30 \text{ minutes}`, as value and unit: in the last of them, in degrees for angles."""
+    bare = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text[:200])
+    if len(text) > 200 or not _MEASURES.fullmatch(bare):
+        return None
+    found = [(Fraction(number), _unit_name(name, None)) for number, name in _MEASURE.findall(bare)]
+    beside = "ft" if found[0][1] == "prime" else found[0][1]
+    found = [(number, _prime(name, beside)) for number, name in found]
+    total, into = Fraction(0), found[0 if beside == "degree" else -1][1]
+    for (number, name), (smaller, following) in zip(found, [*found[1:], (Fraction(0), found[-1][1])], strict=True):
+        # Hours and minutes, in this order, and fewer minutes than an hour has: else they are several quantities.
+        if not {name, following} <= _FACTORS.keys() or (to_next := conversion(name, following)) is None:
+            return None
+        if to_next <= smaller:
+            return None
+        total += number * conversion(name, into)  # type: ignore[operator]
+    return (str(total), into) if len({name for _, name in found}) == len(found) else None
 
 
 @lru_cache(maxsize=16384)
@@ -108,7 +153,8 @@ def split_unit(text: str) -> tuple[str, str]:
 
 
 def _unit_name(label: str, power: str | None) -> str:
-    words = label.lower().replace("\\", " ").strip(" .").split()
+    words = label.replace("\\", " ").strip(" .").split()
+    words = [word if any(part in _BY_CASE for part in _PARTS.split(word)) else word.lower() for word in words]
     exponent = int(power) if power else 1
     if words and words[0] in _POWERS:
         exponent = _POWERS[words.pop(0)]
@@ -123,11 +169,16 @@ def _unit_name(label: str, power: str | None) -> str:
     return name if exponent == 1 else f"{name}^{exponent}"
 
 
+def _prime(name: str, beside: str) -> str:
+    return _PRIMES[name].get(_FACTORS.get(beside, ("", 1))[0], name) if name in _PRIMES else name
+
+
 def conversion(first: str, second: str) -> Fraction | None:
     """Factor that takes a value in unit `first` to unit `second`."""
     if first == second or not first or not second:
         return Fraction(1)
     (base_a, _, power_a), (base_b, _, power_b) = first.partition("^"), second.partition("^")
+    base_a, base_b = _prime(base_a, base_b), _prime(base_b, base_a)
     known_a, known_b = _FACTORS.get(base_a), _FACTORS.get(base_b)
     if "unit" in (base_a, base_b) and (power_a == power_b or not power_a or not power_b):
         return Fraction(1)
