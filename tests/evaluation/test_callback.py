@@ -1,3 +1,5 @@
+import asyncio
+import functools
 import random
 
 import numpy as np
@@ -100,6 +102,32 @@ def test_it_answers_with_the_policy_and_the_judge_sees_the_columns(tmp_path):
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=5)
         assert tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True) == completion
+
+
+@pytest.mark.parametrize("shape", ["function", "partial", "object"])
+def test_the_judge_is_called_as_training_calls_it(tmp_path, shape):
+    """An async reward with no defaults for what TRL gives, as the trainer's own and as the callback's."""
+    calls = []
+
+    async def judge(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **kwargs):
+        calls.append((asyncio.get_running_loop(), trainer_state.global_step, [list(ids) for ids in completion_ids]))
+        log_extra("seen", list(completions))
+        log_metric("judged", 1.0)
+        return [float(len(ids)) for ids in completion_ids]
+
+    class Judge:
+        async def __call__(self, **columns):
+            return await judge(**columns)
+
+    reward = {"function": judge, "partial": functools.partial(judge, weight=2), "object": Judge()}[shape]
+    args = small_config(tmp_path, GRPOConfig, max_steps=1, log_completions=True)
+    trainer = small_trainer(tmp_path, GRPOTrainer, args=args, train_dataset=rl_rows(2), reward_funcs=reward)
+    trainer.add_callback(AccuracyCallback(trainer, held_out(3), eval_steps=1, batch_size=2))
+    trainer.train()
+    assert [step for _, step, _ in calls] == [0, 1, 1] and len({loop for loop, _, _ in calls}) == 1
+    assert logged(trainer, "eval_accuracy") == [1.0] and all(ids for _, _, batch in calls for ids in batch)
+    # Neither the metrics nor the table of training hold what was logged on held-out rows.
+    assert logged(trainer, "judged") == [1.0] and len(trainer._logs["extra"]["seen"]) == len(calls[0][2])
 
 
 @pytest.mark.parametrize("kind", TRAINERS)

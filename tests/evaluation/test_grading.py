@@ -1,8 +1,12 @@
+import asyncio
+import functools
+
 import pytest
 
 from tests.helpers.evaluation import FIXTURES, stored
 from trl_bridge.evaluation import BENCHMARKS, Prompting, Task, load_task
 from trl_bridge.evaluation.tasks import check_grader, grade
+from trl_bridge.rewards import noisy
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -71,3 +75,39 @@ def test_graders_that_do_not_fit_are_refused_before_any_generation(monkeypatch):
     task = load_task("livecodebench", "livecodebench", str(FIXTURES / "livecodebench.jsonl"))
     with pytest.raises(ValueError, match="runs programs that a model wrote.*TRL_BRIDGE_RUN_CODE=1"):
         check_grader(task)
+
+
+async def asked(completions, completion_ids, solution, trainer_state, log_extra, log_metric, **kwargs):
+    """A judge that needs all that a trainer gives it, and waits for an answer."""
+    await asyncio.sleep(0)
+    for text in completions:
+        log_extra("answer", [text])
+    log_metric("asked/timeouts", float(trainer_state.global_step))
+    return [float(sum(ids) == int(gold)) for ids, gold in zip(completion_ids, solution, strict=True)]
+
+
+class Judge:
+    async def __call__(self, **columns):
+        return await asked(**columns)
+
+
+@pytest.mark.parametrize("judge", [asked, functools.partial(asked, bonus=1), Judge(), noisy(asked, 0.0)])
+def test_a_grader_gets_what_training_gives_it(judge):
+    task = Task("t", [{"prompt": "p", "solution": "3", "completion": "2"}], judge, "mine", {})
+    check_grader(task)
+    grades = grade(task, [0, 0], ["a", "b"], [[1, 2], [1]])
+    assert [(each.score, each.answer, each.stopped) for each in grades] == [(1.0, "a", False), (0.0, "b", False)]
+
+
+def test_an_async_grader_keeps_to_one_loop_inside_a_running_one():
+    loops = []
+
+    async def judge(completions, **kwargs):
+        loops.append(asyncio.get_running_loop())
+        return [None if text == "?" else float("nan") if text == "nan" else 1.0 for text in completions]
+
+    async def notebook():
+        return [[each.score for each in grade(one_row(judge), [0] * 3, ["?", "nan", "x"])] for _ in range(2)]
+
+    assert asyncio.run(notebook()) == [[None, None, 1.0]] * 2
+    assert len(loops) == 2 and loops[0] is loops[1]

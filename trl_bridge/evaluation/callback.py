@@ -9,10 +9,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from trl.distributed import DistributedBackend
 from trl.models import unwrap_model_for_generation
 
-from ..generation.engines import Sampling, generate_batch, job_seed, prompt_ids
+from ..generation.engines import Generated, Sampling, generate_batch, job_seed, prompt_ids
+from ..rewards.calling import call_reward
 from ..training.randomness import forked_python_rng
 from .statistics import mean_interval, wilson_interval
-from .tasks import completed
 
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class AccuracyCallback(TrainerCallback):
         dataset ([`~datasets.Dataset`], *optional*):
             Rows with `prompt` and the columns that the reward function reads. `None` takes the trainer's `eval_dataset`.
         reward_func (`Callable`, *optional*):
-            Judge. `None` takes the trainer's reward function, if it has one alone.
+            Judge, called as training calls it (async ones too); what it logs is dropped. `None` takes the trainer's reward function, if it has one alone.
         eval_steps (`int`, *optional*):
             Updates between two measurements beside the trainer's own evaluations, with which it measures always. `None`
             means no others.
@@ -191,15 +191,16 @@ class AccuracyCallback(TrainerCallback):
                 prompts = [prompt_ids(self.rows[row]["prompt"], tokenizer, template_kwargs) for row, _ in batch]
                 seeds = [job_seed(trainer.args.seed, "callback", row, sample) for row, sample in batch]
                 generated = generate_batch(model, tokenizer, prompts, seeds, self.sampling)
-                right += self._judge([self.rows[row] for row, _ in batch], [each.text for each in generated])
+                right += self._judge([self.rows[row] for row, _ in batch], generated)
             model.train(training)
         return right
 
-    def _judge(self, rows: list[dict[str, Any]], texts: list[str]) -> list[bool]:
-        columns = completed(rows, texts)
-        columns.pop("completion", None)
-        scores = self.reward_func(**columns, trainer_state=self.trainer.state)
-        return [score is not None and float(score) >= self.success_threshold for score in scores]
+    def _judge(self, rows: list[dict[str, Any]], generated: list[Generated]) -> list[bool]:
+        texts, ids = [each.text for each in generated], [each.ids for each in generated]
+        # What a reward logs is dropped: the trainer's tables and metrics are those of training's batches.
+        loop = getattr(self.trainer, "async_loop", None)
+        scores = call_reward(self.reward_func, rows, texts, ids, self.trainer.state, loop=loop)
+        return [score is not None and score >= self.success_threshold for score in scores]
 
 
 def _rows(trainer: "GRPOTrainer", dataset: "Dataset | None", num_rows: int | None) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +11,12 @@ from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 from datasets import Dataset, load_dataset
+from transformers import TrainerState
 
 from ..data.files import READERS
 from ..data.rows import load_named_dataset, prepared, take_split
 from ..data.templates import Prompting, Template
+from ..rewards.calling import call_reward
 from ..rewards.code_rewards import CodeExecutionRefused
 from .benchmarks import BENCHMARKS, Benchmark
 
@@ -209,41 +212,46 @@ class Grade(NamedTuple):
     stopped: bool
 
 
-def grade(task: Task, questions: Sequence[int], texts: Sequence[str]) -> list[Grade]:
-    """Grade completions."""
-    grades, stopped = _call(task, questions, texts)
+def grade(
+    task: Task, questions: Sequence[int], texts: Sequence[str], ids: Sequence[Sequence[int]] | None = None
+) -> list[Grade]:
+    """Grade completions; `ids` are their tokens, for graders that read them."""
+    ids = [()] * len(texts) if ids is None else ids
+    grades, stopped = _call(task, questions, texts, ids)
     if stopped and len(texts) > 1:
         # A batch has one limit of time, and one answer may use it up. One by one each has its own, and the verdict does
         # not depend on the neighbours.
-        return [_call(task, [question], [text])[0][0] for question, text in zip(questions, texts, strict=True)]
+        each = zip(questions, texts, ids, strict=True)
+        return [_call(task, [question], [text], [tokens])[0][0] for question, text, tokens in each]
     return grades
 
 
-def _call(task: Task, questions: Sequence[int], texts: Sequence[str]) -> tuple[list[Grade], bool]:
-    extra: dict[str, list[Any]] = {}
-    metrics: dict[str, float] = {}
-    columns = completed([task.rows[question] for question in questions], texts)
-    scores = task.grader(**columns, log_extra=extra.__setitem__, log_metric=metrics.__setitem__)
-    stopped = any(value > 0 for name, value in metrics.items() if name.endswith("/timeouts"))
-    answers = extra.get("answer")
+def _call(
+    task: Task, questions: Sequence[int], texts: Sequence[str], ids: Sequence[Sequence[int]]
+) -> tuple[list[Grade], bool]:
+    extra: dict[str, list[Any]] = defaultdict(list)
+    metrics: dict[str, list[float]] = defaultdict(list)
+    rows = [task.rows[question] for question in questions]
+    try:
+        scores = call_reward(
+            task.grader,
+            rows,
+            texts,
+            ids,
+            trainer_state=TrainerState(),
+            log_extra=lambda column, values: extra[column].extend(values),
+            log_metric=lambda name, value: metrics[name].append(value),
+        )
+    except ValueError as error:
+        raise ValueError(f"`grader`: {task.grader_name}: {error}") from error
+    stopped = any(max(values) > 0 for name, values in metrics.items() if name.endswith("/timeouts"))
+    answers = extra["answer"] if len(extra["answer"]) == len(texts) else None
     grades = []
     for place, score in enumerate(scores):
         answer = None if answers is None or answers[place] in _NO_ANSWER else str(answers[place])
         answered = None if answers is None else answers[place] not in _NO_ANSWER
-        grades.append(Grade(None if score is None else float(score), answer, answered, stopped))
-    if len(grades) != len(texts):
-        raise ValueError(f"`grader`: {task.grader_name} gave {len(grades)} scores for {len(texts)} completions.")
+        grades.append(Grade(score, answer, answered, stopped))
     return grades, stopped
-
-
-def completed(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> dict[str, list[Any]]:
-    """Arguments of a reward function for rows with `prompt`, of which one completion each has been drawn."""
-    columns = {f"{key}s" if key == "prompt" else key: [row[key] for row in rows] for key in rows[0]}
-    completions = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(columns["prompts"], texts, strict=True)
-    ]
-    return {**columns, "completions": completions}
 
 
 def check_grader(task: Task) -> None:
@@ -251,7 +259,7 @@ def check_grader(task: Task) -> None:
     Grade an empty completion, so that a column or a permission that the grader lacks is seen before any generation.
     """
     try:
-        _call(task, [0], [""])
+        _call(task, [0], [""], [[]])
     except CodeExecutionRefused as error:
         raise ValueError(f"`benchmarks: {task.name}`: {error}") from error
     except TypeError as error:

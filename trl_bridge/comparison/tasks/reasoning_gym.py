@@ -2,15 +2,15 @@
 
 import random
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerState
 
 from ...data.reasoning_gym_tasks import reasoning_gym_dataset
 from ...generation.engines import Sampling, generate_batch, job_seed, prompt_ids
 from ...models import load_smollm2
+from ...rewards.calling import call_reward
 from ...rewards.reasoning_gym_rewards import reasoning_gym_reward
 from ...training.randomness import forked_python_rng
 from .specs import ReasoningGymSpec
@@ -67,13 +67,12 @@ def _accuracy(model: PreTrainedModel, task: BuiltTask, split: Dataset, max_new_t
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), forked_python_rng():
         for start in range(0, len(split), _BATCH):
-            batch: dict[str, Any] = split[start : start + _BATCH]
-            prompts = [prompt_ids(prompt, task.tokenizer, {}) for prompt in batch["prompt"]]
+            rows = split.select(range(start, min(start + _BATCH, len(split)))).to_list()
+            prompts = [prompt_ids(row["prompt"], task.tokenizer, {}) for row in rows]
             seeds = [job_seed(0, "compare", start + row, 0) for row in range(len(prompts))]
             generated = generate_batch(model, task.tokenizer, prompts, seeds, sampling)
-            completions = [[{"role": "assistant", "content": each.text}] for each in generated]
-            columns = {name: values for name, values in batch.items() if name not in ("prompt", "completion")}
-            scores = task.reward(prompts=batch["prompt"], completions=completions, **columns)
-            right += sum(score is not None and float(score) >= 1.0 for score in scores)
+            texts, ids = [each.text for each in generated], [each.ids for each in generated]
+            scores = call_reward(task.reward, rows, texts, ids, TrainerState())
+            right += sum(score is not None and score >= 1.0 for score in scores)
     model.train(training)
     return right / len(split)
