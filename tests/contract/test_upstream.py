@@ -96,6 +96,8 @@ SIGNATURES = {
     "transformers.Trainer._load_optimizer_and_scheduler": "(self, checkpoint)",
     "transformers.Trainer._load_best_model": "(self)",
     "transformers.Trainer._load_rng_state": "(self, checkpoint)",
+    "transformers.Trainer._finalize_training": "(self, trial, num_train_samples, start_time)",
+    "transformers.Trainer._push_from_checkpoint": "(self, checkpoint_folder)",
     "transformers.Trainer._get_output_dir": "(self, trial)",
     "transformers.Trainer.get_decay_parameter_names": "(self, model)",
     "transformers.Trainer.get_optimizer_cls_and_kwargs": "(args, model=None)",
@@ -424,6 +426,11 @@ def test_sampler_draws_each_epoch_from_one_generator():
     skipping = sampler()
     torch.randperm(skipping.num_samples, generator=skipping.generator)
     assert list(skipping) == second
+
+
+def test_upload_and_rotation_are_left_out_of_saving_by_their_options():
+    for option in ("if self.args.push_to_hub:\n", "save_total_limit=self.args.save_total_limit"):
+        assert_in_order(Trainer._save_checkpoint, option, ours=Resumable._save_checkpoint)
 
 
 def test_parts_are_written_before_upload_and_rotation():

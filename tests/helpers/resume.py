@@ -1,7 +1,7 @@
 """A run that is stopped and resumed: what stops it, what it must bring back, and equality to the bit."""
 
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from tests.helpers.training import small_trainer
@@ -25,14 +25,8 @@ def rows_of(trainer):
     }
 
 
-def saved_rows(checkpoint, name, tmp_path):
-    """Whole, by torch's own tool."""
-    dcp_to_torch_save(checkpoint / "bridge" / name, tmp_path / f"{name}.pt")
-    return torch.load(tmp_path / f"{name}.pt", weights_only=True)
-
-
-def assert_shadow_is_that_of(trainer, checkpoint, tmp_path):
-    saved = saved_rows(checkpoint, "shadow", tmp_path)
+def assert_shadow_is_that_of(trainer, checkpoint):
+    saved = load_file(checkpoint / "bridge" / "shadow" / "rows-0.safetensors")  # of one process: whole
     rows = {key: piece for key, piece in trainer.shadow.saved.shards().items() if key.startswith("weights/")}
     assert rows
     assert_same(rows, {key: saved[key] for key in rows})

@@ -22,6 +22,7 @@ from ..generation.day import clock_template, stopped, today
 from ..training.backends import backend_for
 from ..training.backends.refusals import refuse_quantised
 from ..training.checkpoint import folder as checkpoints
+from ..training.checkpoint import lock
 from ..training.checkpoint.resume import ResumableTrainer
 from ..training.options import options
 
@@ -225,6 +226,10 @@ class TwoStageTrainer:
 
     def train(self, resume_from_checkpoint: bool | None = None) -> Any:
         """Run both stages."""
+        with lock.held(str(self.args.output_dir)):
+            return self._run_stages(resume_from_checkpoint)
+
+    def _run_stages(self, resume_from_checkpoint: bool | None) -> Any:
         self._check_resume(resume_from_checkpoint)
         first, second = self.args.folders
         checkpoint = None

@@ -178,7 +178,7 @@ def test_best_model_brings_back_its_own_parts(tmp_path):
     assert best.name != "checkpoint-4", "the last update was the best, so nothing was brought back"
     saved = torch.load(best / "bridge" / "shared.pt", weights_only=True)
     assert_same(trainer.coordinator_state_dict(), saved["coordinator"])
-    assert_shadow_is_that_of(trainer, best, tmp_path)
+    assert_shadow_is_that_of(trainer, best)
     state = {n.replace(".default", ""): p.detach() for n, p in trainer.model.named_parameters() if "lora_" in n}
     assert_same(load_peft_weights(str(best)), state)
     a, b = adapters(trainer.coordinator_state_dict())

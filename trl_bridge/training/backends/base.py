@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from .sharding import meta_copy, shard
 from .storage import MasterWeights, Storage
@@ -142,10 +140,6 @@ class Backend(Reducer):
         copy_rows_(weights.shards(), weights, source)
 
     # Saving
-
-    def checkpoint_parts(self, checkpoint: Path) -> list[str]:
-        """What TRL's checkpoint must hold for an exact resume besides the plain model, as paths inside it."""
-        return [OPTIMIZER_NAME, SCHEDULER_NAME]
 
     def loads_optimizer(self, optimizer: Any) -> bool:
         """Whether TRL's trainer can load a checkpoint's optimizer into this one."""

@@ -2,16 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.trainer import SCHEDULER_NAME
 from trl.models import prepare_fsdp
 
 from .base import Backend
@@ -70,9 +67,6 @@ class FSDP2Backend(Backend):
     def fill_reference(self, reference: nn.Module, source: Weights) -> None:
         weights = ShardedWeights(reference, self)
         copy_rows_(weights.shards(), weights, source)
-
-    def checkpoint_parts(self, checkpoint: Path) -> list[str]:
-        return [f"{OPTIMIZER_NAME}.bin", f"{FSDP_MODEL_NAME}.bin", SCHEDULER_NAME]
 
     def loads_optimizer(self, optimizer: Any) -> bool:
         # torch looks for the device of the state, and SGD without momentum has none ("Expected device to be set").

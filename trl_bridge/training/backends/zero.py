@@ -9,7 +9,6 @@ refreshes the working weights.
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -19,7 +18,6 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param,
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
-from transformers.trainer import SCHEDULER_NAME
 from trl.models import prepare_deepspeed
 
 from ..._upstream import outside_zero3, without_gradient_sync
@@ -127,11 +125,6 @@ class ZeroBackend(Backend):
             with _gathered(parameter, write=True), torch.no_grad():
                 if self.rank == 0 or not hasattr(parameter, "ds_id"):
                     parameter.copy_(value)
-
-    def checkpoint_parts(self, checkpoint: Path) -> list[str]:
-        folder = (checkpoint / "latest").read_text().strip()
-        states = sorted(f"{folder}/{file.name}" for file in (checkpoint / folder).iterdir())
-        return ["latest", *states, SCHEDULER_NAME]
 
 
 class ZeroWeights(Weights):

@@ -67,6 +67,11 @@ class Registry:
         """All that must match."""
         return self._matched | totals(self.layout)
 
+    @property
+    def description(self) -> dict[str, Any]:
+        """What the marker says of the run."""
+        return {"layout": self.layout, "requirements": self.requirements, "first_start": self.first_start}
+
     def state(self, how: str) -> dict[str, Any]:
         """State of the shared parts, or of this rank's own."""
         return {name: part.state_dict() for name, part in self.parts[how].items()}

@@ -17,8 +17,10 @@ from ...generation.day import clock_template, stopped, today
 from ..backends import Backend, backend_for
 from ..randomness import seed_anew
 from . import folder as checkpoints
+from . import lock
 from .layout import RANKS, reshard_rollouts
 from .registry import LOCAL, Registry, Value, attribute
+from .seal import Background
 
 
 logger = logging.get_logger(__name__)
@@ -34,6 +36,10 @@ class Resumable(Trainer):
     """
 
     _metrics: dict[str, Any]
+
+    @functools.cached_property
+    def _sealing(self) -> Background:
+        return Background()
 
     @functools.cached_property
     def backend(self) -> Backend:
@@ -77,32 +83,54 @@ class Resumable(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
-        As [`~transformers.Trainer.train`]. `resume_from_checkpoint=True` passes over an unfinished newest checkpoint.
+        As [`~transformers.Trainer.train`]. `resume_from_checkpoint=True` takes the newest checkpoint that is whole. Refused
+        while another run writes to `output_dir`.
         """
-        if resume_from_checkpoint is True:
-            found = checkpoints.agreed(lambda: checkpoints.latest(Path(str(self.args.output_dir))))
-            if found is None:
-                raise ValueError(f"`resume_from_checkpoint`: no complete checkpoint in {self.args.output_dir!r}.")
-            resume_from_checkpoint = str(found)
-        if resume_from_checkpoint:
-            folder = Path(resume_from_checkpoint)
-            self.take_over(checkpoints.first_start_of(folder))
-            saved = self.saved
-            checkpoints.check(folder, saved.requirements, saved.layout, saved.only_same_ranks)
-            ranks, now = checkpoints.layout_of(folder)[RANKS], saved.layout[RANKS]
-            if ranks != now and self.accelerator.is_main_process:
-                logger.warning(
-                    f"{resume_from_checkpoint} was written by {ranks} ranks and is resumed on {now}: from "
-                    "the same weights, optimizer states, prompts and demonstrations, but with random numbers (of sampling "
-                    "and dropout) other than those of an uninterrupted run."
-                )
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        with lock.held(str(self.args.output_dir)):
+            folder = Path(str(self.args.output_dir))
+            found: Path | None = None
+            if resume_from_checkpoint:
+                wanted = None if resume_from_checkpoint is True else Path(resume_from_checkpoint)
+                found = checkpoints.whole(folder, wanted)
+                self.take_over(checkpoints.first_start_of(found))
+                checkpoints.check_run(found, self.saved)
+            else:
+                checkpoints.say_what_is_there(folder)
+            try:
+                result = super().train(None if found is None else str(found), *args, **kwargs)
+            finally:
+                self._sealing.wait()
+            self.accelerator.wait_for_everyone()
+            return result
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        args = self.args
+        self._sealing.wait()
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            checkpoints.discard_marker(folder)
-        super()._save_checkpoint(model, trial)
+        checkpoints.clear(folder, self.accelerator)
+        # TRL's trainer uploads and rotates before the checkpoint is whole: both are done below, in this order.
+        last = {"save_total_limit": None, "push_to_hub": False}
+        kept = {name: getattr(args, name) for name in last}
+        vars(args).update(last)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            vars(args).update(kept)
+        self.accelerator.wait_for_everyone()
+        saved, state = self.saved, self.state
+        rest = functools.partial(
+            checkpoints.finish,
+            folder,
+            state.global_step,
+            None if args.save_only_model or self.inside_update else saved.description,
+            limit=args.save_total_limit,
+            best=state.best_model_checkpoint,
+        )
+        if self.accelerator.is_main_process:
+            self._sealing.start(rest)
+        if args.push_to_hub:
+            self._sealing.wait()
+            self._push_from_checkpoint(str(folder))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -112,9 +140,11 @@ class Resumable(Trainer):
                 "complete, and `resume_from_checkpoint=True` will pass over it."
             )
             return
-        # Here, because TRL's trainer rotates and uploads checkpoints once this and its own state are written.
-        step, parts = self.state.global_step, self.backend.checkpoint_parts
-        checkpoints.write(Path(output_dir), self.accelerator, self.saved, step, parts)
+        checkpoints.write(Path(output_dir), self.accelerator, self.saved)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._sealing.wait()  # it deletes checkpoints
+        return super()._finalize_training(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

@@ -1,22 +1,14 @@
-"""
-State that may be sharded by rows, in torch's own format for distributed checkpoints.
+"""State that may be sharded by rows: a row is read by whichever rank has it now."""
 
-A row is read by whichever rank has it now, so the number of ranks may change between saving and loading.
-"""
-
-import contextlib
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
 
 from ..backends import Weights
+from .rows import saved_rows, write_rows
 
 
 _WEIGHTS = "weights"
@@ -60,17 +52,13 @@ class ShardedState:
         return {"states": states, "param_groups": self._optimizer.state_dict()["param_groups"]}
 
     def save(self, folder: Path) -> None:
-        """Write the shards to a folder. Collective."""
-        mesh_of: dict[str, DeviceMesh] = {}
-        with _without_warning():
-            dcp.save(
-                {key: self._placed(key, piece, mesh_of) for key, piece in self.shards().items()},
-                # An unfinished checkpoint of the same update may be there.
-                storage_writer=dcp.FileSystemWriter(folder, overwrite=True),
-            )
+        """Write this rank's shards to a file of a folder. Every rank calls."""
+        rank = self._weights.backend.rank
+        if rank == 0 or self._weights.sharded:
+            write_rows(folder, rank, self.shards(), self._first_row)
 
     def load(self, folder: Path, rest: dict[str, Any]) -> None:
-        """Take over what `save` has written and `rest` returned, on any number of ranks. Collective."""
+        """Take over what `save` has written and `rest` returned, on any number of ranks."""
         rows = self._read(folder)
         self._write_weights(rows)
         states: dict[str, dict[str, Any]] = {name: dict(state) for name, state in rest["states"].items()}
@@ -84,7 +72,7 @@ class ShardedState:
         self._optimizer.load_state_dict({"state": by_number, "param_groups": rest["param_groups"]})
 
     def load_weights(self, folder: Path) -> None:
-        """Take over only the weights. Collective."""
+        """Take over only the weights."""
         self._write_weights(self._read(folder, _WEIGHTS))
 
     def _held(self) -> dict[str, torch.Tensor]:
@@ -103,42 +91,22 @@ class ShardedState:
         for name, piece in self._held().items():
             piece.copy_(rows[f"{_WEIGHTS}/{name}"])
 
+    def _first_row(self, key: str) -> int:
+        return self._weights.bounds(key.partition("/")[2])[0]
+
     def _read(self, folder: Path, only: str = "") -> dict[str, torch.Tensor]:
-        written = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        """This rank's rows, of whichever files have them."""
         pieces: dict[str, torch.Tensor] = {}
-        for key, entry in written.items():
+        for key, start, saved in saved_rows(folder):
             kind, _, name = key.partition("/")
-            if not only or kind == only:
-                first, last = self._weights.bounds(name)
-                shape = (last - first, *self._weights.shape(name)[1:])
-                pieces[key] = torch.empty(shape, dtype=entry.properties.dtype)
-        if pieces:
-            mesh_of: dict[str, DeviceMesh] = {}
-            with _without_warning():
-                dcp.load(
-                    {key: self._placed(key, piece, mesh_of) for key, piece in pieces.items()}, checkpoint_id=folder
-                )
+            if only and kind != only:
+                continue
+            first, last = self._weights.bounds(name)
+            count, *rest = saved.get_shape()
+            low, high = (min(max(place - start, 0), count) for place in (first, last))
+            rows = saved[low:high]
+            if key not in pieces:
+                pieces[key] = torch.empty((last - first, *rest), dtype=rows.dtype)
+            if low < high:
+                pieces[key][start + low - first : start + high - first] = rows
         return pieces
-
-    def _placed(self, key: str, piece: torch.Tensor, mesh_of: dict[str, DeviceMesh]) -> torch.Tensor:
-        """A shard and where in the full tensor it lies, without copying it."""
-        world_size = self._weights.backend.world_size
-        if not self._weights.sharded or world_size == 1:
-            return piece
-        kind = piece.device.type
-        if kind not in mesh_of:
-            mesh_of[kind] = init_device_mesh(kind, (world_size,))
-        shape = self._weights.shape(key.partition("/")[2])
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            piece.detach(), mesh_of[kind], [Shard(0)], run_check=False, shape=shape, stride=stride
-        )
-
-
-@contextlib.contextmanager
-def _without_warning() -> Iterator[None]:
-    """On one process torch says at each call that it takes it for one process, and of `overwrite` that it may change."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
-        yield
