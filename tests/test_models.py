@@ -2,6 +2,7 @@ import importlib.util
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from trl_bridge import models
@@ -82,6 +83,8 @@ def test_tiny_model_computes_what_qwen2_does():
     qwen.load_state_dict(tiny.state_dict())
     ids = torch.arange(20)[None]
     assert torch.equal(qwen(ids).logits, tiny(ids).logits)
+    targets = [get_peft_model(model, LoraConfig()).peft_config["default"].target_modules for model in (qwen, tiny)]
+    assert targets[0] == targets[1]
 
 
 def test_missing_wheel_is_named_with_the_command(monkeypatch):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 def readme_path():
     """The commands under "From nothing to a number"."""
     section = (ROOT / "README.md").read_text().split("## From nothing to a number")[1].split("\n## ")[0]
-    return re.search(r"```bash\n(.*?)```", section, re.DOTALL).group(1).splitlines()
+    return re.search(r"```bash\n(.*?)```", section, re.DOTALL).group(1).replace("\\\n", "").splitlines()
 
 
 def test_the_path_is_short():
@@ -45,5 +45,6 @@ def test_readmes_commands_from_the_wheel(tmp_path):
     assert "smoke/bridge" in run("-m", "trl_bridge", "recipes", "ls")
     shown = [run("-m", "trl_bridge", *command.split()[1:]) for command in readme_path()]
     assert "\nsound\n" in shown[1]
-    assert "| builtin-addition | 32 |" in shown[-1]
+    accuracy = re.search(r"\| builtin-addition \| 32 \| 1 \| greedy \| ([0-9.]+) \|", shown[-1]).group(1)
+    assert float(accuracy) > 25, "the page says about half"
     assert (away / "outputs" / "mine" / "model.safetensors").is_file()

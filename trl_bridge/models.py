@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
@@ -25,6 +26,9 @@ from transformers import (
 
 
 __all__ = ["export_smollm2", "load_smollm2", "tiny_model", "tiny_tokenizer"]
+
+# So that a `LoraConfig` without targets finds those of Qwen2 in `tiny_model`.
+TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("seed_oss", ["q_proj", "v_proj"])
 
 _TINY, _SMOLLM2 = "builtin:tiny", "builtin:smollm2-135m"
 

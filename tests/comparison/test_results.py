@@ -18,13 +18,17 @@ VALUES = {
     "task": {"name": "addition"},
     "settings": {"half": {"wrong_share": 0.5}, "good": None},
     "methods": {"grpo": None, "bridge": None, "sft": None},
-    "seeds": [0, 1, 2],
+    "seeds": [0, 1, 2, 3, 4],
     "validation_seeds": [9],
     "learning_rates": [0.1, 0.2, 0.4],
     "steps": 10,
     "references": ["grpo"],
 }
-SCORES = {"grpo": [0.40, 0.50, 0.60], "bridge": [0.30, 0.45, 0.55], "sft": [0.45, 0.48, 0.66]}
+SCORES = {
+    "grpo": [0.40, 0.50, 0.60, 0.45, 0.55],
+    "bridge": [0.30, 0.45, 0.55, 0.40, 0.45],
+    "sft": [0.45, 0.48, 0.66, 0.40, 0.66],
+}
 
 
 def record(run, probability):
@@ -72,23 +76,38 @@ def test_means_deviations_and_paired_differences(given):
     comparison, records = given
     results = results_of(comparison, comparison.settings[0], records)
     difference = results["bridge"].against(results["grpo"])
-    assert difference.seeds == 3 and difference.mean == pytest.approx(-0.2 / 3)
-    # Paired: the differences are -0.1, -0.05, -0.05, far closer together than the scores.
+    assert difference.seeds == 5 and difference.mean == pytest.approx(-0.35 / 5)
+    # Paired: the differences are -0.1, -0.05, -0.05, -0.05, -0.1, far closer together than the scores.
     low, high = difference.interval
     assert -0.101 < low < difference.mean < high < -0.049
     table = report(comparison, records)
     overview_line = cells(table.split("## Overview")[1].split("## half")[0], "bridge")
-    assert overview_line[1:3] == ["0.433 (**-0.067**)", "0.533 (**-0.067**)"]
+    assert overview_line[1:3] == ["0.430 (**-0.070**)", "0.530 (**-0.070**)"]
     table = table.split("## half")[1].split("| cost")[0]
     assert (
         cells(table, "bridge")[2]
         == f"{statistics.fmean(SCORES['bridge']):.3f} ({statistics.stdev(SCORES['bridge']):.3f})"
     )
-    assert cells(table, "bridge")[5].startswith("**-0.067** [-0.1")
+    assert cells(table, "bridge")[5].startswith("**-0.070** [-0.")
     assert cells(table, "sft")[5].startswith("+0.030 [") and cells(table, "grpo")[5:7] == ["", ""]
     assert cells(table, "sft")[6] == cells(table, "sft")[5]  # accuracy: 0.1 above the probability throughout
     assert "Highest probability: `sft`, 0.530." in table
     assert "Above `grpo`: none. Below it: `bridge`." in table
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 4])
+def test_nothing_is_said_to_differ_from_fewer_than_five_seeds(given, seeds):
+    comparison, records = given
+    runs = runs_of(comparison, comparison.row("bridge"), comparison.settings[0], 0.2)
+    for run in runs[seeds:]:
+        del records[run.key]
+    difference = results_of(comparison, comparison.settings[0], records)["bridge"].against(
+        results_of(comparison, comparison.settings[0], records)["grpo"]
+    )
+    assert difference.seeds == seeds and difference.interval[1] < 0 and difference.sign == 0
+    table = report(comparison, records).split("## Overview")[1].split("## Learning rates")[0]
+    assert "**" not in table
+    assert "Below it: none." in table
 
 
 def test_cost_and_rates(given):

@@ -10,6 +10,9 @@ from .file import Comparison, Row, Setting
 from .plan import Records, best_rate, runs_of, tuning_runs, validation_scores
 
 
+_SEEDS = 5  # An interval over fewer is far too narrow: that over two is no wider than their distance.
+
+
 @dataclasses.dataclass(frozen=True)
 class Difference:
     """A row against a reference on the seeds that both have."""
@@ -20,8 +23,10 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval lies on one side of 0."""
-        low, high = self.interval or (0.0, 0.0)
+        """1 or -1 where the interval lies on one side of 0, from seeds enough for it to say something."""
+        if self.interval is None or self.seeds < _SEEDS:
+            return 0
+        low, high = self.interval
         return (low > 0) - (high < 0)
 
     def __str__(self) -> str:
@@ -146,7 +151,7 @@ def _how(comparison: Comparison, records: Records, present: list[tuple[Setting, 
         f"- Machine: {'; '.join(machines)}. Date: {_span(dates)}. Commit: {', '.join(commits)}.",
         f"- {'; '.join(versions)}.",
         "- Differences are taken seed by seed, with a 95 % bootstrap interval over the seeds. With five seeds such an interval is too "
-        "narrow: read it as a rough guide. Bold: the interval does not contain 0.",
+        "narrow: read it as a rough guide. Bold: the interval does not contain 0, from five seeds or more.",
     ]
     mixed = [setting.name for setting, results in present if _started_apart(results)]
     if mixed:

@@ -17,7 +17,7 @@ from ..objectives.distill import AGGREGATIONS, reference_weights, stored_teacher
 from ..training.checkpoint.registry import LOCAL, Registry, attribute
 from ..training.checkpoint.resume import Resumable
 from ..training.options import check_options, must, one_of, options
-from ..training.refusals import Rules, check_best_model, other_than, refuse
+from ..training.refusals import Rules, check_best_model, other_than, refuse, refuse_pictures
 
 
 _REFUSED: Rules = {
@@ -168,6 +168,7 @@ class LightningOPDTrainer(Resumable, SFTTrainer):
             raise NotImplementedError("`peft_config`: virtual tokens are not supported. Use LoRA.")
         if isinstance(train_dataset, Dataset) and not len(train_dataset):
             raise ValueError("`train_dataset` is empty.")
+        refuse_pictures(type(self).__name__, processing_class, model)
         self._rows: list[Any] = []
         super().__init__(
             model=model,
@@ -181,6 +182,7 @@ class LightningOPDTrainer(Resumable, SFTTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        refuse_pictures(type(self).__name__, self.processing_class, self.model)
         check_backend(self.accelerator, type(self).__name__)
         if self.accelerator.parallelism_config is not None:
             raise NotImplementedError("`parallelism_config` is not supported: only data parallelism is built.")

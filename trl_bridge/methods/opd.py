@@ -16,6 +16,7 @@ from ..objectives.lm_head import StudentScores, TeacherScores, student_scores, t
 from ..training.checkpoint.registry import LOCAL, Registry, attribute
 from ..training.checkpoint.resume import BufferResumable
 from ..training.options import at_least, check_options, must, one_of, options
+from ..training.refusals import refuse_pictures
 
 
 @options
@@ -121,8 +122,7 @@ class OPDTrainer(BufferResumable, DistillationTrainer):
             raise TypeError(
                 f"`args` of {owner} must be a `{self.config_class.__name__}`, got `{type(args).__name__}`."
             )
-        if isinstance(processing_class, ProcessorMixin):
-            raise NotImplementedError(f"{owner} does not support vision-language models: pass a tokenizer.")
+        refuse_pictures(owner, processing_class, model, train_dataset=train_dataset, eval_dataset=eval_dataset)
         if args.teacher_model_server_url is not None and teacher_model is not None:
             raise ValueError("`teacher_model` and `teacher_model_server_url` are two teachers. Remove one of them.")
         teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
@@ -144,8 +144,7 @@ class OPDTrainer(BufferResumable, DistillationTrainer):
             peft_config=peft_config,
             tools=tools,
         )
-        if isinstance(self.processing_class, ProcessorMixin):
-            raise NotImplementedError(f"{owner} does not support vision-language models: pass a text-only `model`.")
+        refuse_pictures(owner, self.processing_class, self.model)
         check_backend(self.accelerator, owner)
         if isinstance(teacher_model, str):
             check_tokenizers(self._tokenizer, teacher_model, args.teacher_model_revision, args.trust_remote_code)

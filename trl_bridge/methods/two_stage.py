@@ -25,6 +25,7 @@ from ..training.checkpoint import folder as checkpoints
 from ..training.checkpoint import lock
 from ..training.checkpoint.resume import ResumableTrainer
 from ..training.options import options
+from ..training.refusals import refuse_pictures
 
 
 FOLDERS = ("sft", "grpo")
@@ -206,6 +207,8 @@ class TwoStageTrainer:
                 "`peft_config` with a model object is not supported: the second stage loads the base again. Pass the "
                 "model's name or path."
             )
+        rows = {"sft_dataset": sft_dataset, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        refuse_pictures("TwoStageTrainer", processing_class, model, **rows)
         self.args = args
         self._first_args = args.first_stage()
         self._model: Any = model
@@ -298,6 +301,7 @@ class TwoStageTrainer:
             quantization_config=self._quantization_config,
             peft_config=self._peft_config,
         )
+        refuse_pictures("TwoStageTrainer", trainer.processing_class, trainer.model)
         self._check_backend(trainer)
         return trainer
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from transformers import SchedulerType
+from transformers import ProcessorMixin, SchedulerType
 from transformers.training_args import OptimizerNames
 
 
@@ -85,6 +85,24 @@ REFUSED: Rules = {
         "Save often (`save_steps`) in place of it"
     ),
 }
+
+
+def refuse_pictures(owner: str, processing_class: Any, model: Any = None, **datasets: Any) -> None:
+    """Refuse models and rows with pictures or sound, which would be trained on without them."""
+    parts = [name for name in ("vision_config", "audio_config") if hasattr(getattr(model, "config", None), name)]
+    if parts or isinstance(processing_class, ProcessorMixin):
+        found = f"`model` has a `{parts[0]}`" if parts else "`processing_class` is a processor"
+        raise NotImplementedError(
+            f"{owner} does not support vision-language models, and {found}. Pass a text-only `model` and a tokenizer."
+        )
+    for name, dataset in datasets.items():
+        for split in dataset.values() if isinstance(dataset, Mapping) else [dataset]:
+            columns = {"image", "images"} & set(getattr(split, "column_names", None) or ())
+            if columns:
+                raise NotImplementedError(
+                    f"`{name}` has a column `{columns.pop()}`, but {owner} trains on text only. Remove it "
+                    "(`remove_columns`), or take rows without pictures."
+                )
 
 
 def check_config(args: Any) -> None:

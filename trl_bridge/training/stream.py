@@ -23,6 +23,7 @@ from .checkpoint.registry import SHARED, Registry
 from .demonstrations import Demonstrations
 from .policy import Scores
 from .randomness import forked_python_rng, forked_torch_rng
+from .refusals import refuse_pictures
 from .stream_config import DemonstrationConfig
 from .student import StudentTrainer
 from .verdicts import collect_verdicts, missing_columns
@@ -143,6 +144,7 @@ class DemonstrationTrainer(StudentTrainer):
             )
         if len(sft_dataset) == 0:
             raise ValueError("`sft_dataset` is empty.")
+        refuse_pictures(owner, None, sft_dataset=sft_dataset)
 
     def render_rows(self) -> None:
         args: Any = self.args

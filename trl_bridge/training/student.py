@@ -23,6 +23,7 @@ from .._upstream import add_demonstration_head, isolated_bookkeeping, plain_copy
 from .backends.refusals import is_sharded, refuse_quantised, refuse_sharding
 from .checkpoint.resume import ResumableTrainer
 from .policy import PolicyLoss
+from .refusals import refuse_pictures
 from .verdicts import RolloutRewards
 
 
@@ -69,13 +70,12 @@ class StudentTrainer(ResumableTrainer):
                 f"`tools` and `environment_factory` are not supported by {owner}: demonstrations are rendered without "
                 "tool schemas."
             )
-        if isinstance(processing_class, ProcessorMixin):
-            raise NotImplementedError(f"{owner} does not support vision-language models: pass a tokenizer.")
+        datasets = {name: kwargs.get(name) for name in ("train_dataset", "eval_dataset")}
+        refuse_pictures(owner, processing_class, model, **datasets)
         own_reference = args.beta != 0.0 and isinstance(model, PreTrainedModel) and peft_config is None
         with without_reference_model(args) if own_reference else contextlib.nullcontext():
             super().__init__(model, args=args, processing_class=processing_class, peft_config=peft_config, **kwargs)
-        if isinstance(self.processing_class, ProcessorMixin):
-            raise NotImplementedError(f"{owner} does not support vision-language models: pass a text-only `model`.")
+        refuse_pictures(owner, self.processing_class, self.model)
         if self.aux_loss_enabled:
             raise NotImplementedError(
                 "The load-balancing loss of Mixture-of-Experts models is not supported. Set `router_aux_loss_coef=0`."
