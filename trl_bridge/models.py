@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -228,6 +229,20 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     if name == _SMOLLM2:
         return AutoTokenizer.from_pretrained(_smollm2_folder(), gguf_file=_SMOLLM2_FILE)
     return tiny_tokenizer(chat_template=True)
+
+
+def end_tokens(name: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
+    """All end-of-sequence tokens of a model by name, as training takes them, the tokenizer's first."""
+    own: Any = tokenizer.eos_token_id
+    if is_builtin(name) or (Path(name) / "adapter_config.json").is_file():
+        return [own]
+    try:
+        found = GenerationConfig.from_pretrained(name, **options)
+    except OSError:  # without a file of its own it is made of the model's config
+        found = GenerationConfig.from_model_config(AutoConfig.from_pretrained(name, **options))
+    ids: Any = found.eos_token_id
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else ids
+    return [own, *(each for each in ids if each != own)]
 
 
 def context_of(name: str, **options: Any) -> int | None:

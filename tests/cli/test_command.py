@@ -1,8 +1,10 @@
+import json
 import os
 import re
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -183,6 +185,30 @@ def test_refused_while_the_trainer_is_built(capsys, recipe, lines, said):
     assert stopped.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-bridge bridge: error")]
     assert said in line
+
+
+@pytest.mark.parametrize("method", ["bridge", "grpo", "two-stage"])
+def test_too_few_rows_after_long_prompts_are_dropped(method, capsys, recipe, tmp_path):
+    rows = [
+        {"prompt": "1+1=" if number < 3 else "1+1=" * 9, "completion": "2", "solution": "2"} for number in range(9)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [f"dataset_name: {tmp_path}/rows.jsonl", "max_prompt_length: 9", "gradient_accumulation_steps: 4"]
+    path = Path(recipe(*lines))
+    if method != "bridge":
+        path.write_text(path.read_text().replace("lora_r: 2\n", ""))
+    with pytest.raises(SystemExit):
+        train.run(method, ["--config", str(path)])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if ": error" in line]
+    assert "`train_dataset` has 3 rows" in line and "takes 4 prompts" in line
+
+
+def test_null_prompts_are_refused_before_a_model_is_loaded(capsys, recipe, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1"}\n{"prompt": null}\n')
+    for line in ("", "max_prompt_length: 9", "prompt_template: boxed", "system_prompt: S"):
+        with pytest.raises(SystemExit):
+            train.run("grpo", ["--config", recipe(f"dataset_name: {tmp_path}/rows.jsonl", line, "lora_r: 16")])
+        assert "dataset_name (train_dataset)` row 1: `prompt` is null" in capsys.readouterr().err
 
 
 def test_a_fault_of_other_code_keeps_its_traceback(capsys):

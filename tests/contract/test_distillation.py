@@ -18,7 +18,7 @@ READ = (
     "_buffered_inputs _forward_redirection _metrics _step _tokenizer _total_train_tokens accelerator chat_template model processing_class "
     "state teacher_model temperature"
 ).split()
-OWN = {"_clock_template", "_measured", "_train_sampler", "served_teacher", "template_day"}
+OWN = {"_clock_template", "_measured", "_train_sampler", "prompts_per_generation", "served_teacher", "template_day"}
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,15 @@
+import json
+
 import pytest
 from datasets import Dataset
 
+from trl_bridge.data import checks
 from trl_bridge.data.checks import check_dataset, rendered_samples
 from trl_bridge.data.overlap import find_overlaps, question_text
-from trl_bridge.models import tiny_tokenizer
+from trl_bridge.data.rows import load_named_dataset
+from trl_bridge.data.templates import Prompting, with_prompting
+from trl_bridge.demonstrations.render import render_demonstrations
+from trl_bridge.models import end_tokens, load_tokenizer, tiny_model, tiny_tokenizer
 
 
 CHAT = tiny_tokenizer(chat_template=True)
@@ -130,3 +136,45 @@ def test_samples_are_the_trainers_tokens():
     assert rendered_samples(prompts, CHAT, [1])[0].completion == []
     plain = Dataset.from_list([{"prompt": "1+1="}])
     assert rendered_samples(plain, CHAT, [0])[0].prompt == list("1+1=")
+
+
+def test_prompts_that_cannot_be_asked_are_found(tmp_path):
+    user = [{"role": "user", "content": "1+1="}]
+    path = tmp_path / "rows.jsonl"
+    prompts = [user, None, [{"role": "user", "content": None}], [], "1+1=", [{"content": "2"}]]
+    path.write_text("".join(json.dumps({"prompt": prompt, "solution": "2"}) + "\n" for prompt in prompts))
+    rows = load_named_dataset(str(path))["train"]
+    findings = found(check_dataset(rows, tokenizer=CHAT).empty)
+    assert set(findings) == {1, 2, 3, 4, 5} and "that of the first row messages" in findings[4]
+    for prompting in (Prompting(system_prompt="S"), Prompting(template="boxed")):
+        templated = with_prompting(rows.select([0, 1, 2, 3]), prompting)
+        assert templated[0]["prompt"] and check_dataset(templated, tokenizer=CHAT).bad_rows == {1, 2, 3}
+    with pytest.raises(ValueError, match="no column `prompt`; name it with `prompt_column`. It has: question"):
+        check_dataset(Dataset.from_dict({"question": ["1+1="]}), tokenizer=CHAT)
+
+
+def test_a_model_with_several_end_tokens_shows_the_tokens_of_training(tmp_path):
+    """As Llama 3 and Gemma: a turn ends in another token than the tokenizer's end of a text."""
+    tokenizer = tiny_tokenizer(chat_template=True)
+    ids = {"eos": tokenizer.convert_tokens_to_ids("<unk>"), "turn": tokenizer.eos_token_id}
+    tokenizer.eos_token = "<unk>"
+    model = tiny_model(tokenizer)
+    model.generation_config.eos_token_id = [ids["eos"], ids["turn"]]
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    ends = end_tokens(str(tmp_path), load_tokenizer(str(tmp_path)))
+    assert ends == [ids["eos"], ids["turn"]]
+    rows = Dataset.from_list([spoken("1+1=", "2")])
+    (sample,) = rendered_samples(rows, tokenizer, [0], eos_token_ids=ends)
+    trained = render_demonstrations(rows, tokenizer, eos_token_id=ends)[0]["labels"]
+    assert sample.completion == ["2", "<|im_end|>"] == [tokenizer.decode(t) for t in trained if t != -100]
+    (tmp_path / "generation_config.json").unlink()
+    assert end_tokens(str(tmp_path), tokenizer) == [ids["eos"]]
+
+
+def test_many_rows_are_rendered_by_several_processes(monkeypatch):
+    rows = Dataset.from_list([spoken(f"1+{number}=", "2") for number in range(9)] + [spoken("a", "")])
+    alone = check_dataset(rows, tokenizer=CHAT, golds="none")
+    monkeypatch.setattr(checks, "_processes", lambda rows: 2)
+    several = check_dataset(rows, tokenizer=CHAT, golds="none")
+    assert several == alone and several.lengths and found(several.unrenderable).keys() == {9}

@@ -225,7 +225,8 @@ def test_completion_gets_no_word_start_mark():
     [
         ({"prompt": "1+1=", "completion": ""}, "row 1 has no completion tokens"),
         ({"prompt": "1+1=", "completion": "<|im_end|>"}, "row 1 has no completion tokens"),
-        ({"prompt": "1+1=", "completion": None}, "row 1: prompt and completion must be"),
+        ({"prompt": "1+1=", "completion": None}, "row 1: `completion` is null"),
+        ({"prompt": None, "completion": "2"}, "row 1: `prompt` is null"),
         ({"prompt": [user("1+1=")], "completion": [assistant("")]}, "row 1 has no completion tokens"),
         ({"prompt": [], "completion": [assistant("2")]}, "row 1 has no prompt"),
         ({"messages": [user("1+1=")]}, "row 1 has no completion tokens"),

@@ -244,7 +244,7 @@ def test_resume_of_weights_alone_is_refused(straight):
     [
         ({"sft_dataset": None}, ValueError, "needs `sft_dataset`"),
         ({"train_dataset": None}, ValueError, "`train_dataset` with a `prompt`"),
-        ({"train_dataset": sft_rows().rename_column("prompt", "question")}, ValueError, "`prompt` column"),
+        ({"train_dataset": sft_rows().rename_column("prompt", "question")}, ValueError, "no column `prompt`"),
         ({"reward_funcs": []}, ValueError, "needs `reward_funcs`"),
         ({"args": GRPOConfig("x", use_cpu=True, bf16=False)}, TypeError, "`TwoStageConfig`"),
         ({"peft_config": LoraConfig(r=2)}, NotImplementedError, "`peft_config` with a model object"),

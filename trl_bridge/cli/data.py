@@ -16,7 +16,7 @@ from .errors import ToolParser, UsageError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..data.checks import DatasetReport, Sample
+    from ..data.checks import DatasetReport, Finding, Sample
 
 
 # Lines to print, and the exit code.
@@ -55,6 +55,7 @@ class _Loaded(NamedTuple):
     rows: "Dataset"
     questions: list[str]
     tokenizer: Any
+    eos_token_ids: list[int]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -176,12 +177,13 @@ def _show(options: argparse.Namespace) -> Printed:
 def _check(options: argparse.Namespace) -> Printed:
     loaded = _load(options)
     report = _report(options, loaded)
-    refused = {finding.row for finding in report.unrenderable}
+    refused = {finding.row for finding in (*report.unrenderable, *report.empty)}
     rows = [row for row in range(len(loaded.rows)) if row not in refused][: options.rows]
     lines = [_title(options, loaded), *_report_lines(report), *_shown(loaded, rows)]
     if loaded.tokenizer is None:
         lines += ["", "Without --model no demonstration was rendered or measured."]
-    found = "sound" if report.sound else f"{len(report.bad_rows)} of {report.rows} rows have something wrong"
+    wrong = report.bad_rows | {finding.row for finding in report.rewritten}
+    found = "sound" if report.sound else f"{len(wrong)} of {report.rows} rows have something wrong"
     return [*lines, "", found], 0 if report.sound else 1
 
 
@@ -241,7 +243,7 @@ def _load(options: argparse.Namespace) -> _Loaded:
     from ..data.overlap import question_text
     from ..data.rows import load
     from ..data.templates import Prompting, with_prompting
-    from ..models import check_name, load_tokenizer
+    from ..models import check_name, end_tokens, load_tokenizer
 
     if getattr(options, "rows", 0) < 0:
         raise UsageError(f"`--rows` must not be negative, got {options.rows}")
@@ -250,7 +252,8 @@ def _load(options: argparse.Namespace) -> _Loaded:
     columns = {column: getattr(options, column) for column in ("prompt", "solution", "completion")}
     rows = load(options.name, options.dataset_split, options.dataset_config, columns=columns)
     questions = [question_text(row) for row in rows] if getattr(options, "benchmarks", None) else []
-    return _Loaded(with_prompting(rows, prompting), questions, tokenizer)
+    eos_token_ids = [] if tokenizer is None else end_tokens(options.model, tokenizer)
+    return _Loaded(with_prompting(rows, prompting), questions, tokenizer, eos_token_ids)
 
 
 def _report(options: argparse.Namespace, loaded: _Loaded) -> "DatasetReport":
@@ -266,7 +269,21 @@ def _report(options: argparse.Namespace, loaded: _Loaded) -> "DatasetReport":
         benchmarks=_benchmarks(options.benchmarks) if options.benchmarks else None,
         ngram=options.ngram,
         questions=loaded.questions,
+        eos_token_ids=loaded.eos_token_ids or None,
+        rewritten=_rewritten(options),
     )
+
+
+def _rewritten(options: argparse.Namespace) -> "list[Finding]":
+    """Golds of a local file that are kept as they are written, and that other readers would change."""
+    from ..data.checks import Finding
+    from ..data.files import respelt
+
+    if options.golds == "none":
+        return []
+    reason = "is kept as it is written here; other readers of the file change it. Write it as a JSON string"
+    found = respelt(options.name, options.solution or "solution")
+    return [Finding(row, f"`solution` {text} {reason}") for row, text in found]
 
 
 def _golds(name: str) -> str:
@@ -312,16 +329,23 @@ def _shown(loaded: _Loaded, rows: Sequence[int]) -> list[str]:
 
     if loaded.tokenizer is None:
         return [line for row in rows for line in _row_lines(row, loaded.rows[row])]
-    samples = rendered_samples(loaded.rows, loaded.tokenizer, rows)
-    return [line for sample in samples for line in _sample_lines(sample)]
+    lines = []
+    for row in rows:
+        try:
+            samples = rendered_samples(loaded.rows, loaded.tokenizer, [row], eos_token_ids=loaded.eos_token_ids)
+            lines += [line for sample in samples for line in _sample_lines(sample)]
+        except ValueError as error:
+            lines += [*_row_lines(row, loaded.rows[row]), f"  does not render: {error}"]
+    return lines
 
 
 def _report_lines(report: "DatasetReport") -> list[str]:
     """Findings by kind, the first few of each spelt out."""
     kinds: list[tuple[str, Sequence[Any]]] = [
-        ("empty cells", report.empty),
+        ("empty or unusable cells", report.empty),
         ("duplicates", report.duplicates),
         ("golds that cannot be judged", report.golds),
+        ("golds that other readers rewrite", report.rewritten),
         ("demonstrations that do not render", report.unrenderable),
         ("demonstrations that are too long", report.overlong),
         ("questions shared with a benchmark", report.overlaps),

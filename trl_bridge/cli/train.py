@@ -41,6 +41,7 @@ def build_trainer(method: Method, line: CommandLine) -> Any:
     """The trainer that a command line describes, ready to train."""
     from trl import get_peft_config, get_quantization_config
 
+    from ..demonstrations.rows import check_size
     from .datasets import load_splits
 
     evaluate = line.training.eval_strategy != "no"
@@ -48,6 +49,8 @@ def build_trainer(method: Method, line: CommandLine) -> Any:
     arguments: dict[str, Any] = {"args": line.training, **splits}
     if isinstance(line.script, RewardArguments):
         arguments["reward_funcs"] = _reward_functions(line.script)
+        # TRL's own trainer does not look.
+        check_size(splits["train_dataset"], line.training.generation_batch_size // line.training.num_generations)
     arguments.update(_model_arguments(line))
     if method.family == "distillation":
         arguments["teacher_model"] = _teacher(line)

@@ -1,18 +1,26 @@
 """What is wrong with a dataset, found before training."""
 
+import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
 from ..demonstrations.render import Renderer
-from ..demonstrations.rows import prompt_key
+from ..demonstrations.rows import prompt_fault, prompt_key
 from ..rewards import check_golds, knights_knaves_reward
+from .files import code_of
 from .overlap import Overlap, find_overlaps, question_text
 from .rows import prompt_tokens
 
+
+_PROMPTS = {"prompt", "messages", "conversations", "text"}
+_KINDS: dict[type, str] = {str: "a string", list: "messages"}
+# Fewer take longer to start a process for than to render.
+_ROWS_PER_PROCESS = 2000
 
 GOLDS = ("math", "roles", "none")
 """How the `solution` column is checked: as golds of `math_reward`, of `knights_knaves_reward`, or not at all."""
@@ -48,17 +56,18 @@ class DatasetReport:
     overlong: list[Finding] = field(default_factory=list)
     overlaps: list[Overlap] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    rewritten: list[Finding] = field(default_factory=list)
 
     @property
     def bad_rows(self) -> set[int]:
-        """Rows with anything wrong."""
+        """Rows that training should not see. Those that only other readers rewrite are not among them."""
         found = (*self.empty, *self.duplicates, *self.golds, *self.unrenderable, *self.overlong)
         return {finding.row for finding in found} | {overlap.row for overlap in self.overlaps}
 
     @property
     def sound(self) -> bool:
         """Whether nothing was found."""
-        return not self.bad_rows
+        return not self.bad_rows and not self.rewritten
 
 
 def check_dataset(
@@ -71,6 +80,8 @@ def check_dataset(
     benchmarks: Mapping[str, Iterable[str]] | None = None,
     ngram: int = 13,
     questions: Sequence[str] | None = None,
+    eos_token_ids: Sequence[int] | None = None,
+    rewritten: Sequence[Finding] = (),
 ) -> DatasetReport:
     """
     Check a dataset in the columns that the trainers read.
@@ -93,6 +104,10 @@ def check_dataset(
             See [`~trl_bridge.data.overlap.find_overlaps`].
         questions (`Sequence[str]`, *optional*):
             The rows' questions without any template around them. `None` takes them from the prompts.
+        eos_token_ids (`Sequence[int]`, *optional*):
+            All end-of-sequence tokens of the model, the tokenizer's first. `None` is the tokenizer's alone.
+        rewritten (`Sequence[Finding]`, *optional*):
+            Golds that are spelt in the file as other readers would not give them back.
 
     Returns:
         [`DatasetReport`]: what was found.
@@ -106,14 +121,22 @@ def check_dataset(
         raise ValueError("`max_length` counts tokens: pass a `tokenizer`")
     if len(dataset) == 0:
         raise ValueError("the dataset has no rows")
-    lengths, unrenderable = _demonstration_lengths(dataset, tokenizer, chat_template_kwargs or {})
+    if not _PROMPTS & set(dataset.column_names):
+        raise ValueError(
+            f"the dataset has no column `prompt`; name it with `prompt_column`. It has: {', '.join(dataset.column_names)}"
+        )
+    lengths: dict[int, int] = {}
+    unrenderable: list[Finding] = []
+    if tokenizer is not None and _has_demonstrations(dataset):
+        render = _renderer(tokenizer, chat_template_kwargs or {}, eos_token_ids)
+        lengths, unrenderable = _demonstration_lengths(dataset, render)
     overlaps: list[Overlap] = []
     if benchmarks:
         texts = [question_text(row) for row in _rows(dataset)] if questions is None else questions
         overlaps = find_overlaps(texts, benchmarks, ngram)
     return DatasetReport(
         rows=len(dataset),
-        empty=_empty_cells(dataset),
+        empty=_unusable_cells(dataset),
         duplicates=_duplicates(dataset),
         golds=_bad_golds(dataset, golds),
         unrenderable=unrenderable,
@@ -124,6 +147,7 @@ def check_dataset(
         ],
         overlaps=overlaps,
         lengths=list(lengths.values()),
+        rewritten=list(rewritten),
     )
 
 
@@ -132,9 +156,10 @@ def rendered_samples(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[int],
     chat_template_kwargs: dict[str, Any] | None = None,
+    eos_token_ids: Sequence[int] | None = None,
 ) -> list[Sample]:
     """Rows as the trainer renders them."""
-    render = _renderer(tokenizer, chat_template_kwargs or {})
+    render = _renderer(tokenizer, chat_template_kwargs or {}, eos_token_ids)
     samples = []
     for row in rows:
         example: dict[str, Any] = dataset[row]
@@ -159,35 +184,60 @@ def _has_demonstrations(dataset: Dataset) -> bool:
     return bool({"prompt", "completion"} <= columns or columns & {"messages", "conversations", "text"})
 
 
-def _renderer(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> Renderer:
-    # One row at a time: training stops at the first row that does not render, and here all of them are wanted.
-    return Renderer(tokenizer, None, kwargs, [tokenizer.eos_token_id], "dataset", None)
+def _renderer(
+    tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any], eos_token_ids: Sequence[int] | None
+) -> Renderer:
+    return Renderer(tokenizer, None, kwargs, list(eos_token_ids or [tokenizer.eos_token_id]), "dataset", None)
 
 
-def _demonstration_lengths(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, kwargs: dict[str, Any]
-) -> tuple[dict[int, int], list[Finding]]:
+def _demonstration_lengths(dataset: Dataset, render: Renderer) -> tuple[dict[int, int], list[Finding]]:
     """Tokens of each demonstration by row, and those that do not render."""
-    lengths: dict[int, int] = {}
-    refused: list[Finding] = []
-    if tokenizer is None or not _has_demonstrations(dataset):
-        return lengths, refused
-    render = _renderer(tokenizer, kwargs)
-    for index, row in enumerate(_rows(dataset)):
-        try:
-            lengths[index] = len(render(row, index)["input_ids"])
-        except ValueError as error:
-            refused.append(Finding(index, str(error).removeprefix(f"`dataset` row {index}").lstrip(": ")))
+    measured = dataset.with_format(None).map(
+        _measured,
+        with_indices=True,
+        fn_kwargs={"render": render, **code_of(sys.modules[_measured.__module__], sys.modules[Renderer.__module__])},
+        remove_columns=dataset.column_names,
+        num_proc=_processes(len(dataset)),
+        features=Features({"length": Value("int64"), "fault": Value("string")}),
+    )
+    lengths, refused = {}, []
+    for index, row in enumerate(_rows(measured)):
+        if row["fault"] is None:
+            lengths[index] = row["length"]
+        else:
+            refused.append(Finding(index, row["fault"]))
     return lengths, refused
 
 
-def _empty_cells(dataset: Dataset) -> list[Finding]:
-    return [
-        Finding(index, f"`{column}` is empty")
-        for index, row in enumerate(_rows(dataset))
-        for column, value in row.items()
-        if _blank(value)
-    ]
+def _measured(row: dict[str, Any], index: int, render: Renderer, code: str) -> dict[str, Any]:
+    # Training stops at the first row that does not render; here all of them are wanted.
+    try:
+        return {"length": len(render(row, index)["input_ids"]), "fault": None}
+    except ValueError as error:
+        return {"length": None, "fault": str(error).removeprefix(f"`dataset` row {index}").lstrip(": ")}
+
+
+def _processes(rows: int) -> int | None:
+    """How many processes render: all cores for many rows, this one alone where others would not pay."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(cores, rows // _ROWS_PER_PROCESS)
+    return count if count > 1 else None
+
+
+def _unusable_cells(dataset: Dataset) -> list[Finding]:
+    """Empty cells, and prompts that cannot be asked or are of another kind than the first one."""
+    found = []
+    kind: type | None = None
+    for index, row in enumerate(_rows(dataset)):
+        found += [Finding(index, f"`{column}` is empty") for column, value in row.items() if _blank(value)]
+        if "prompt" not in row or _blank(row["prompt"]):
+            continue
+        fault, own = prompt_fault(row["prompt"]), type(row["prompt"])
+        kind = kind or (own if fault is None else None)
+        if fault is None and kind is not None and own is not kind:
+            fault = f"`prompt` is {_KINDS[own]}, and that of the first row {_KINDS[kind]}"
+        found += [] if fault is None else [Finding(index, fault)]
+    return found
 
 
 def _blank(value: Any) -> bool:

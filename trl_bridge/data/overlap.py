@@ -26,6 +26,8 @@ def question_text(row: Mapping[str, Any]) -> str:
             return value
         if value:
             return "\n".join(str(message["content"]) for message in value if message["role"] == "user")
+    if any(column in row for column in _QUESTIONS):
+        return ""  # null in this row
     raise ValueError(f"no question under any of the names {', '.join(_QUESTIONS)}; there is: {', '.join(row)}")
 
 

@@ -15,10 +15,10 @@ import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..demonstrations.rows import split_demonstration
+from ..demonstrations.rows import prompt_fault, split_demonstration
 from ..generation import engines
 from .addition import addition_dataset, addition_pairs
-from .files import READERS, code_of, read_files, warn
+from .files import code_of, is_file_name, read_files, refuse_lost_path, warn
 from .reasoning_gym_tasks import reasoning_gym_dataset
 from .routes import routes_dataset
 from .sources import load_source
@@ -44,9 +44,11 @@ def load_named_dataset(name: str, config: str | None = None, streaming: bool = F
         return _call(load_source, name, config, name=rest, streaming=streaming)
     if name in _GENERATED:
         return _call(_GENERATED[name], name, config)
-    if Path(name).suffix in READERS:
-        return read_files(name, streaming)
-    return load_dataset(name, name=config, streaming=streaming)
+    local = str(Path(name).expanduser()) if name.startswith("~") else name
+    if is_file_name(local) and not Path(local).is_dir():
+        return read_files(local, streaming)
+    refuse_lost_path(local)
+    return load_dataset(local, name=config, streaming=streaming)
 
 
 def take_split(splits: AnyDatasetDict, split: str, what: str, argument: str = "dataset_split") -> AnyDataset:
@@ -121,7 +123,15 @@ def prompt_tokens(
 
 def prompt_of(row: Mapping[str, Any]) -> Any:
     """A row's prompt; of a whole conversation, all but the last answer."""
-    return row["prompt"] if "prompt" in row else split_demonstration(dict(row))[0]
+    if not {"prompt", "messages", "conversations", "text"} & row.keys():
+        raise ValueError(
+            f"the rows have no column `prompt`; name it with `prompt_column`. They have: {', '.join(row)}"
+        )
+    prompt = row["prompt"] if "prompt" in row else split_demonstration(dict(row))[0]
+    fault = prompt_fault(prompt) if "prompt" in row else None
+    if fault is not None:
+        raise ValueError(f"{fault}. Remove the row (`trl-bridge data prepare --clean` does).")
+    return prompt
 
 
 def _addition(

@@ -5,6 +5,7 @@ The datasets of the paper and of the methods it is compared with, by name and in
 """
 
 import difflib
+import glob
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 
-from .files import READERS, code_of, read_files, warn
+from .files import code_of, read_files, warn
 
 
 class Example(NamedTuple):
@@ -219,7 +220,9 @@ def _local(source: Source, path: str, files: Mapping[str, str], streaming: bool)
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return read_files(str(folder), streaming)
-    laid_out = {split: str(folder / pattern) for split, pattern in files.items() if any(folder.glob(pattern))}
+    laid_out = {
+        split: f"{glob.escape(str(folder))}/{pattern}" for split, pattern in files.items() if any(folder.glob(pattern))
+    }
     if laid_out:
         return read_files(laid_out, streaming)
     # Beside Parquet files a copy of a hub repository has JSON files that are no data.
@@ -227,7 +230,7 @@ def _local(source: Source, path: str, files: Mapping[str, str], streaming: bool)
         found = sorted(str(file) for file in folder.rglob(f"*{ending}"))
         if found:
             return read_files(found, streaming)
-    raise FileNotFoundError(f"source:{source.name}@{path}: the folder holds no {', '.join(READERS)} files")
+    raise FileNotFoundError(f"source:{source.name}@{path}: the folder holds no .json, .jsonl, .parquet or .csv files")
 
 
 def _converted(source: Source, raw: Dataset | IterableDataset, traces: int) -> Dataset | IterableDataset:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, IterableDataset
 
+from ..demonstrations.rows import prompt_fault
 from .files import code_of
 
 
@@ -124,8 +125,8 @@ def with_prompt_template(dataset: Dataset | IterableDataset, template: str) -> D
         raise ValueError(f"`prompt_template: {template}` needs {needed}; there is: {', '.join(present)}")
     changed = [column for column in (prompts, "completion", "expert") if column in present]
 
-    def convert(row: dict[str, Any], code: str) -> dict[str, Any]:
-        prompt = _filled(row[prompts], found)
+    def convert(row: dict[str, Any], index: int, code: str) -> dict[str, Any]:
+        prompt = _filled(row[prompts], found, index)
         answers = {column: row[column] for column in changed if column != prompts}
         if found.plain:
             answers = {column: _plain_answer(value) for column, value in answers.items()}
@@ -133,7 +134,7 @@ def with_prompt_template(dataset: Dataset | IterableDataset, template: str) -> D
             answers = {column: _without_open_think(value, prompt) for column, value in answers.items()}
         return {prompts: prompt, **answers}
 
-    return dataset.map(convert, fn_kwargs=code_of(sys.modules[__name__]), remove_columns=changed)
+    return dataset.map(convert, with_indices=True, fn_kwargs=code_of(sys.modules[__name__]), remove_columns=changed)
 
 
 def with_system_prompt(dataset: Dataset | IterableDataset, system_prompt: str) -> Dataset | IterableDataset:
@@ -144,11 +145,14 @@ def with_system_prompt(dataset: Dataset | IterableDataset, system_prompt: str) -
     system = {"role": "system", "content": system_prompt}
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
-        converted = {}
+        converted: dict[str, Any] = {}
         for column, role in (("prompt", "user"), ("completion", "assistant"), ("messages", "user")):
             if column not in present:
                 continue
             value = row[column]
+            if not value:  # null or without messages, which training refuses and a check finds
+                converted[column] = None
+                continue
             messages = [{"role": role, "content": value}] if isinstance(value, str) else list(value)
             if column != "completion" and messages[0]["role"] != "system":
                 messages = [system, *messages]
@@ -169,18 +173,21 @@ def without_open_think(trace: str, prompt: str) -> str:
     return trace
 
 
-def _filled(prompt: Any, template: Template) -> Any:
+def _filled(prompt: Any, template: Template, row: int) -> Any:
+    if prompt_fault(prompt) is not None:
+        return None  # training refuses the row, and a check finds it
     if isinstance(prompt, str):
         return template.text.replace(_SLOT, prompt)
     turns = [position for position, message in enumerate(prompt) if message["role"] == "user"]
     if not turns or not isinstance(prompt[turns[-1]]["content"], str):
-        raise ValueError("`prompt_template` needs a user message whose content is a string in every conversation")
+        raise ValueError(f"row {row}: `prompt_template` needs a user message whose content is a string")
     text = template.text.replace(_SLOT, prompt[turns[-1]]["content"])
     if not template.plain:
         return [{**m, "content": text} if i == turns[-1] else m for i, m in enumerate(prompt)]
     if len(prompt) > 1:
         raise ValueError(
-            f"`prompt_template` makes plain text of conversations of one user message, not of {len(prompt)} messages"
+            f"row {row}: `prompt_template` makes plain text of conversations of one user message, not of {len(prompt)} "
+            "messages"
         )
     return text
 

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from .rows import check_dataset, prompt_key, split_demonstration, without_none
+from .rows import check_dataset, prompt_key, python_rows, split_demonstration, without_none
 
 
 logger = get_logger(__name__)
@@ -54,12 +54,16 @@ def render_demonstrations(
     renderer = Renderer(
         processing_class, chat_template, chat_template_kwargs or {}, eos_token_ids, source, source_rows
     )
-    rendered = dataset.with_format(None).map(
-        renderer,
-        with_indices=True,
-        remove_columns=dataset.column_names,
-        num_proc=num_proc,
-        desc="Rendering demonstrations",
+    rendered = (
+        python_rows(dataset)
+        .map(
+            renderer,
+            with_indices=True,
+            remove_columns=dataset.column_names,
+            num_proc=num_proc,
+            desc="Rendering demonstrations",
+        )
+        .with_format(None)
     )
     if max_length is None:
         return rendered

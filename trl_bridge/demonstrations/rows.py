@@ -1,6 +1,7 @@
 """Rows of a demonstration dataset: which format they are in, and what in them is prompt and what completion."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
@@ -13,6 +14,70 @@ _FORMATS = (
     "Pass rows in one of TRL's SFT formats: `prompt` and `completion`, `messages`, or `text` (strings or, for the "
     "first two, lists of messages)."
 )
+
+
+def python_rows(dataset: Dataset) -> Dataset:
+    """A dataset whose rows are Python's values: a transform stays, another format leaves its choice of columns behind."""
+    if dataset.format["type"] == "custom":
+        return dataset
+    return dataset.select_columns(dataset.format["columns"]).with_format(None)
+
+
+def check_prompts(dataset: Any, what: str) -> None:
+    """
+    Refuse rows that cannot be asked. A stream and what a transform makes of rows cannot be looked through beforehand.
+    """
+    for name, part in dataset.items() if isinstance(dataset, Mapping) else ():
+        check_prompts(part, f"{what}[{name!r}]")
+    columns = getattr(dataset, "column_names", None)
+    if isinstance(columns, list) and "prompt" not in columns:
+        raise ValueError(
+            f"`{what}` has no column `prompt`; name it with `prompt_column` on the command line, or rename it. It has: "
+            f"{', '.join(columns)}."
+        )
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        return
+    if dataset.format["type"] not in (None, "torch"):
+        raise ValueError(
+            f"`{what}` has the format {dataset.format['type']!r}, whose rows are no prompts: pass `{what}.with_format(None)`."
+        )
+    first: tuple[int, str] | None = None
+    for row, prompt in enumerate(dataset.with_format(None)["prompt"]):
+        fault = prompt_fault(prompt)
+        if fault is not None:
+            raise ValueError(f"`{what}` row {row}: {fault}. Remove the row (`trl-bridge data prepare --clean` does).")
+        kind = "a string" if isinstance(prompt, str) else "messages"
+        first = first or (row, kind)
+        if kind != first[1]:
+            raise ValueError(
+                f"`{what}` row {row}: `prompt` is {kind}, and that of row {first[0]} is {first[1]}. Make all of one kind."
+            )
+
+
+def check_size(train_dataset: Any, needed: int) -> None:
+    """Refuse rows that do not fill one generation batch: TRL's sampler leaves an unfinished one out."""
+    if isinstance(train_dataset, Dataset) and len(train_dataset) < needed:
+        raise ValueError(
+            f"`train_dataset` has {len(train_dataset)} rows (after `max_prompt_length`, where it is set), and one generation "
+            f"batch takes {needed} prompts: no update would be made. Add rows, or lower `per_device_train_batch_size`, "
+            "`gradient_accumulation_steps` or `generation_batch_size`."
+        )
+
+
+def prompt_fault(prompt: Any) -> str | None:
+    """Why a prompt cannot be asked."""
+    if prompt is None:
+        return "`prompt` is null"
+    if not isinstance(prompt, (str, list)):
+        return f"`prompt` is neither a string nor messages, but `{type(prompt).__name__}`"
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        return "`prompt` is empty"
+    for message in prompt if isinstance(prompt, list) else ():
+        if not isinstance(message, Mapping) or message.get("role") is None:
+            return "a message of `prompt` has no `role`"
+        if message.get("content") is None and not message.get("tool_calls"):
+            return "a message of `prompt` has no `content`"
+    return None
 
 
 def prompt_key(prompt: Prompt) -> str:
@@ -51,7 +116,8 @@ def check_dataset(dataset: Dataset) -> None:
         raise TypeError(f"`sft_dataset` must be a `datasets.Dataset`, got `{type(dataset).__name__}`.")
     if len(dataset) == 0:
         raise ValueError("`sft_dataset` is empty: pass at least one demonstration.")
-    columns = set(dataset.column_names)
+    # A transform may make other columns than those that are stored.
+    columns = set(dataset[0] if dataset.format["type"] == "custom" else dataset.column_names)
     if not {"prompt", "completion"} <= columns and not columns & {"messages", "conversations", "text"}:
         missing = "a `prompt` column but no `completion`" if "prompt" in columns else "none of the columns needed"
         raise ValueError(f"`sft_dataset` has {missing} (its columns: {sorted(columns)}). {_FORMATS}")
@@ -70,6 +136,9 @@ def split_demonstration(example: dict[str, Any], row: str = "the demonstration")
         prompt, completion = _split_messages(example["messages"], row)
     else:
         prompt, completion = "", example["text"]
+    for name, part in (("prompt", prompt), ("completion", completion)):
+        if part is None:
+            raise ValueError(f"{row}: `{name}` is null. Remove the row (`trl-bridge data prepare --clean` does).")
     strings = isinstance(prompt, str) and isinstance(completion, str)
     if not strings and not (isinstance(prompt, list) and isinstance(completion, list)):
         raise ValueError(

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..data.files import code_of, warn
+from ..demonstrations.rows import python_rows
 from . import scoring
 from .identity import check_identity
 from .scoring import Rollout, check_scores
@@ -43,10 +44,11 @@ def scored_rows(
         )
     if not len(dataset):
         raise ValueError(f"`{what}` is empty.")
-    identities = check_identity(dataset.unique("scored_with"), tokenizer, require_same_teacher, what)
+    dataset = python_rows(dataset)
+    identities = check_identity(list(dict.fromkeys(dataset["scored_with"])), tokenizer, require_same_teacher, what)
     names = [name for name in SCORES if name in dataset.column_names]
     with PartialState().main_process_first():
-        rows = dataset.with_format(None).map(
+        rows = dataset.map(
             _lay_out,
             with_indices=True,
             fn_kwargs={
@@ -58,7 +60,7 @@ def scored_rows(
             remove_columns=dataset.column_names,
             num_proc=num_proc,
             desc=f"Laying out {what}",
-        )
+        ).with_format(None)
         kept = rows.filter(
             lambda row: row["labels"][-1] != -100, num_proc=num_proc, desc="Dropping rows cut to prompts"
         )

@@ -6,16 +6,17 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 from datasets import Dataset, load_dataset
 from transformers import TrainerState
 
-from ..data.files import READERS
+from ..data.files import is_file_name
 from ..data.rows import load_named_dataset, prepared, take_split
 from ..data.templates import Prompting, Template
+from ..data.written import uncompressed
+from ..demonstrations.rows import check_prompts
 from ..rewards.calling import call_reward
 from ..rewards.code_rewards import CodeExecutionRefused
 from .benchmarks import BENCHMARKS, Benchmark
@@ -72,7 +73,7 @@ def parse_benchmarks(text: str) -> dict[str, tuple[str, str | None]]:
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, equals, path = item.partition("=")
         entry = (name, path) if equals and name in BENCHMARKS else (item, None)
-        stem = Path(entry[0]).stem if Path(entry[0]).suffix in READERS else entry[0]
+        stem = uncompressed(entry[0]).stem if is_file_name(entry[0]) else entry[0]
         folder = re.sub(r"[^\w.-]+", "-", stem).strip("-.")
         if folder in found:
             raise ValueError(f"`benchmarks` names {folder!r} twice: {found[folder][0]} and {entry[0]}.")
@@ -134,6 +135,8 @@ def load_task(
         found = prompting.found(benchmark.template)
         raw, source = _raw_rows(name, benchmark, path)
         chosen = raw if limit is None else raw.select(range(min(limit, len(raw))))
+        for index, row in enumerate(chosen):
+            _refuse_null(row, index, benchmark, name)
         rows = [_put(benchmark.render(row, index, seed), found, prompting) for index, row in enumerate(chosen)]
         template, grader_name = found.text, benchmark.grader
     else:
@@ -145,6 +148,12 @@ def load_task(
         raise ValueError(f"`benchmarks`: {name} has no rows.")
     grader_name, function = grader or (grader_name, resolve_name(grader_name))
     return Task(folder, rows, function, grader_name, source, template, prompting)
+
+
+def _refuse_null(row: Mapping[str, Any], index: int, benchmark: Benchmark, name: str) -> None:
+    for column in benchmark.columns:
+        if row[column] is None and column not in ("starter_code", "metadata"):
+            raise ValueError(f"`benchmarks`: {name} row {index}: `{column}` is null. Remove the row.")
 
 
 def _raw_rows(name: str, benchmark: Benchmark, path: str | None) -> tuple[Dataset, dict[str, Any]]:
@@ -180,11 +189,7 @@ def _dataset_rows(
     splits = load_named_dataset(name, config)
     chosen = split or ("test" if "test" in splits or len(splits) > 1 else str(next(iter(splits))))
     dataset = prepared(take_split(splits, chosen, name), name, columns, prompting, limit)
-    if "prompt" not in dataset.column_names:
-        raise ValueError(
-            f"`benchmarks`: {name} has no column `prompt`; name it with `prompt_column`. It has: "
-            f"{', '.join(dataset.column_names)}."
-        )
+    check_prompts(dataset, name)
     # A demonstration is no part of a question, and would be part of the fingerprint.
     rows = [{key: value for key, value in row.items() if key != "completion"} for row in dataset]
     return rows, {"dataset": name, "config": config, "split": chosen}

@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import GRPOConfig, SFTConfig, SFTTrainer
 
 from .._upstream import set_up_again
+from ..demonstrations.rows import check_prompts, check_size
 from ..generation.day import clock_template, stopped, today
 from ..training.backends import backend_for
 from ..training.backends.refusals import refuse_quantised
@@ -198,8 +199,12 @@ class TwoStageTrainer:
         # The second stage is built once the first is over, so what it needs is looked for now.
         if sft_dataset is None:
             raise ValueError("TwoStageTrainer needs `sft_dataset`: demonstrations in any of TRL's SFT formats.")
-        if train_dataset is None or "prompt" not in (train_dataset.column_names or ["prompt"]):
+        if train_dataset is None:
             raise ValueError("TwoStageTrainer needs a `train_dataset` with a `prompt` column for its RL stage.")
+        check_prompts(train_dataset, "train_dataset")
+        check_prompts(eval_dataset, "eval_dataset")
+        rollouts: Any = args.generation_batch_size
+        check_size(train_dataset, rollouts // args.num_generations)
         if not reward_funcs:
             raise ValueError("TwoStageTrainer needs `reward_funcs` for its RL stage.")
         if peft_config is not None and not isinstance(model, str):

@@ -14,9 +14,11 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
+from transformers.utils import logging
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..demonstrations.render import render_demonstrations
+from ..demonstrations.rows import python_rows, split_demonstration
 from ..demonstrations.stream import window_share
 from ..objectives.sft import demonstration_loss
 from .checkpoint.registry import SHARED, Registry
@@ -28,6 +30,9 @@ from .stream_config import DemonstrationConfig
 from .student import StudentTrainer
 from .verdicts import collect_verdicts, missing_columns
 from .weighting import DemonstrationWeighting, RolloutObserver
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclasses.dataclass
@@ -108,7 +113,8 @@ class DemonstrationTrainer(StudentTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
-        self._sft_dataset = sft_dataset
+        self._sft_dataset = python_rows(sft_dataset)
+        self._warn_of_two_formats()
         self.render_rows()
         self.weighting = DemonstrationWeighting(
             self.resolve_weighting(sft_dataset),
@@ -145,6 +151,17 @@ class DemonstrationTrainer(StudentTrainer):
         if len(sft_dataset) == 0:
             raise ValueError("`sft_dataset` is empty.")
         refuse_pictures(owner, None, sft_dataset=sft_dataset)
+
+    def _warn_of_two_formats(self) -> None:
+        train_dataset: Any = self.train_dataset
+        if not isinstance(train_dataset, Dataset) or not self.accelerator.is_main_process:
+            return
+        spoken = isinstance(train_dataset[0]["prompt"], list)
+        if spoken and isinstance(split_demonstration(self._sft_dataset[0])[1], str):
+            logger.warning(
+                "The prompts of `train_dataset` are conversations and the demonstrations of `sft_dataset` bare strings: these are "
+                "trained without the chat template, which the policy is asked with. Write them as messages, too."
+            )
 
     def render_rows(self) -> None:
         args: Any = self.args

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOTrainer
 
+from ...demonstrations.rows import check_prompts, check_size
 from ...generation.day import clock_template, stopped, today
 from ..backends import Backend, backend_for
 from ..randomness import seed_anew
@@ -199,6 +200,9 @@ class BufferResumable(Resumable):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        for what in ("train_dataset", "eval_dataset"):
+            check_prompts(getattr(self, what), what)
+        check_size(self.train_dataset, self.prompts_per_generation)
         # The day that prompts and demonstrations print; None where the template prints none.
         self.template_day: str | None = None
         self._clock_template = clock_template(self._tokenizer, self.chat_template)
@@ -209,6 +213,11 @@ class BufferResumable(Resumable):
                     f"The chat template prints the day: it stays {self.template_day} for the whole run, and a resumed run goes on "
                     "with the day of its first start. What `chat_template_kwargs` say (such as `date_string`) wins."
                 )
+
+    @property
+    def prompts_per_generation(self) -> int:
+        """Prompts of one generation batch, over all ranks."""
+        return self.args.per_device_train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
 
     def _stop_clock(self, day: str) -> None:
         self.template_day, self.chat_template = day, stopped(str(self._clock_template), day)
@@ -282,6 +291,10 @@ class ResumableTrainer(BufferResumable, GRPOTrainer):
     @property
     def generation_cycle(self) -> int:
         return self.args.steps_per_generation * self.num_iterations
+
+    @property
+    def prompts_per_generation(self) -> int:
+        return self.args.generation_batch_size // self.args.num_generations
 
     def register_state(self, saved: Registry) -> None:
         super().register_state(saved)
