@@ -17,6 +17,7 @@ FLOORS = {
     "demonstrations": 0,
     "models": 0,
     "objectives": 0,
+    "processes": 0,
     "recipes": 0,
     "rewards": 0,
     "tables": 0,

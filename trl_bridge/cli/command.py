@@ -11,6 +11,7 @@ from pkgutil import resolve_name
 
 from .. import __version__
 from ..methods.catalogue import METHODS
+from ..processes import stoppable
 from ..recipes import accelerate_configs, copy_recipe, find_recipe, list_recipes, summary_line
 from .errors import ToolParser, user_errors
 
@@ -41,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     arguments = sys.argv[1:] if argv is None else argv
     verb = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    with user_errors("trl-bridge" if verb is None else f"trl-bridge {verb}"):
+    program = "trl-bridge" if verb is None else f"trl-bridge {verb}"
+    with user_errors(program), stoppable(program):
         if verb in METHODS:
             return _train(verb, arguments[1:])
         if verb in TOOLS:

@@ -1,11 +1,14 @@
 """Start a method's script through `accelerate launch`, as `trl` does."""
 
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import NoReturn
 
 from .._upstream_cli import launch_command, launch_parser, trl_accelerate_config
 from ..methods.catalogue import Method
+from ..processes import exit_code, handing_on
 from ..recipes import accelerate_configs
 from .errors import UsageError
 
@@ -18,16 +21,26 @@ def launch(method: Method, options: list[str], forwarded: list[str]) -> int:
         [*_with_config_file(options), "--module", "trl_bridge.cli.train", method.name, *forwarded]
     )
     try:
-        launch_command(args)
+        with handing_on():
+            launch_command(args)
     except subprocess.CalledProcessError as error:
         # The script has said what is wrong; accelerate's own traceback would bury it.
-        return error.returncode
+        return _said(error.returncode)
     except Exception as error:
-        # torch.distributed's summary of ranks that failed; imported by name so that one process needs no torch here.
+        # What torch.distributed raises of ranks that failed or were stopped; by name, so that one process needs no torch.
+        if type(error).__name__ == "SignalException":
+            return exit_code(-error.sigval)
         if type(error).__name__ != "ChildFailedError":
             raise
-        return max(1, error.get_first_failure()[1].exitcode)
+        return _said(error.get_first_failure()[1].exitcode) or 1
     return 0
+
+
+def _said(returned: int) -> int:
+    """The exit code of a training process; one that was killed has not said so itself."""
+    if returned == -signal.SIGKILL:
+        sys.stderr.write("trl-bridge: the training process was killed (SIGKILL), often for lack of memory\n")
+    return exit_code(returned)
 
 
 def _with_config_file(options: list[str]) -> list[str]:

@@ -2,23 +2,46 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..methods.catalogue import METHODS, Method
-from .arguments import RewardArguments
+from ..processes import end_with_starter, stoppable
 from .errors import UsageError, user_errors
-from .parsing import CommandLine, import_by_path, parse_command_line
+
+
+if TYPE_CHECKING:
+    from .arguments import RewardArguments
+    from .parsing import CommandLine
 
 
 def run(name: str, argv: list[str]) -> None:
     """What `accelerate launch -m trl_bridge.cli.train METHOD ...` runs: parse, build, train, save."""
-    method = METHODS[name]
-    with user_errors(f"trl-bridge {name}"):
-        line = parse_command_line(method, argv, launched=True)
-    main(method, line)
+    method, program = METHODS[name], f"trl-bridge {name}"
+    end_with_starter()
+    parsed: list[CommandLine] = []
+    with stoppable(program, lambda: _how_to_resume(parsed)):
+        with user_errors(program):
+            # Imported late, so that a signal finds its handler.
+            from .parsing import parse_command_line
+
+            parsed.append(parse_command_line(method, argv, launched=True))
+        main(method, parsed[0])
 
 
-def main(method: Method, line: CommandLine) -> None:
+def _how_to_resume(parsed: "list[CommandLine]") -> str:
+    """The end of the line that a signal leaves."""
+    if not parsed:
+        return " before it had begun"
+    folder = Path(parsed[0].training.output_dir)
+    # Those of a method in stages lie in a folder for each.
+    saved = [*folder.glob("checkpoint-*/trainer_state.json"), *folder.glob("*/checkpoint-*/trainer_state.json")]
+    if not saved:
+        return ", before there was a checkpoint to resume from (`save_steps`)"
+    newest = max(saved, key=lambda path: path.stat().st_mtime).parent
+    return f": the same command with `--resume_from_checkpoint true` goes on from {newest}"
+
+
+def main(method: Method, line: "CommandLine") -> None:
     """Train a method and save the model."""
     program = f"trl-bridge {method.name}"
     with user_errors(program):
@@ -37,12 +60,14 @@ def main(method: Method, line: CommandLine) -> None:
     trainer.end()
 
 
-def build_trainer(method: Method, line: CommandLine) -> Any:
+def build_trainer(method: Method, line: "CommandLine") -> Any:
     """The trainer that a command line describes, ready to train."""
     from trl import get_peft_config, get_quantization_config
 
     from ..demonstrations.rows import check_size
+    from .arguments import RewardArguments
     from .datasets import load_splits
+    from .parsing import import_by_path
 
     evaluate = line.training.eval_strategy != "no"
     splits = load_splits(line.script, line.datasets, evaluate, line.model, line.training)
@@ -63,7 +88,7 @@ def build_trainer(method: Method, line: CommandLine) -> Any:
     )
 
 
-def _reward_functions(arguments: RewardArguments) -> list[Any]:
+def _reward_functions(arguments: "RewardArguments") -> list[Any]:
     """Reward model and reward functions that the script arguments name."""
     from ..rewards.by_name import reward_function
 
@@ -76,7 +101,7 @@ def _reward_functions(arguments: RewardArguments) -> list[Any]:
     return rewards
 
 
-def _model_arguments(line: CommandLine) -> dict[str, Any]:
+def _model_arguments(line: "CommandLine") -> dict[str, Any]:
     """`model`, and for a model made in memory its tokenizer. One that is loaded by name gets its `model_init_kwargs`."""
     from ..models import check_name, is_builtin, load, load_tokenizer
 
@@ -89,7 +114,7 @@ def _model_arguments(line: CommandLine) -> dict[str, Any]:
     return {"model": name}
 
 
-def _teacher(line: CommandLine) -> Any:
+def _teacher(line: "CommandLine") -> Any:
     """The teacher, loaded as TRL's script loads it; a tiny one has the seed after the student's."""
     from ..models import check_name, is_builtin, load
 
@@ -105,7 +130,7 @@ def _teacher(line: CommandLine) -> Any:
     return name
 
 
-def _init_kwargs(line: CommandLine, revision: str | None, own: dict[str, Any] | None) -> dict[str, Any]:
+def _init_kwargs(line: "CommandLine", revision: str | None, own: dict[str, Any] | None) -> dict[str, Any]:
     """How a model is loaded; what the config says wins."""
     return {
         "revision": revision,

@@ -1,15 +1,18 @@
 """All runs of a comparison over worker processes, each doing many runs one after another."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from ..generation.records import append_lines, read_lines
+from ..processes import end_with
 from .file import Comparison
 from .plan import Run, all_runs, next_runs, number_of_runs
 
@@ -38,6 +41,7 @@ def run_all(comparison: Comparison, folder: Path, workers: int = 1) -> dict[str,
     done = len({run.key for run in all_runs(comparison, records)} & set(records))
     with (
         ProcessPoolExecutor(workers, context, _start, arguments) as pool,
+        _ended_with_this_process(),
         tqdm(total=total, initial=done, unit="run", desc="comparison", ncols=100) as bar,
     ):
         # In a worker: this process need not import torch.
@@ -65,8 +69,20 @@ def run_all(comparison: Comparison, folder: Path, workers: int = 1) -> dict[str,
     return records
 
 
+@contextlib.contextmanager
+def _ended_with_this_process() -> Iterator[None]:
+    """The pool would wait for its runs, which may take hours, where this process is told to stop."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for worker in active_children():
+            worker.terminate()
+        raise
+
+
 def _start(numbers: Any, folder: str) -> None:
     """Before a worker imports anything heavy: its GPU or its one thread, and where its output goes."""
+    end_with(os.getppid())
     number = numbers.get()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(index) for index in range(_count_gpus())]
