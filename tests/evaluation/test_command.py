@@ -70,7 +70,7 @@ def test_the_whole_way_on_a_saved_model(tmp_path, capsys):
         ([*BASE, "--benchmarks", "builtin:addition", "--top_p", "2", "--n", "2"], "`top_p`"),
         (
             [*BASE, "--benchmarks", "builtin:addition", "--max_new_tokens", "509"],
-            "longest prompt of builtin-addition has 4 tokens and builtin:tiny a context of 512, which leaves 508",
+            "shortest prompt of builtin-addition has 4 tokens and builtin:tiny a context of 512, which leaves 508",
         ),
         ([*BASE, "--benchmarks", "builtin:addition", "--grader", "math_rewrad"], "did you mean `math_reward`?"),
         ([*BASE, "--benchmarks", "builtin:addition", "--grader", "code_reward"], "does not take the rows"),
@@ -98,6 +98,18 @@ def test_the_context_bounds_the_default_length(tmp_path):
     arguments = evaluate._parse(["--model", "builtin:tiny", "--benchmarks", "builtin:addition", "--limit", "1"])
     ((_, jobs, sampling),), *_ = evaluate._prepare(arguments, tmp_path, "2026-11-30")
     assert len(jobs[0].ids) == 4 and sampling.max_new_tokens == 508 and sampling.temperature == 0
+
+
+def test_one_question_that_is_too_long_does_not_refuse_the_run(tmp_path, capsys):
+    rows = [{"prompt": "1+1=", "solution": "2"}, {"prompt": "1+" * 600, "solution": "2"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = [*BASE, "--benchmarks", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
+    assert cli.main([*line, "--max_new_tokens", "6"]) == 0
+    assert "1 questions fill the model's context and count as wrong" in capsys.readouterr().out
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(SystemExit):
+        cli.main(line)
+    assert "which leaves 0" in capsys.readouterr().err
 
 
 def test_the_default_folder_is_named_after_the_model(tmp_path, monkeypatch):

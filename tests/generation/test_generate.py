@@ -1,9 +1,25 @@
+import copy
 import sys
 import types
 
 import pytest
 import torch
-from transformers import TopPLogitsWarper
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TopPLogitsWarper,
+)
 
 from trl_bridge.generation import engines
 from trl_bridge.generation.engines import (
@@ -58,7 +74,7 @@ def test_samples_follow_the_softmax(tiny, sampling):
     scores = logits.expand(noise_rows, -1) / sampling.temperature
     if sampling.top_p < 1:
         scores = TopPLogitsWarper(sampling.top_p)(None, scores)
-    noisy = engines._GumbelNoise(range(noise_rows), torch.device("cpu"))(None, scores)
+    noisy = engines._GumbelNoise([torch.Generator().manual_seed(seed) for seed in range(noise_rows)])(None, scores)
     for token in noisy.argmax(-1).tolist():
         seen[token] += 1
     expected = scores[0].softmax(-1)
@@ -76,18 +92,91 @@ def test_nothing_global_is_touched(tiny):
     assert model.generation_config.to_dict() == config
 
 
-def test_the_models_own_sampling_options_do_not_count(tiny):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "temperature": 0.1, "top_k": 1, "do_sample": True},
+        {"exponential_decay_length_penalty": (1, 3.0)},
+        {"sequence_bias": {(40,): 50.0}},
+        {"forced_eos_token_id": 40, "forced_bos_token_id": 41},
+        {"suppress_tokens": list(range(30, 60)), "bad_words_ids": [[50]]},
+        {"min_new_tokens": 6, "max_length": 9, "max_time": 1e-9},
+        {"stop_strings": ["1"], "return_dict_in_generate": False, "output_scores": True},
+        {"num_beams": 2, "num_return_sequences": 2, "early_stopping": True},
+        {"guidance_scale": 3.0, "renormalize_logits": True, "use_cache": False},
+        {"cache_implementation": "static", "prompt_lookup_num_tokens": 2},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_nothing_of_the_models_own_generation_config_counts(tiny, options, monkeypatch):
     model, _ = tiny
     plain = draw(tiny, [1, 2, 3], Sampling(12, temperature=1.0)), draw(tiny, [0] * 3, Sampling(12))
-    options = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "temperature": 0.1, "top_k": 1, "do_sample": True}
-    before = {name: getattr(model.generation_config, name) for name in options}
-    try:
-        for name, value in options.items():
-            setattr(model.generation_config, name, value)
-        assert (draw(tiny, [1, 2, 3], Sampling(12, temperature=1.0)), draw(tiny, [0] * 3, Sampling(12))) == plain
-    finally:
-        for name, value in before.items():
-            setattr(model.generation_config, name, value)
+    for name, value in options.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    own = model.generation_config.to_dict()
+    assert (draw(tiny, [1, 2, 3], Sampling(12, temperature=1.0)), draw(tiny, [0] * 3, Sampling(12))) == plain
+    assert model.generation_config.to_dict() == own
+
+
+def test_an_adapters_model_has_its_config_back(tiny):
+    model = get_peft_model(copy.deepcopy(tiny[0]), LoraConfig(target_modules=["q_proj"], init_lora_weights=True))
+    model.get_base_model().generation_config.sequence_bias = {(40,): 50.0}
+    assert draw((model, tiny[1]), [0] * 3, Sampling(12)) == draw(tiny, [0] * 3, Sampling(12))
+    assert model.get_base_model().generation_config.sequence_bias == {(40,): 50.0}
+
+
+ARCHITECTURES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "gpt2": (GPT2Config, GPT2LMHeadModel, {}),
+    "mistral, a window": (MistralConfig, MistralForCausalLM, {"sliding_window": 8}),
+    "gemma3, windows": (Gemma3TextConfig, Gemma3ForCausalLM, {"sliding_window": 8, "head_dim": 8}),
+    "mamba, a state": (MambaConfig, MambaForCausalLM, {}),
+}
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(40), Sampling(40, temperature=1.0, top_p=0.9)], ids=["greedy", "sampled"]
+)
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_rows_that_leave_the_batch_leave_the_others_as_they_are(family, sampling):
+    """Rows end at lengths of their own, by a token or a limit: each completion is the one that it is alone."""
+    config_class, model_class, more = ARCHITECTURES[family]
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"intermediate_size": 32, "num_key_value_heads": 2, "n_positions": 128, "initializer_range": 0.5}
+    model = model_class(config_class(**shape, eos_token_id=None, bos_token_id=None, **more)).eval()
+    # A few end tokens, so that rows end at different lengths; one in thirty.
+    model.generation_config.eos_token_id = list(range(20, 24))
+    prompts = [prompt_ids("1+1=" * (1 + row % 3), tokenizer) for row in range(12)]
+    limits = [3, 40, 17, 40, 40, 40, 9, 40, 40, 25, 40, 40]
+    seeds = list(range(12))
+    together = generate_batch(model, tokenizer, prompts, seeds, sampling, limits)
+    dropped = generate_batch(model, tokenizer, prompts, seeds, sampling, limits, drop_ended=True)
+    alone = [
+        generate_batch(model, tokenizer, [prompt], [seed], sampling, [limit])[0]
+        for prompt, seed, limit in zip(prompts, seeds, limits, strict=True)
+    ]
+    assert dropped == together == alone
+    assert [each.tokens <= limit for each, limit in zip(dropped, limits, strict=True)] == [True] * 12
+    assert dropped[0].truncated == (dropped[0].tokens == 3 and dropped[0].ids[-1] not in range(20, 24))
+    assert len({each.tokens for each in dropped}) > 1
+
+
+def test_rows_that_have_ended_are_computed_no_more(tiny, monkeypatch):
+    model, tokenizer = tiny
+    sizes = []
+    monkeypatch.setattr(
+        model,
+        "forward",
+        lambda *args, forward=model.forward, **kw: (sizes.append(len(kw["input_ids"])), forward(*args, **kw))[1],
+    )
+    limits = [1, 2, 3, 4, 5, 6, 7, 8]
+    batch = generate_batch(
+        model, tokenizer, [tokenizer("1+1=")["input_ids"]] * 8, range(8), Sampling(8), limits, drop_ended=True
+    )
+    assert [each.tokens for each in batch] == limits and sizes == [8, 7, 6, 5, 4, 3, 2, 1]
 
 
 def test_truncated_and_finished(tiny):
@@ -130,7 +219,7 @@ def jobs_of(tiny, count):
 def test_the_batch_is_halved_until_it_fits_and_nothing_is_lost(tiny, monkeypatch):
     tried = []
 
-    def small_memory(model, tokenizer, prompts, seeds, sampling):
+    def small_memory(model, tokenizer, prompts, seeds, sampling, limits, drop_ended):
         tried.append(len(prompts))
         if len(prompts) > 5:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")

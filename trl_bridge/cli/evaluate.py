@@ -171,7 +171,7 @@ def _prepare(arguments: EvaluationArguments, output: Path, now: str) -> tuple["W
     grader = None if arguments.grader is None else (arguments.grader, reward_function(arguments.grader, "grader"))
     check_name(arguments.model, "model", arguments.dtype)
     tokenizer: Any = load_tokenizer(arguments.model, **_hub_options(arguments))
-    contexts = {arguments.model: context_of(arguments.model, **_hub_options(arguments))}
+    context = context_of(arguments.model, **_hub_options(arguments))
     templated = tokenizer.chat_template is not None or arguments.system_prompt is not None
     prompting = Prompting(
         arguments.system_prompt,
@@ -189,8 +189,10 @@ def _prepare(arguments: EvaluationArguments, output: Path, now: str) -> tuple["W
         # One that grows over the days goes on with the day of its first start.
         dated = replace(prompting, day=Store(output / folder).day(tokenizer, now))
         task = load_task(folder, name, path, prompting=dated, grader=grader, **options)
-        jobs = make_jobs(task, tokenizer, arguments.n, arguments.seed)
-        length = fitting_length(jobs, contexts, arguments.max_new_tokens, _MAX_NEW_TOKENS, f" of {task.name}")
+        jobs = make_jobs(task, tokenizer, arguments.n, arguments.seed, context)
+        # A question that leaves less room than the others is cut by itself; there must be one that leaves enough.
+        shortest = min(len(job.ids) for job in jobs), f"the shortest prompt of {task.name}"
+        length = fitting_length(*shortest, {arguments.model: context}, arguments.max_new_tokens, _MAX_NEW_TOKENS)
         work.append((task, jobs, Sampling(length, temperature, arguments.top_p)))
     return work, tokenizer, _identity(arguments)
 
@@ -217,14 +219,19 @@ def _engine(arguments: EvaluationArguments, tokenizer: Any, work: "Work") -> "En
     """The engine, with the weights loaded."""
     from accelerate import PartialState
 
-    from ..generation.engines import TransformersEngine, VllmEngine, check_vllm, longest_prompt
+    from ..generation.engines import TransformersEngine, VllmEngine, check_vllm
     from ..models import load
 
     if arguments.use_vllm:
         check_vllm(arguments.model)
         return VllmEngine(
             arguments.model,
-            max(longest_prompt(jobs) + sampling.max_new_tokens for _, jobs, sampling in work),
+            max(
+                len(job.ids) + job.limit(sampling)
+                for _, jobs, sampling in work
+                for job in jobs
+                if job.limit(sampling) > 0
+            ),
             1024 if arguments.batch_size is None else arguments.batch_size,
             dtype=arguments.dtype,
             tensor_parallel_size=arguments.vllm_tensor_parallel_size,

@@ -178,7 +178,7 @@ def _jobs(options: argparse.Namespace, rows: "Dataset", tokenizer: Any, kwargs: 
 
 
 def _sampling(options: argparse.Namespace, jobs: "list[Job]") -> "Sampling":
-    from ..generation.engines import Sampling, fitting_length
+    from ..generation.engines import Sampling, fitting_length, longest_prompt
     from ..models import context_of
 
     contexts = {options.model: context_of(options.model)}
@@ -187,7 +187,9 @@ def _sampling(options: argparse.Namespace, jobs: "list[Job]") -> "Sampling":
         contexts[f"{options.teacher}, whose server is asked for one token more,"] = teacher - 1
     else:
         contexts[options.teacher] = teacher
-    length = fitting_length(jobs, contexts, options.max_new_tokens, _MAX_NEW_TOKENS)
+    length = fitting_length(
+        longest_prompt(jobs), "the longest prompt", contexts, options.max_new_tokens, _MAX_NEW_TOKENS
+    )
     return Sampling(length, options.temperature, options.top_p)
 
 

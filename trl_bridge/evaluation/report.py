@@ -24,7 +24,11 @@ _HEAD = (
 
 
 def summarise(
-    records: Sequence[Mapping[str, Any]], questions: int, samples: int, threshold: float = 1.0
+    records: Sequence[Mapping[str, Any]],
+    questions: int,
+    samples: int,
+    threshold: float = 1.0,
+    max_new_tokens: int | None = None,
 ) -> dict[str, Any]:
     """
     Accuracy, pass@k and what to look at beside them.
@@ -49,12 +53,15 @@ def summarise(
             summary["pass_at_k"][str(k)] = sum(values) / questions
             summary["pass_at_k_interval"][str(k)] = mean_interval(values)
     answered = [record["answered"] for record in used if record["answered"] is not None]
+    cut = [record for record in used if record["truncated"]]
     return {
         **summary,
         "mean_score": sum(record["score"] or 0.0 for record in used) / len(used),
         "success_threshold": threshold,
         "no_answer": answered.count(False) if answered else None,
         "truncated_share": sum(record["truncated"] for record in used) / len(used),
+        "too_long": len({record["question"] for record in cut if record["tokens"] == 0}),
+        "cut_by_context": sum(0 < record["tokens"] < (max_new_tokens or 0) for record in cut),
         "ungradable": sum(record["score"] is None for record in used),
         "grader_stopped": sum(record["stopped"] for record in used),
         "mean_tokens": sum(record["tokens"] for record in used) / len(used),
@@ -68,8 +75,15 @@ def _ks(samples: int) -> list[int]:
 
 
 def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Table of results, one row per task."""
-    return markdown_table(_HEAD, [_cells(name, result) for name, result in results.items()])
+    """Table of results, one row per task, and what the model's context took from them."""
+    table = markdown_table(_HEAD, [_cells(name, result) for name, result in results.items()])
+    notes = [
+        f"\n{name}: {result['too_long']} questions fill the model's context and count as wrong, {result['cut_by_context']} "
+        "completions were cut by it before `--max_new_tokens`.\n"
+        for name, result in results.items()
+        if result.get("too_long") or result.get("cut_by_context")
+    ]
+    return table + "".join(notes)
 
 
 def _cells(name: str, result: Mapping[str, Any]) -> list[Any]:

@@ -18,10 +18,12 @@ from ..generation.day import template_kwargs
 from ..generation.engines import Engine, Generated, Job, Sampling, jobs_of
 from ..generation.records import Store
 from .report import summarise
-from .tasks import Task, check_grader, grade
+from .tasks import Grade, Task, check_grader, grade
 
 
-def make_jobs(task: Task, tokenizer: PreTrainedTokenizerBase, samples: int, seed: int) -> list[Job]:
+def make_jobs(
+    task: Task, tokenizer: PreTrainedTokenizerBase, samples: int, seed: int, context: int | None = None
+) -> list[Job]:
     """
     All completions that a task needs, question by question.
 
@@ -34,6 +36,8 @@ def make_jobs(task: Task, tokenizer: PreTrainedTokenizerBase, samples: int, seed
             Samples per question.
         seed (`int`):
             Seed of the evaluation.
+        context (`int`, *optional*):
+            Longest sequence of the model: what a prompt leaves of it bounds its own completions. `None` bounds none.
 
     Returns:
         `list[Job]`: `len(task.rows) * samples` jobs.
@@ -47,7 +51,8 @@ def make_jobs(task: Task, tokenizer: PreTrainedTokenizerBase, samples: int, seed
     kwargs = task.prompting.chat_template_kwargs
     if task.prompting.day is not None:
         kwargs = template_kwargs(tokenizer, task.prompting.day, kwargs)
-    return jobs_of(prompts, tokenizer, samples, seed, task.name, kwargs)
+    jobs = jobs_of(prompts, tokenizer, samples, seed, task.name, kwargs)
+    return jobs if context is None else [job._replace(room=max(context - len(job.ids), 0)) for job in jobs]
 
 
 def check_task(
@@ -130,7 +135,7 @@ def evaluate_task(
     results = {
         "benchmark": task.name,
         "model": model["path"],
-        **summarise(store.finish(), len(task.rows), _samples(jobs), threshold),
+        **summarise(store.finish(), len(task.rows), _samples(jobs), threshold, sampling.max_new_tokens),
         **{key: value for key, value in settings.items() if key != "model"},
         "model_details": model,
         "example_prompt": task.rows[0]["prompt"],
@@ -177,13 +182,22 @@ def _settings(task: Task, engine: str, sampling: Sampling, model: dict[str, Any]
 
 
 def _fill(task: Task, jobs: Sequence[Job], engine: Engine, sampling: Sampling, store: Store, done: int) -> None:
+    # A prompt that fills the context is not answered: wrong, and counted.
+    store.append(
+        _record(task, job, Generated("", 0, True), Grade(0.0, None, False, False), 0.0)
+        for job in jobs
+        if job.room == 0
+    )
+    # The longest first, beside their likes: less padding, and memory that does not suffice shows at once.
+    jobs = sorted((job for job in jobs if job.room != 0), key=lambda job: len(job.ids), reverse=True)
     place = 0
     with tqdm(total=done + len(jobs), initial=done, desc=task.name, disable=store.rank != 0) as bar:
         start = time.perf_counter()
         for batch in engine(jobs, sampling):
             chunk = jobs[place : place + len(batch)]
             place += len(batch)
-            grades = grade(task, [job.question for job in chunk], [generated.text for generated in batch])
+            texts, ids = [generated.text for generated in batch], [generated.ids for generated in batch]
+            grades = grade(task, [job.question for job in chunk], texts, ids)
             now = time.perf_counter()
             store.append(
                 _record(task, job, generated, each, (now - start) / len(batch))

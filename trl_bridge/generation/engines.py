@@ -1,7 +1,9 @@
 """Batched generation with transformers or vLLM, reproducible for each question and sample whatever the batch or the resume point."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -13,11 +15,17 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
 
 from ..models import is_builtin
+
+
+# Rows leave a batch when this share of it has ended: each time costs a copy of the others' keys and values.
+_DROPPED_SHARE = 0.125
 
 
 @dataclass(frozen=True)
@@ -48,12 +56,17 @@ class Sampling:
 
 
 class Job(NamedTuple):
-    """One completion to draw."""
+    """One completion to draw; `room` is what the model's context leaves for it, where that is known."""
 
     question: int
     sample: int
     ids: list[int]
     seed: int
+    room: int | None = None
+
+    def limit(self, sampling: Sampling) -> int:
+        """Longest completion of this job."""
+        return sampling.max_new_tokens if self.room is None else min(self.room, sampling.max_new_tokens)
 
 
 class Generated(NamedTuple):
@@ -80,8 +93,8 @@ class _GumbelNoise(LogitsProcessor):
     `generate` samples a batch from the one global generator: what a row draws then depends on its neighbours.
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device):
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    def __init__(self, generators: Sequence[torch.Generator]):
+        self.generators = generators
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         noise = torch.empty_like(scores, dtype=torch.float32)  # (batch, vocab)
@@ -137,18 +150,30 @@ def longest_prompt(jobs: Sequence[Job]) -> int:
 
 
 def fitting_length(
-    jobs: Sequence[Job], contexts: Mapping[str, int | None], wanted: int | None, default: int, of: str = ""
+    tokens: int, prompt: str, contexts: Mapping[str, int | None], wanted: int | None, default: int
 ) -> int:
-    """Longest completion: what is wanted, or the default as far as the longest prompt leaves room in each context."""
-    longest = longest_prompt(jobs)
-    left = {name: context - longest for name, context in contexts.items() if context is not None}
+    """Longest completion: what is wanted, or the default as far as a prompt of so many tokens leaves room in each context."""
+    left = {name: context - tokens for name, context in contexts.items() if context is not None}
     for name, fits in left.items():
         if fits < (wanted or 1):
             raise ValueError(
-                f"`--max_new_tokens {wanted or 1}`: the longest prompt{of} has {longest} tokens and {name} a context of "
+                f"`--max_new_tokens {wanted or 1}`: {prompt} has {tokens} tokens and {name} a context of "
                 f"{contexts[name]}, which leaves {max(fits, 0)}"
             )
     return min([default, *left.values()]) if wanted is None else wanted
+
+
+class _Ended(StoppingCriteria):
+    """Which rows have ended, by a token or by their own length; stops them all as soon as a share of them has."""
+
+    def __init__(self, ends: torch.Tensor, lengths: torch.Tensor, share: float):
+        self.ends, self.lengths = ends, lengths
+        self.rows = torch.zeros_like(lengths, dtype=torch.bool)
+        self.enough = math.ceil(share * len(lengths))
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.rows |= torch.isin(input_ids[:, -1], self.ends) | (input_ids.shape[1] >= self.lengths)
+        return torch.ones_like(self.rows) if self.rows.sum() >= self.enough else self.rows.clone()
 
 
 @torch.no_grad()
@@ -158,46 +183,81 @@ def generate_batch(
     prompts: Sequence[list[int]],
     seeds: Sequence[int],
     sampling: Sampling,
+    limits: Sequence[int] | None = None,
+    drop_ended: bool = False,
 ) -> list[Generated]:
     """
-    Draw one completion for each prompt. Neither reads nor moves the global random state.
+    Draw one completion for each prompt, of its own longest length where `limits` are given. Neither reads nor moves the
+    global random state.
 
-    Of the model's own generation config only the end-of-sequence tokens count: temperature, nucleus and penalties that
-    it may carry are not applied.
+    Of the model's own generation config only the special tokens count. With `drop_ended` rows leave the batch soon after
+    they end, which ranks that gather weights together must not do, each at its own time.
     """
     ends = _end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    limits = limits or [sampling.max_new_tokens] * len(prompts)
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)  # (batch, width)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    noise = [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
+    left, cache = list(range(len(prompts))), None
+    drawn: dict[int, Generated] = {}
+    # A recurrent state cannot be cut to some of its rows.
+    share = _DROPPED_SHARE if drop_ended and not model._is_stateful else 1.0
+    generate: Any = model.generate
+    while left:
+        lengths = torch.tensor([width + limits[row] for row in left], device=model.device)
+        ended = _Ended(torch.tensor(ends, device=model.device), lengths, share)
+        with _blank(model.generation_config):
+            output = generate(
+                input_ids=ids,
+                attention_mask=mask,
+                cache=cache,
+                logits_processor=_processors(sampling, [noise[row] for row in left]),
+                stopping_criteria=StoppingCriteriaList([ended]),
+                generation_config=GenerationConfig(
+                    max_length=int(lengths.max()),
+                    do_sample=False,
+                    eos_token_id=ends,
+                    pad_token_id=pad,
+                    return_dict_in_generate=True,
+                ),
+            )
+        rows = output.sequences[:, width:].tolist()
+        for place in ended.rows.nonzero().flatten().tolist():
+            drawn[left[place]] = _generated(rows[place][: limits[left[place]]], ends, tokenizer)
+        going = (~ended.rows).nonzero().flatten()
+        left = [left[place] for place in going.tolist()]
+        if left:
+            cache = output.cache
+            cache.batch_select_indices(going)
+            ids = output.sequences[going]
+            mask = torch.cat([mask[going], mask.new_ones(len(left), ids.shape[1] - mask.shape[1])], dim=1)
+    return [drawn[row] for row in range(len(prompts))]
+
+
+def _processors(sampling: Sampling, noise: Sequence[torch.Generator]) -> LogitsProcessorList:
     processors = LogitsProcessorList()
     if sampling.temperature > 0:
         processors.append(TemperatureLogitsWarper(sampling.temperature))
         if sampling.top_p < 1:
             processors.append(TopPLogitsWarper(sampling.top_p))
-        processors.append(_GumbelNoise(seeds, model.device))
-    generate: Any = model.generate
-    output = generate(
-        input_ids=ids, attention_mask=mask, logits_processor=processors, generation_config=_plain(sampling, ends, pad)
-    )
-    return [_generated(row, ends, tokenizer) for row in output[:, width:].tolist()]
+        processors.append(_GumbelNoise(noise))
+    return processors
 
 
-def _plain(sampling: Sampling, ends: list[int], pad: int) -> GenerationConfig:
-    # What is left at None would be filled from the model's own config, so every knob that changes the logits is stated.
-    return GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        min_length=0,
-        eos_token_id=ends,
-        pad_token_id=pad,
-    )
+@contextmanager
+def _blank(own: GenerationConfig) -> Iterator[None]:
+    """A model's own generation config without its content: what a call leaves at `None` would be filled from it."""
+    # In place, for a model may hold the object at several levels (PEFT does).
+    kept = dict(vars(own))
+    try:
+        vars(own).clear()
+        vars(own).update(vars(GenerationConfig()))
+        yield
+    finally:
+        vars(own).clear()
+        vars(own).update(kept)
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -266,9 +326,9 @@ class TransformersEngine(HalvingBatches):
 
     def __call__(self, jobs: Sequence[Job], sampling: Sampling) -> Iterator[list[Generated]]:
         def work(batch: Sequence[Job]) -> list[Generated]:
-            return generate_batch(
-                self.model, self.tokenizer, [job.ids for job in batch], [job.seed for job in batch], sampling
-            )
+            prompts, seeds = [job.ids for job in batch], [job.seed for job in batch]
+            limits = [job.limit(sampling) for job in batch]
+            return generate_batch(self.model, self.tokenizer, prompts, seeds, sampling, limits, drop_ended=True)
 
         return self.in_batches(jobs, work)
 
@@ -305,7 +365,7 @@ class VllmEngine:
                         n=1,
                         temperature=sampling.temperature,
                         top_p=sampling.top_p if sampling.temperature > 0 else 1.0,
-                        max_tokens=sampling.max_new_tokens,
+                        max_tokens=job.limit(sampling),
                         seed=job.seed,
                     )
                     for job in batch
