@@ -121,7 +121,7 @@ READ = (
     "_buffered_inputs _entropy_bonus_enabled _entropy_window_stats _last_world_entropy _logs _metrics "
     "_pending_extra_logs _pending_metrics _step _tokenizer accelerator aux_loss_enabled beta callback_handler "
     "chat_template chat_template_kwargs entropy_coef eos_token_ids epsilon_high epsilon_low importance_sampling_level "
-    "model num_generations num_iterations optimizer processing_class ref_model reward_funcs reward_weights state "
+    "model num_generations num_iterations optimizer processing_class ref_model reward_func_names reward_funcs reward_weights state "
     "temperature train_dataset use_adaptive_entropy"
 ).split()
 

@@ -58,6 +58,7 @@ OWN_NAMES = {
     "_score",
     "_score_by_teacher",
     "_set_initial_mean",
+    "_rows_hash",
     "_sealing",
     "_sft_share",
     "_sft_term",

@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from datasets import concatenate_datasets
 
 from tests.helpers.resume import saving_trainer
+from tests.helpers.training import rl_rows, sft_rows, small_lora
 from trl_bridge.training.checkpoint import folder as checkpoints
 from trl_bridge.training.checkpoint import lock, resume
+from trl_bridge.training.checkpoint.drift import rows_hash
 from trl_bridge.training.checkpoint.rows import saved_rows, write_rows
 
 
@@ -310,3 +313,67 @@ def test_a_new_run_among_the_checkpoints_of_another_says_so(run, tmp_path, caplo
         saving_trainer(run, max_steps=1).train()
     said = [record.message for record in caplog.records if "`output_dir`" in record.message]
     assert len(said) == 1 and "up to checkpoint-2" in said[0] and "resume_from_checkpoint" in said[0]
+
+
+# Resumed otherwise
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train_dataset": rl_rows().select(range(12))}, "`train_dataset` has other rows"),
+        ({"train_dataset": rl_rows().select([1, 0, *range(2, 16)])}, "`train_dataset` has other rows"),
+        ({"train_dataset": rl_rows().add_column("level", [1] * 16)}, "`train_dataset` has other rows"),
+        ({"sft_dataset": sft_rows().select(range(9))}, "`sft_dataset` has other rows"),
+        ({"temperature": 0.5}, "`temperature` was 1.0, now 0.5"),
+        ({"weight_decay": 0.3}, "`weight_decay` was 0.0, now 0.3"),
+        ({"adam_beta2": 0.9}, "`adam_beta2` was 0.999, now 0.9"),
+        (
+            {"learning_rate": 1.0, "coordinator_learning_rate": 1e-2, "shadow_learning_rate": 1e-3},
+            "`learning_rate` was",
+        ),
+        (
+            {"peft_config": small_lora(r=2)},
+            "`peft_config` (model.layers.0.mlp.down_proj was [4, 1.0], now [2, 2.0], and 13 more)",
+        ),
+    ],
+)
+def test_what_a_resumed_run_must_share_is_said_in_a_line(run, changes, said):
+    with pytest.raises(ValueError, match="resume_from_checkpoint") as refusal:
+        saving_trainer(run, **{"max_steps": 3, **changes}).train(resume_from_checkpoint=True)
+    text = str(refusal.value)
+    assert (
+        said in text and "\n" not in text and "{" not in text and text.count(" now ") + text.count("other rows") == 1
+    )
+
+
+def other_reward(completions, **kwargs):
+    return [float(len(text)) for text in completions]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"bridge_lambda": 0.25}, "`bridge_lambda` was 0.5, now 0.25"),
+        ({"beta": 0.1}, "`beta` was 0.0, now 0.1"),
+        ({"loss_type": "grpo"}, "`loss_type` was 'dapo', now 'grpo'"),
+        ({"epsilon": 0.3, "max_grad_norm": 0.5}, "`epsilon` was 0.2, now 0.3; `max_grad_norm` was 1.0, now 0.5"),
+        ({"reward_funcs": other_reward}, "`reward_funcs` was ['digits_reward'], now ['other_reward']"),
+        ({"lr_scheduler_type": "linear", "max_steps": 4}, "`lr_scheduler_type` was 'cosine', now 'linear'; `max_steps` was 2, now 4"),
+        ({"logging_steps": 7, "save_steps": 2, "save_total_limit": 5, "run_name": "x", "dataloader_num_workers": 0}, None),
+    ],
+)  # fmt: skip
+def test_what_a_resumed_run_does_otherwise_is_said_in_a_line(run, caplog, changes, said):
+    with caplog.at_level("WARNING"):
+        saving_trainer(run, **{"max_steps": 2, **changes}).train(resume_from_checkpoint=True)
+    lines = [record.message for record in caplog.records if "other options" in record.message]
+    assert len(lines) == (said is not None)
+    assert said is None or (f"which count from here on: {said}." in lines[0] and "\n" not in lines[0])
+
+
+def test_rows_are_compared_by_what_they_hold():
+    rows = rl_rows()
+    halves = concatenate_datasets([rows.select(range(5)), rows.select(range(5, 16))])
+    assert rows_hash(rows) == rows_hash(halves) == rows_hash(rows.filter(lambda row: True, keep_in_memory=True))
+    assert rows_hash(rows) != rows_hash(rows.select(range(15))) != rows_hash(rows.rename_column("prompt", "question"))
+    assert rows_hash(rows.to_iterable_dataset()) is None

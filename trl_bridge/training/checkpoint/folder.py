@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
+from .drift import as_json, differences
 from .layout import RANKS
 from .registry import LOCAL, SHARDED, SHARED, Registry
 from .seal import damage, flushed, write_flushed
@@ -193,6 +194,12 @@ def check_run(checkpoint: Path, saved: Registry) -> None:
             "the same weights, optimizer states, prompts and demonstrations, but with random numbers (of sampling "
             "and dropout) other than those of an uninterrupted run."
         )
+    told = saved.description["options"]
+    changed = differences(_marker(checkpoint).get("options", told), told)
+    if changed and PartialState().is_main_process:
+        logger.warning(
+            f"Resumed with other options than {checkpoint} was made with, which count from here on: {'; '.join(changed)}."
+        )
 
 
 def say_what_is_there(output_dir: Path) -> None:
@@ -214,18 +221,20 @@ def check(checkpoint: Path, requirements: dict[str, Any], layout: dict[str, int]
             f"`resume_from_checkpoint`: {str(checkpoint)!r} was written by {ranks} ranks, and this run has {now}: {bound}. "
             f"Resume on {ranks}, or start a new run from the model that is saved there."
         )
-    saved = _marker(checkpoint)["requirements"]
-    # Compared as JSON: tuples and enumerations come back as lists and strings.
-    wanted = json.loads(json.dumps(requirements))
-    differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
+    marker = _marker(checkpoint)
+    wanted = as_json(requirements)
+    if "options" not in marker:  # of an earlier release, which compared less
+        wanted = {name: value for name, value in wanted.items() if name in marker["requirements"]}
+    differing = differences(_shown(marker["requirements"]), _shown(wanted))
     if differing:
-        listed = "; ".join(
-            f"`{_SHOWN.get(name, name)}` was {saved.get(name)!r}, now {wanted.get(name)!r}" for name in differing
-        )
         raise ValueError(
-            f"`resume_from_checkpoint`: {str(checkpoint)!r} was made with other options: {listed}. Restore them, or "
-            "start a new run."
+            f"`resume_from_checkpoint`: {str(checkpoint)!r} was made with other options: {'; '.join(differing)}. Restore "
+            "them, or start a new run."
         )
+
+
+def _shown(requirements: dict[str, Any]) -> dict[str, Any]:
+    return {_SHOWN.get(name, name): value for name, value in requirements.items()}
 
 
 def agreed(find: Callable[[], T]) -> T:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from .drift import as_json, options_of
 from .layout import totals
 
 
@@ -40,6 +41,8 @@ class Registry:
         # By a local part's name: makes a rank's state of those of all ranks that wrote it, and of their layout.
         self.reshard: dict[str, Callable[[list[Any], dict[str, int]], Any]] = {}
         self._matched: dict[str, Any] = {}
+        # What a resumed run may have otherwise, and says then.
+        self.told = options_of(args)
 
     def add(
         self, name: str, part: Any, how: str, of_weights: bool = False, only_same_ranks: str | None = None
@@ -70,7 +73,9 @@ class Registry:
     @property
     def description(self) -> dict[str, Any]:
         """What the marker says of the run."""
-        return {"layout": self.layout, "requirements": self.requirements, "first_start": self.first_start}
+        told = {name: as_json(value) for name, value in self.told.items() if name not in self._matched}
+        parts = {"layout": self.layout, "requirements": self.requirements, "first_start": self.first_start}
+        return {**parts, "options": told}
 
     def state(self, how: str) -> dict[str, Any]:
         """State of the shared parts, or of this rank's own."""

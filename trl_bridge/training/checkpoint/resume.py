@@ -19,6 +19,7 @@ from ..backends import Backend, backend_for
 from ..randomness import seed_anew
 from . import folder as checkpoints
 from . import lock
+from .drift import rows_hash
 from .layout import RANKS, reshard_rollouts
 from .registry import LOCAL, Registry, Value, attribute
 from .seal import Background
@@ -63,6 +64,8 @@ class Resumable(Trainer):
         saved.only_same_ranks = self.backend.bound_to_ranks
         # "way of training": the backend, spelt as in the checkpoints that there are.
         saved.must_match("seed", trainer=type(self).__name__, **{"way of training": self.backend.checkpoint_kind})
+        # The optimizer brings these back with its state, so changed ones would be ignored.
+        saved.must_match("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
         metrics = self._metrics
         since_last_log = Value(
             lambda: dict(metrics["train"]), lambda state: metrics.update(train=defaultdict(list, state))
@@ -214,6 +217,10 @@ class BufferResumable(Resumable):
                     "with the day of its first start. What `chat_template_kwargs` say (such as `date_string`) wins."
                 )
 
+    @functools.cached_property
+    def _rows_hash(self) -> str | None:
+        return rows_hash(self.train_dataset)
+
     @property
     def prompts_per_generation(self) -> int:
         """Prompts of one generation batch, over all ranks."""
@@ -236,6 +243,7 @@ class BufferResumable(Resumable):
         super().register_state(saved)
         if self.template_day is not None:
             saved.first_start["day"] = self.template_day
+        saved.must_match(train_dataset=self._rows_hash)
         saved.add("step", attribute(self, "_step"), LOCAL)
         saved.add("buffered_inputs", Value(lambda: self._buffered_inputs, self._load_rollouts), LOCAL)
         saved.reshard |= {"step": self._reshard_step, "buffered_inputs": self._reshard_rollouts}
@@ -299,7 +307,9 @@ class ResumableTrainer(BufferResumable, GRPOTrainer):
     def register_state(self, saved: Registry) -> None:
         super().register_state(saved)
         saved.layout["steps_per_generation"] = self.args.steps_per_generation
-        saved.must_match("num_generations", "num_iterations")
+        # Rollouts of a generation batch that is half used were sampled at one temperature.
+        saved.must_match("num_generations", "num_iterations", "temperature")
+        saved.told["reward_funcs"] = self.reward_func_names
         saved.add("entropy_coef", attribute(self, "entropy_coef"), LOCAL)
         saved.add("last_world_entropy", attribute(self, "_last_world_entropy"), LOCAL)
 
