@@ -19,6 +19,7 @@ FLOORS = {
     "objectives": 0,
     "processes": 0,
     "recipes": 0,
+    "yaml_core": 0,
     "rewards": 0,
     "tables": 0,
     "data": 2,

@@ -12,7 +12,7 @@ from tests.helpers.command import refusal
 from trl_bridge import cli
 from trl_bridge.cli import command as command_line
 from trl_bridge.cli import train
-from trl_bridge.cli.errors import UsageError, user_errors
+from trl_bridge.cli.errors import UsageError, expand_home, user_errors
 from trl_bridge.cli.launch import _with_config_file
 from trl_bridge.cli.parsing import import_by_path, parse_command_line
 from trl_bridge.methods.catalogue import FAMILIES, METHODS
@@ -150,6 +150,20 @@ def test_refused_before_anything_starts(capsys, arguments, said):
         ("preset: papper", "choose from paper, selective"),
         ("num_train_epochs: [", "is not valid YAML"),
         ("env: 3", "`env` in"),
+        ("env: {A: [1]}", "`env: A` in"),
+        ("eval_strategy: off", "`eval_strategy: off` in the config file: choose from no, steps, epoch"),
+        ("save_strategy: false", "`save_strategy: False` in the config file"),
+        ("system_prompt: true", "`system_prompt: true` in the config file takes a text"),
+        ("report_to: false", "`report_to: false` in the config file takes a text"),
+        ("dataset_name: {path: a}", "`dataset_name` in the config file takes one value, got a mapping"),
+        ("model_name_or_path: [a, b]", "`model_name_or_path` in the config file takes one value, got a list"),
+        ("learning_rate: {a: 1}", "`learning_rate` in the config file takes one value, got a mapping"),
+        ("max_steps: [1]", "`max_steps` in the config file takes one value, got a list"),
+        ("reward_funcs: [{a: b}]", "`reward_funcs` in the config file takes a list of single values"),
+        ("reward_funcs: {a: b}", "`reward_funcs` in the config file takes a list of single values"),
+        ("sft_datasets: [a]", "`sft_datasets` in the config file takes a list of mappings"),
+        ("num_processes: [1]", "`num_processes` in the config file takes one value"),
+        ("2024: 1", "unknown key `2024`"),
     ],
 )
 def test_a_recipe_is_checked_key_by_key(capsys, recipe, line, said):
@@ -275,6 +289,49 @@ def test_lora_keys_describe_the_coordinator(recipe):
         line = parse_command_line(BRIDGE, ["--config", recipe(extra, "lora_alpha: 6")], launched=True)
         trainer = train.build_trainer(BRIDGE, line)
         assert {v.shape[0] for k, v in trainer.coordinator_state_dict().items() if "lora_A" in k} == {2}
+
+
+def test_values_are_read_as_they_are_meant(recipe, monkeypatch, tmp_path):
+    """YAML 1.2 at every depth; a key that takes text gets what is written."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SOME_SWITCH", "")
+    text = Path(recipe()).read_text().replace(f"output_dir: {tmp_path / 'out'}", "output_dir: 2024")
+    lines = [
+        "save_strategy: no",
+        "eval_strategy: no",
+        "system_prompt: yes",
+        "model_revision: 1.10",
+        "dataset_config: 010",
+        "lr_scheduler_type: cosine_with_min_lr",
+        "lr_scheduler_kwargs: {min_lr: 5e-7, nested: {a: [1e-3, no]}}",
+        "log_completions: on",
+        "dataloader_pin_memory: off",
+        "mixed_precision: no",
+        "run_name: 0x1F",
+        "lora_target_modules: [1, no]",
+        "reward_weights: [5e-1]",
+        "sft_dataset_name: ~/rows.jsonl",
+        "env: {SOME_SWITCH: no}",
+    ]
+    (tmp_path / "own.yaml").write_text(text.replace("save_steps: 1\n", "") + "\n".join(lines) + "\n")
+    line = parse_command_line(METHODS["bridge"], ["--config", "~/own.yaml", "--logging_steps=7"], launched=False)
+    training = line.training
+    assert (training.output_dir, training.save_strategy, training.eval_strategy) == ("2024", "no", "no")
+    assert (line.script.system_prompt, line.model.model_revision, line.script.dataset_config) == ("yes", "1.10", "010")
+    assert training.lr_scheduler_kwargs == {"min_lr": 5e-7, "nested": {"a": [1e-3, "no"]}}
+    assert training.log_completions is True and training.dataloader_pin_memory is False
+    assert training.run_name == "0x1F" and training.reward_weights == [0.5]
+    assert line.model.lora_target_modules == ["1", "no"]
+    assert line.launch == ["--mixed_precision", "no"] and os.environ["SOME_SWITCH"] == "no"
+    assert line.script.sft_dataset_name == str(tmp_path / "rows.jsonl")
+
+
+def test_the_home_folder_where_a_shell_leaves_its_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expand_home("--output_dir=~/a") == "--output_dir=/home/me/a"
+    assert expand_home("math500=~/a.jsonl,source:limr@~/b") == "math500=/home/me/a.jsonl,source:limr@/home/me/b"
+    for text in ("a~/b", "solve x =~/ y", "--prompt_template=say =~/ twice", "~you/a"):
+        assert expand_home(text) == text
 
 
 def test_one_value_serves_for_a_list(recipe):

@@ -13,7 +13,7 @@ from .. import __version__
 from ..methods.catalogue import METHODS
 from ..processes import stoppable
 from ..recipes import accelerate_configs, copy_recipe, find_recipe, list_recipes, summary_line
-from .errors import ToolParser, user_errors
+from .errors import ToolParser, expand_home, user_errors
 
 
 TOOLS: dict[str, tuple[str, str]] = {
@@ -40,7 +40,7 @@ TOOLS: dict[str, tuple[str, str]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
-    arguments = sys.argv[1:] if argv is None else argv
+    arguments = [expand_home(token) for token in (sys.argv[1:] if argv is None else argv)]
     verb = arguments[0] if arguments and not arguments[0].startswith("-") else None
     program = "trl-bridge" if verb is None else f"trl-bridge {verb}"
     with user_errors(program), stoppable(program):

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from types import TracebackType
@@ -47,6 +48,13 @@ def _raised_here(traceback: TracebackType | None) -> bool:
         module = traceback.tb_frame.f_globals.get("__name__", "")
         traceback = traceback.tb_next
     return module.split(".")[0] == "trl_bridge"
+
+
+def expand_home(token: str) -> str:
+    """A token of the command line with the home folder for `~/`, also where a shell leaves it (`--output_dir=~/run`)."""
+    if token.startswith("~/"):
+        return os.path.expanduser(token)
+    return token if re.search(r"\s", token) else re.sub(r"(?<=[=,@])~/", lambda _: os.path.expanduser("~/"), token)
 
 
 class RaisingParser(argparse.ArgumentParser):

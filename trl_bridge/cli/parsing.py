@@ -8,7 +8,9 @@ the file or on the shell, abbreviated or not, and whoever started the script.
 
 import argparse
 import difflib
+import inspect
 import os
+import re
 from collections.abc import Iterable
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
@@ -19,8 +21,9 @@ from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 from .._upstream_cli import launch_options
 from ..methods.catalogue import Method
 from ..recipes import find_recipe
+from ..yaml_core import read_spelling, read_yaml
 from .arguments import FAMILY_ARGUMENTS, DatasetArguments
-from .errors import RaisingParser, UsageError
+from .errors import RaisingParser, UsageError, expand_home
 
 
 # Keys of older recipes whose new name does not look like the old one.
@@ -54,13 +57,11 @@ class MethodParser(RaisingParser, TrlParser):
         actions = [action for action in reversed(self._actions) if action.dest not in ("help", "config")]
         return {action.dest: action for action in actions}
 
-    def set_defaults_with_config(self, **values: Any) -> list[str]:
-        """As TRL's, after a check of each value: argparse converts only those that are strings."""
-        actions = self.keys
-        for key, value in values.items():
-            if key in actions:
-                values[key] = _checked(key, value, actions[key])
-        return super().set_defaults_with_config(**values)
+    @property
+    def annotations(self) -> dict[str, str]:
+        """From each key to the types that its field is written with. In the fields themselves the parser leaves one."""
+        bases = [base for kind in self.dataclass_types for base in reversed(kind.__mro__)]
+        return {key: str(kind) for base in bases for key, kind in inspect.get_annotations(base).items()}
 
 
 def build_parser(method: Method) -> MethodParser:
@@ -96,13 +97,21 @@ def _with_recipe(
     method: Method, argv: list[str], launched: bool
 ) -> tuple[MethodParser, list[str], Any, dict[str, argparse.Action], list[str]]:
     """Parser with the recipe's values as defaults, shell, recipe, the launcher's options, and those in the recipe."""
-    shell, path = _take_config(argv)
-    values = {} if path is None else _read_config(path)
+    shell, path = _take_config([expand_home(token) for token in argv])
+    values, spelling = ({}, {}) if path is None else _read_config(path)
     parser = build_parser(method)
-    known = set(parser.keys)
+    actions, annotations = parser.keys, parser.annotations
+    known = set(actions)
     launchable = {} if launched and not values else launch_options()
-    from_file = _launch_tokens(values, known, set(launchable), str(path))
-    parser.set_defaults_with_config(**{key: value for key, value in values.items() if key in known})
+    others = {key: value for key, value in values.items() if key not in known}
+    from_file = _launch_tokens(others, known | set(launchable), set(launchable), str(path))
+    parser.set_defaults_with_config(
+        **{
+            key: _checked(key, value, spelling[key], actions[key], annotations[key])
+            for key, value in values.items()
+            if key in known
+        }
+    )
     return parser, shell, path, launchable, from_file
 
 
@@ -129,36 +138,73 @@ def _take_config(argv: list[str]) -> tuple[list[str], Any]:
     return shell, find_recipe(names[0]) if names else None
 
 
-def _read_config(path: Any) -> dict[str, Any]:
+def _read_config(path: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A recipe's values, and its scalars as they are written. What it says of the environment is exported."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values, spelling = (_at_home(read(text)) for read in (read_yaml, read_spelling))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} must contain a YAML mapping of keys to values")
+    odd = next((key for key in values if not isinstance(key, str)), None)
+    if odd is not None:
+        raise UsageError(f"unknown key `{odd}` in {path}")
     variables = values.pop("env", {})
     if not isinstance(variables, dict):
         raise UsageError(f"`env` in {path} must be a mapping of variables to values")
-    os.environ.update({str(name): str(value) for name, value in variables.items()})
-    return values
+    nested = next((name for name, value in variables.items() if isinstance(value, (dict, list))), None)
+    if nested is not None:
+        raise UsageError(f"`env: {nested}` in {path} must be one value")
+    os.environ.update(spelling.get("env", {}))
+    return values, spelling
 
 
-def _checked(key: str, value: Any, action: argparse.Action) -> Any:
-    """The file's value as the key's type, where it is a scalar or a list of scalars."""
-    if value is None or isinstance(value, dict):
-        return value
+def _at_home(value: Any) -> Any:
+    """A recipe's value with the home folder for `~/` in front of its texts."""
+    if isinstance(value, dict):
+        return {key: _at_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return expand_home(value) if isinstance(value, str) else value
+
+
+def _checked(key: str, value: Any, spelling: Any, action: argparse.Action, annotation: str) -> Any:
+    """The file's value as the key's type."""
+    outer = re.sub(r"\[.*\]", "", annotation)
+    if value is None:
+        return None
     if action.nargs == "+":
         # One value for a list: argparse would take a string apart into characters.
-        return [_checked_scalar(key, item, action) for item in (value if isinstance(value, list) else [value])]
-    return value if isinstance(value, list) else _checked_scalar(key, value, action)
+        items = list(zip(value, spelling, strict=True)) if isinstance(value, list) else [(value, spelling)]
+        mappings = re.search("dict|DatasetConfig", annotation) is not None
+        wrong = next((item for item, _ in items if isinstance(item, list) or isinstance(item, dict) != mappings), None)
+        if wrong is not None:
+            wanted = "mappings" if mappings else "single values"
+            raise UsageError(f"`{key}` in the config file takes a list of {wanted}, got {wrong!r} in it")
+        return [item if mappings else _checked_scalar(key, item, text, action, outer) for item, text in items]
+    for kind, word, name in ((dict, "dict", "a mapping"), (list, "list", "a list")):
+        if isinstance(value, kind):
+            if word not in outer:
+                raise UsageError(f"`{key}` in the config file takes one value, got {name}: {value!r}")
+            return value
+    return _checked_scalar(key, value, spelling, action, outer)
 
 
-def _checked_scalar(key: str, value: Any, action: argparse.Action) -> Any:
-    if not isinstance(value, (str, int, float)) or not callable(action.type):
+def _checked_scalar(key: str, value: Any, spelling: str, action: argparse.Action, annotation: str) -> Any:
+    if value is None or not callable(action.type):
         return value
+    if isinstance(value, bool) and action.type is str:
+        # TRL's script reads it from the shell as text, and knows both.
+        if key == "resume_from_checkpoint" or "bool" in annotation:
+            return value
+        raise UsageError(
+            f"`{key}: {spelling}` in the config file takes a text: put it in quotes if it is meant as one"
+        )
+    switched = {"on": "true", "off": "false"}.get(str(value).lower()) if "bool" in annotation else None
     try:
-        # YAML's own true is kept where the key takes strings too (`resume_from_checkpoint: true`).
-        converted = value if action.type is str else action.type(str(value))
+        # As text it is what is written: `output_dir: 2024`, `model_revision: 1.10`.
+        converted = spelling if action.type is str else action.type(switched or str(value))
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
         kind = getattr(action.type, "__name__", "value")
         raise UsageError(f"`{key}: {value}` in the config file is not a valid {kind}") from error
@@ -171,10 +217,10 @@ def _launch_tokens(values: dict[str, Any], known: set[str], launchable: set[str]
     """Options of the launcher in a file, in shell form. `True` is a flag: accelerate's switches take no value."""
     tokens = []
     for key, value in values.items():
-        if key in known:
-            continue
         if key not in launchable and key not in LAUNCH_KEYS:
-            raise UsageError(f"unknown key `{key}` in {source}{_nearest(str(key), known | launchable)}")
+            raise UsageError(f"unknown key `{key}` in {source}{_nearest(key, known)}")
+        if isinstance(value, (dict, list)):
+            raise UsageError(f"`{key}` in the config file takes one value, got {value!r}")
         if value is True:
             tokens.append(f"--{key}")
         elif value is not None and value is not False:

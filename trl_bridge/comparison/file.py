@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -20,21 +19,13 @@ from pydantic import (
 
 from ..methods.catalogue import METHODS
 from ..recipes import find_recipe
+from ..yaml_core import read_yaml
 from .tasks.specs import TASKS, Number, Strict, TaskSpec
 
 
 # Families of methods that read demonstrations, and of those that read a teacher.
 _WITH_DEMONSTRATIONS = ("bridge", "stream", "group", "sft")
 _WITH_TEACHER = ("distillation", "scored")
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads `1e-3` as the number that it is, and not as text, as YAML 1.1 does."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+$"), list("+-.0123456789")
-)
 
 
 def _different(values: list[Any]) -> list[Any]:
@@ -150,7 +141,7 @@ def read_values(name: str | Path) -> Any:
     """The values of a comparison's YAML file."""
     path = find_recipe(name)
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        return read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
 

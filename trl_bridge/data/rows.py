@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..demonstrations.rows import prompt_fault, split_demonstration
 from ..generation import engines
+from ..yaml_core import read_yaml
 from .addition import addition_dataset, addition_pairs
 from .files import code_of, is_file_name, read_files, refuse_lost_path, warn
 from .reasoning_gym_tasks import reasoning_gym_dataset
@@ -157,7 +157,7 @@ def _call(maker: Any, called: str, config: str | None, **fixed: Any) -> Any:
             raise ValueError(f"the parameters of {called} are written as `key=value`, got {part!r}")
         if key in fixed:
             raise ValueError(f"{called} has no parameter {key!r}")
-        parameters[key] = yaml.safe_load(value)
+        parameters[key] = read_yaml(value)
     takes = inspect.signature(maker).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         for key in parameters:
