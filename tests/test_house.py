@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1] / "trl_bridge"
 # A room reads rooms on lower floors only. A module stands under the longest name that it begins with; `trl_bridge` itself
 # is the public surface, whose names are imported on first use.
 FLOORS = {
+    "_lazy": -1,
     "_upstream": 0,
     "_upstream_cli": 0,
     "demonstrations": 0,

@@ -5,12 +5,11 @@ trl-bridge: cooperative SFT + RL post-training for Hugging Face TRL.
 `import trl_bridge` stays quick.
 """
 
-import importlib
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
+from ._lazy import exports
 from .methods.catalogue import METHODS
 
 
@@ -29,8 +28,6 @@ _LAZY = {
     "rewards": "trl_bridge.rewards",
 }
 
-__all__ = sorted([*_LAZY, "__version__"])
-
 
 def _check_trl() -> None:
     # A renamed parent method turns an override into dead code without a word, so other minor releases are refused.
@@ -46,16 +43,5 @@ def _check_trl() -> None:
 
 
 _check_trl()
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(_LAZY[name])
-    value = module if _LAZY[name] == f"{__name__}.{name}" else getattr(module, name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__, _names = exports(__name__, _LAZY)
+__all__ = sorted([*_names, "__version__"])

@@ -11,6 +11,7 @@ import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -83,25 +84,30 @@ def plain_copy(
 
 
 @contextlib.contextmanager
+def _replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Other attributes of an object while inside. What is set inside is put back as well."""
+    kept = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
 def isolated_bookkeeping(trainer: GRPOTrainer, entropy_control: tuple[float, float] | None = None) -> Iterator[None]:
     """
     Call TRL's loss or rewards without a trace: metrics, completion logs and the adaptive-entropy controller are
     put back as they were.
     """
-    names = ("_metrics", "_pending_extra_logs", "_pending_metrics")
-    controls = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")
-    kept = {name: getattr(trainer, name) for name in names + controls}
-    trainer._metrics = {mode: defaultdict(list) for mode in kept["_metrics"]}
-    trainer._pending_extra_logs = defaultdict(list)
-    trainer._pending_metrics = defaultdict(list)
-    trainer._entropy_window_stats = None
-    if entropy_control is not None:
-        trainer.entropy_coef, trainer._last_world_entropy = entropy_control
-    try:
+    blank: dict[str, Any] = {"_pending_extra_logs": defaultdict(list), "_pending_metrics": defaultdict(list)}
+    blank["_metrics"] = {mode: defaultdict(list) for mode in trainer._metrics}
+    control = entropy_control or (trainer.entropy_coef, trainer._last_world_entropy)
+    blank |= {"entropy_coef": control[0], "_last_world_entropy": control[1], "_entropy_window_stats": None}
+    with _replaced(trainer, **blank):
         yield
-    finally:
-        for name, value in kept.items():
-            setattr(trainer, name, value)
 
 
 def decode_completions(
@@ -120,20 +126,14 @@ def decode_completions(
     return [[{"role": "assistant", "content": content}] for content in contents]
 
 
-@contextlib.contextmanager
-def without_reference_model(args: Any) -> Iterator[None]:
+def without_reference_model(args: Any) -> AbstractContextManager[None]:
     """
     Keep TRL's constructor from building a KL reference.
 
     For a model object it would load one by the config's id: that fails for a model made in memory, and silently takes
     the hub's weights for one that was changed since.
     """
-    beta = args.beta
-    args.beta = 0.0
-    try:
-        yield
-    finally:
-        args.beta = beta
+    return _replaced(args, beta=0.0)
 
 
 def optimizer_for(
@@ -172,16 +172,10 @@ def scored_by(trainer: GRPOTrainer, score: Callable[..., Any]) -> Iterator[None]
         del attributes["_get_per_token_logps_and_entropies"]
 
 
-@contextlib.contextmanager
-def policy_term_only(trainer: GRPOTrainer) -> Iterator[None]:
+def policy_term_only(trainer: GRPOTrainer) -> AbstractContextManager[None]:
     """While inside, TRL's loss is its RL term, without KL, entropy and auxiliary terms."""
     terms = {"beta": 0.0, "_entropy_bonus_enabled": False, "aux_loss_enabled": False}
-    kept = {name: getattr(trainer, name) for name in terms}
-    vars(trainer).update(terms)
-    try:
-        yield
-    finally:
-        vars(trainer).update(kept)
+    return _replaced(trainer, **terms)
 
 
 @contextlib.contextmanager
@@ -205,15 +199,9 @@ def set_up_again(args: TrainingArguments) -> None:
     _ = args.device
 
 
-@contextlib.contextmanager
-def outside_zero3() -> Iterator[None]:
+def outside_zero3() -> AbstractContextManager[None]:
     """Models built or run inside are no part of ZeRO-3: transformers and TRL would take their weights for its own."""
-    kept = transformers_deepspeed._hf_deepspeed_config_weak_ref
-    transformers_deepspeed._hf_deepspeed_config_weak_ref = None
-    try:
-        yield
-    finally:
-        transformers_deepspeed._hf_deepspeed_config_weak_ref = kept
+    return _replaced(transformers_deepspeed, _hf_deepspeed_config_weak_ref=None)
 
 
 @contextlib.contextmanager
@@ -231,11 +219,8 @@ def linear_layers_only() -> Iterator[None]:
             peft_config.target_parameters = None
             peft_config.rank_pattern, peft_config.alpha_pattern = patterns
 
-    transformers_weight_conversion.convert_peft_config_for_transformers = linear_only
-    try:
+    with _replaced(transformers_weight_conversion, convert_peft_config_for_transformers=linear_only):
         yield
-    finally:
-        transformers_weight_conversion.convert_peft_config_for_transformers = convert
 
 
 class DeferredGeneration:

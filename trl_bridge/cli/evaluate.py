@@ -3,12 +3,13 @@
 import difflib
 import re
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from transformers import HfArgumentParser
 
+from ..training.options import options
 from .errors import RaisingParser, UsageError, json_mapping, user_errors
 
 
@@ -24,80 +25,67 @@ _PROGRAM = "trl-bridge eval"
 _MAX_NEW_TOKENS = 5000
 
 
-@dataclass
+@options
 class EvaluationArguments:
     """Arguments of `trl-bridge eval`."""
 
-    model: str = field(
-        metadata={"help": "Directory of a model, name on the hub, builtin:tiny or builtin:smollm2-135m."}
-    )
-    benchmarks: str = field(
-        metadata={
-            "help": "Comma-separated: math500, minerva, olympiadbench, aime24, aime25, amc23, gpqa, livecodebench, "
-            "knights-knaves; NAME=FILE for such rows from a local file; a .jsonl or .parquet file, a hub dataset, "
-            "builtin:addition or reasoning-gym:TASK with prompt and solution columns."
-        }
-    )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the results. None means eval_results/ and the model's name."}
-    )
-    n: int = field(default=1, metadata={"help": "Samples per question. One is greedy."})
-    temperature: float | None = field(
-        default=None, metadata={"help": "0 is greedy. None means 0 for one sample and 1 for more."}
-    )
-    top_p: float = field(default=0.95, metadata={"help": "Mass of the nucleus; not read at temperature 0."})
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Longest completion. None means 5000, or what the model's context leaves."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the samples and of the order of choices in GPQA."})
-    grader: str | None = field(
-        default=None,
-        metadata={"help": "Reward function that grades, by name or dotted path, in place of each benchmark's own."},
-    )
-    success_threshold: float = field(default=1.0, metadata={"help": "Score from which an answer is right."})
-    system_prompt: str | None = field(default=None, metadata={"help": "System message."})
-    prompt_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "Prompt template as in training (boxed, qwen-boxed, abel, knights-knaves, or a text with {prompt}), in "
-            "place of each benchmark's own."
-        },
-    )
-    chat_template: bool = field(
-        default=True,
-        metadata={"help": "Whether benchmark questions go through the tokenizer's chat template, where it has one."},
-    )
-    chat_template_kwargs: str | None = field(
-        default=None,
-        metadata={"help": "Variables for the chat template, as JSON: '{\"enable_thinking\": false}'."},
-    )
-    prompt_column: str | None = field(
-        default=None, metadata={"help": "Column of your dataset that holds the prompts. None means 'prompt'."}
-    )
-    solution_column: str | None = field(
-        default=None, metadata={"help": "Column that the grader compares with. None means 'solution'."}
-    )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of your dataset, or a generated task's parameters."}
-    )
-    dataset_split: str | None = field(
-        default=None, metadata={"help": "Split of your dataset. None means 'test', or the only one."}
-    )
-    limit: int | None = field(default=None, metadata={"help": "First questions only."})
-    batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Completions at a time to start with; halved when out of memory. None means 64, vLLM 1024."},
-    )
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "Type of the weights.", "choices": ["auto", "bfloat16", "float16", "float32"]},
-    )
-    model_revision: str | None = field(default=None, metadata={"help": "Revision of a model on the hub."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention implementation."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code of the model's repository."})
-    use_vllm: bool = field(default=False, metadata={"help": "Whether to generate with vLLM."})
-    vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs for vLLM."})
-    vllm_gpu_memory_utilization: float = field(default=0.9, metadata={"help": "Share of the memory for vLLM."})
+    model: str
+    """Directory of a model, name on the hub, builtin:tiny or builtin:smollm2-135m."""
+    benchmarks: str
+    """Comma-separated: math500, minerva, olympiadbench, aime24, aime25, amc23, gpqa, livecodebench, knights-knaves;
+    NAME=FILE for such rows from a local file; a .jsonl or .parquet file, a hub dataset, builtin:addition or
+    reasoning-gym:TASK with prompt and solution columns."""
+    output_dir: str | None = None
+    """Folder of the results. None means eval_results/ and the model's name."""
+    n: int = 1
+    """Samples per question. One is greedy."""
+    temperature: float | None = None
+    """0 is greedy. None means 0 for one sample and 1 for more."""
+    top_p: float = 0.95
+    """Mass of the nucleus; not read at temperature 0."""
+    max_new_tokens: int | None = None
+    """Longest completion. None means 5000, or what the model's context leaves."""
+    seed: int = 0
+    """Seed of the samples and of the order of choices in GPQA."""
+    grader: str | None = None
+    """Reward function that grades, by name or dotted path, in place of each benchmark's own."""
+    success_threshold: float = 1.0
+    """Score from which an answer is right."""
+    system_prompt: str | None = None
+    """System message."""
+    prompt_template: str | None = None
+    """Prompt template as in training (boxed, qwen-boxed, abel, knights-knaves, or a text with {prompt}), in place of
+    each benchmark's own."""
+    chat_template: bool = True
+    """Whether benchmark questions go through the tokenizer's chat template, where it has one."""
+    chat_template_kwargs: str | None = None
+    """Variables for the chat template, as JSON: '{"enable_thinking": false}'."""
+    prompt_column: str | None = None
+    """Column of your dataset that holds the prompts. None means 'prompt'."""
+    solution_column: str | None = None
+    """Column that the grader compares with. None means 'solution'."""
+    dataset_config: str | None = None
+    """Configuration of your dataset, or a generated task's parameters."""
+    dataset_split: str | None = None
+    """Split of your dataset. None means 'test', or the only one."""
+    limit: int | None = None
+    """First questions only."""
+    batch_size: int | None = None
+    """Completions at a time to start with; halved when out of memory. None means 64, vLLM 1024."""
+    dtype: str = field(default="auto", metadata={"choices": ["auto", "bfloat16", "float16", "float32"]})
+    """Type of the weights."""
+    model_revision: str | None = None
+    """Revision of a model on the hub."""
+    attn_implementation: str | None = None
+    """Attention implementation."""
+    trust_remote_code: bool = False
+    """Whether to run code of the model's repository."""
+    use_vllm: bool = False
+    """Whether to generate with vLLM."""
+    vllm_tensor_parallel_size: int = 1
+    """GPUs for vLLM."""
+    vllm_gpu_memory_utilization: float = 0.9
+    """Share of the memory for vLLM."""
 
 
 class _Parser(RaisingParser, HfArgumentParser):

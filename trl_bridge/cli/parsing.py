@@ -12,14 +12,13 @@ import inspect
 import os
 import re
 from collections.abc import Iterable
-from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
 from .._upstream_cli import launch_options
-from ..methods.catalogue import Method
+from ..methods.catalogue import Method, import_by_path
 from ..recipes import find_recipe
 from ..yaml_core import read_spelling, read_yaml
 from .arguments import FAMILY_ARGUMENTS, DatasetArguments
@@ -113,12 +112,6 @@ def _with_recipe(
         }
     )
     return parser, shell, path, launchable, from_file
-
-
-def import_by_path(path: str) -> Any:
-    """Import what a dotted path names."""
-    # With a colon: a module's own import errors are not mistaken for a name that it does not have.
-    return resolve_name(":".join(path.rsplit(".", 1)))
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], Any]:

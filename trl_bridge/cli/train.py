@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..methods.catalogue import METHODS, Method
+from ..methods.catalogue import METHODS, Method, import_by_path
 from ..processes import end_with_starter, stoppable
 from .errors import UsageError, user_errors
 
@@ -67,7 +67,6 @@ def build_trainer(method: Method, line: "CommandLine") -> Any:
     from ..demonstrations.rows import check_size
     from .arguments import RewardArguments
     from .datasets import load_splits
-    from .parsing import import_by_path
 
     evaluate = line.training.eval_strategy != "no"
     splits = load_splits(line.script, line.datasets, evaluate, line.model, line.training)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..evaluation.statistics import bootstrap_interval
+from ..tables import markdown_table
 from .file import Comparison, Row, Setting
 from .plan import Records, best_rate, runs_of, tuning_runs, validation_scores
 
@@ -90,7 +91,7 @@ def report(comparison: Comparison, records: Records) -> str:
         parts.append(_cost(part, results))
     if comparison.validation_seeds:
         parts += ["## Learning rates", _RATES, _rates(comparison, records)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(map(str.rstrip, parts)) + "\n"
 
 
 def overview(comparison: Comparison, records: Records) -> str:
@@ -102,7 +103,7 @@ def overview(comparison: Comparison, records: Records) -> str:
         [f"`{row.name}`", *(_in_short(comparison, row.name, results, score) for _, results, score in columns)]
         for row in comparison.rows
     ]
-    return _markdown(head, rows)
+    return markdown_table(head, rows)
 
 
 def _in_short(comparison: Comparison, name: str, results: Results, score: str) -> str:
@@ -219,7 +220,7 @@ def _scores(comparison: Comparison, setting: Setting, results: Results) -> str:
             difference = None if name == reference else result.against(results[reference], score)
             cells.append("" if difference is None else str(difference))
         rows.append([*cells, _spread(result.values(split="ood"))])
-    return _markdown(head, rows)
+    return markdown_table(head, rows)
 
 
 def _cost(comparison: Comparison, results: Results) -> str:
@@ -239,7 +240,7 @@ def _cost(comparison: Comparison, results: Results) -> str:
             ]
             means = map(result.mean, ("generated_tokens", "sft_tokens", "peak_memory_mb"))
             rows.append([*cells, *("" if mean is None else f"{mean:,.0f}" for mean in means)])
-    return _markdown([*head, "generated tokens", "SFT tokens", "peak memory, MB"], rows)
+    return markdown_table([*head, "generated tokens", "SFT tokens", "peak memory, MB"], rows)
 
 
 def _rates(comparison: Comparison, records: Records) -> str:
@@ -253,7 +254,7 @@ def _rates(comparison: Comparison, records: Records) -> str:
                 diverged = {run.learning_rate for run in tried if "diverged" in records.get(run.key, {})}
                 cells = [_tried(rate, scores, best, diverged) for rate in comparison.learning_rates]
                 rows.append([setting.name, f"`{row.name}`", *cells])
-    return _markdown(["setting", "method", *(f"{rate:g}" for rate in comparison.learning_rates)], rows)
+    return markdown_table(["setting", "method", *(f"{rate:g}" for rate in comparison.learning_rates)], rows)
 
 
 def _tried(rate: float, scores: Mapping[float, float], best: float | None, diverged: Collection[float]) -> str:
@@ -283,7 +284,3 @@ def _listed(values: Iterable[Any]) -> str:
 
 def _span(dates: Sequence[str]) -> str:
     return "" if not dates else dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))

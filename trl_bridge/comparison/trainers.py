@@ -3,13 +3,12 @@
 import dataclasses
 import functools
 import inspect
-import pkgutil
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
-from ..methods.catalogue import METHODS, Method
+from ..methods.catalogue import METHODS, Method, import_by_path
 from ..rewards.noise import noisy
 from .file import Comparison, Row
 from .plan import Run, runs_of
@@ -71,7 +70,7 @@ def check_rows(comparison: Comparison, output_dir: str) -> None:
         _check_teacher(comparison, row)
         fields = config_fields(run)
         try:
-            _import(METHODS[row.method].config)(**fields, output_dir=output_dir)
+            import_by_path(METHODS[row.method].config)(**fields, output_dir=output_dir)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise type(error)(f"`methods: {row.name}`: {error}") from error
 
@@ -104,7 +103,7 @@ def build_trainer(
         from peft import LoraConfig
 
         arguments["peft_config"] = LoraConfig(**{"r": 16, "lora_alpha": 16, "target_modules": "all-linear", **lora})
-    return _import(METHODS[row.method].trainer)(
+    return import_by_path(METHODS[row.method].trainer)(
         model=task.fresh_model(),
         args=_config(run, output_dir),
         processing_class=task.tokenizer,
@@ -122,7 +121,7 @@ def _train_dataset(row: Row, task: BuiltTask, rollouts: Dataset | None) -> Datas
 
 
 def _config(run: Run, output_dir: str) -> Any:
-    return _import(METHODS[run.row.method].config)(**config_fields(run), output_dir=output_dir)
+    return import_by_path(METHODS[run.row.method].config)(**config_fields(run), output_dir=output_dir)
 
 
 def _check_teacher(comparison: Comparison, row: Row) -> None:
@@ -143,10 +142,6 @@ def _has_own_teacher(row: Row) -> bool:
 
 @functools.cache
 def _field_names(method: Method) -> set[str]:
-    config = _import(method.config)
+    config = import_by_path(method.config)
     fields = {field.name for field in dataclasses.fields(config) if field.init}
     return fields & set(inspect.signature(config).parameters)
-
-
-def _import(path: str) -> Any:
-    return pkgutil.resolve_name(":".join(path.rsplit(".", 1)))

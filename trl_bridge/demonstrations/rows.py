@@ -101,19 +101,12 @@ def _canonical_message(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_dataset(dataset: Dataset) -> None:
-    """
-    Refuse a dataset that holds no demonstrations.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            The user's `sft_dataset`.
-
-    Raises:
-        `TypeError`: if it is not a [`~datasets.Dataset`].
-        `ValueError`: if it is empty, has none of the formats' columns, or has pictures.
-    """
+    """Refuse a dataset that holds no demonstrations, or has pictures."""
     if not isinstance(dataset, Dataset):
-        raise TypeError(f"`sft_dataset` must be a `datasets.Dataset`, got `{type(dataset).__name__}`.")
+        raise TypeError(
+            f"`sft_dataset` must be a `datasets.Dataset`, got `{type(dataset).__name__}`. Iterable datasets cannot be "
+            "resumed exactly; a split of a `DatasetDict` is taken by name."
+        )
     if len(dataset) == 0:
         raise ValueError("`sft_dataset` is empty: pass at least one demonstration.")
     # A transform may make other columns than those that are stored.
@@ -121,8 +114,10 @@ def check_dataset(dataset: Dataset) -> None:
     if not {"prompt", "completion"} <= columns and not columns & {"messages", "conversations", "text"}:
         missing = "a `prompt` column but no `completion`" if "prompt" in columns else "none of the columns needed"
         raise ValueError(f"`sft_dataset` has {missing} (its columns: {sorted(columns)}). {_FORMATS}")
-    if columns & {"image", "images"}:
-        raise ValueError("`sft_dataset` has pictures, which demonstrations do not support. Remove the column.")
+    if pictures := columns & {"image", "images"}:
+        raise ValueError(
+            f"`sft_dataset` has pictures (`{pictures.pop()}`), which demonstrations do not support. Remove the column."
+        )
 
 
 def split_demonstration(example: dict[str, Any], row: str = "the demonstration") -> tuple[Prompt, Prompt]:

@@ -16,7 +16,6 @@ from .identity import Identity
 from .scoring import Rollout, Scorer, check_scores
 
 
-FORMATS = ("parquet", "jsonl")
 Record = dict[str, Any]
 
 

@@ -1,20 +1,27 @@
 """Evaluation on the usual benchmarks and on rows of your own, graded by the rewards of training."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._lazy import exports
 
 
 if TYPE_CHECKING:
-    from ..data.templates import Prompting
-    from ..generation.engines import Sampling, TransformersEngine
-    from .benchmarks import BENCHMARKS, Benchmark
-    from .callback import AccuracyCallback
-    from .run import evaluate_task, make_jobs
-    from .statistics import bootstrap_interval, pass_at_k, wilson_interval
-    from .tasks import Task, load_task
+    from ..data.templates import Prompting as Prompting
+    from ..generation.engines import Sampling as Sampling
+    from ..generation.engines import TransformersEngine as TransformersEngine
+    from .benchmarks import BENCHMARKS as BENCHMARKS
+    from .benchmarks import Benchmark as Benchmark
+    from .callback import AccuracyCallback as AccuracyCallback
+    from .run import evaluate_task as evaluate_task
+    from .run import make_jobs as make_jobs
+    from .statistics import bootstrap_interval as bootstrap_interval
+    from .statistics import pass_at_k as pass_at_k
+    from .statistics import wilson_interval as wilson_interval
+    from .tasks import Task as Task
+    from .tasks import load_task as load_task
 
 
-# Lazy (PEP 562): the callback imports TRL, and the command's help must not wait for it.
+# The callback imports TRL, and the command's help must not wait for it.
 _EXPORTS = {
     "AccuracyCallback": ".callback",
     "BENCHMARKS": ".benchmarks",
@@ -31,28 +38,4 @@ _EXPORTS = {
     "wilson_interval": ".statistics",
 }
 
-__all__ = [
-    "BENCHMARKS",
-    "AccuracyCallback",
-    "Benchmark",
-    "Prompting",
-    "Sampling",
-    "Task",
-    "TransformersEngine",
-    "bootstrap_interval",
-    "evaluate_task",
-    "load_task",
-    "make_jobs",
-    "pass_at_k",
-    "wilson_interval",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_EXPORTS])
+__getattr__, __dir__, __all__ = exports(__name__, _EXPORTS)

@@ -169,9 +169,9 @@ class ActGuideTrainer(ExpertTrainer):
         args = self.args
         size: Any = self.num_generations
         return GuidedRollouts(
-            plan,
-            self.experts,
-            self.rollouts.total_rewards().view(-1, size),
+            plan=plan,
+            experts=self.experts,
+            own=self.rollouts.total_rewards().view(-1, size),
             hard_threshold=args.hard_threshold,
             show_last_step=args.show_last_step,
             probe_rounds=args.probe_rounds,
@@ -179,7 +179,7 @@ class ActGuideTrainer(ExpertTrainer):
             template=args.guidance_template,
             tokenizer=self._tokenizer,
             tokenize=lambda prompt: list(self._tokenize_prompts([prompt])[0][0]),
-            decode=lambda prompt, prompt_ids, ids: decode_completions(self, [prompt], [prompt_ids], [ids])[0],
+            decode_for=lambda prompt, prompt_ids, ids: decode_completions(self, [prompt], [prompt_ids], [ids])[0],
             sample=self.sample_apart,
             ask=self.ask_rewards,
         )

@@ -86,6 +86,7 @@ class Guidance:
     samples: dict[int, Sample] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(kw_only=True)
 class GuidedRollouts:
     """
     Finds guidance for the hard groups of a generation batch and samples under it. Its methods are collective.
@@ -95,57 +96,36 @@ class GuidedRollouts:
     neighbours (vLLM's server is asked for each prompt once).
     """
 
-    def __init__(
-        self,
-        plan: ExpertPlan,
-        experts: Experts,
-        own: torch.Tensor,
-        *,
-        hard_threshold: float,
-        show_last_step: bool,
-        probe_rounds: int,
-        probe_rollouts: int,
-        template: str,
-        tokenizer: PreTrainedTokenizerBase,
-        tokenize: Callable[[Any], list[int]],
-        decode: Callable[[Any, list[int], list[int]], Any],
-        sample: Callable[[list[list[int]], int], tuple[Any, Any]],
-        ask: AskRewards,
-    ):
-        """
-        `own` has the rewards of the batch's own rollouts. `tokenize` takes a prompt, `decode` a prompt, its tokens and a
-        completion's, `sample` prompts' tokens and the number of neighbours that are of one prompt.
+    plan: ExpertPlan
+    experts: Experts
+    own: torch.Tensor  # (groups over all ranks, G): rewards of the batch's own rollouts
+    hard_threshold: float
+    show_last_step: bool
+    probe_rounds: int
+    probe_rollouts: int
+    template: str
+    tokenizer: PreTrainedTokenizerBase
+    tokenize: Callable[[Any], list[int]]  # of a prompt
+    decode_for: Callable[[Any, list[int], list[int]], Any]  # of a prompt, its tokens and a completion's
+    sample: Callable[[list[list[int]], int], tuple[Any, Any]]  # of prompts' tokens, so many neighbours of one prompt
+    ask: AskRewards
 
-        Shapes: own (groups over all ranks, G).
-        """
-        self.plan = plan
-        self.own = own
-        self._experts = experts
-        self._hard_threshold = hard_threshold
-        self._show_last_step = show_last_step
-        self._probe_rounds = probe_rounds
-        self._probe_rollouts = probe_rollouts
-        self._template = template
-        self._tokenizer = tokenizer
-        self._tokenize = tokenize
-        self._decode = decode
-        self._sampler = sample
-        self._ask = ask
-        self._first_rows = {group: row for row, group in enumerate(plan.groups) if plan.members[row] == 0}
+    def __post_init__(self) -> None:
+        self._first_rows = {group: row for row, group in enumerate(self.plan.groups) if self.plan.members[row] == 0}
 
     def find(self) -> Guidance:
         """Guidance for the batch."""
-        own, threshold = self.own, self._hard_threshold
+        own, threshold = self.own, self.hard_threshold
         unknown = torch.isnan(own)
         # A group that nobody could score is not known to be hard.
         hard = (own.masked_fill(unknown, -torch.inf).amax(dim=1) <= threshold) & ~unknown.all(dim=1)
         counts = [
             (group, count)
             for group, row in self._first_rows.items()
-            if hard[group] and (count := len(self._step_ends(row)) - (not self._show_last_step)) > 0
+            if hard[group] and (count := len(self._step_ends(row)) - (not self.show_last_step)) > 0
         ]
         found = Guidance(own, hard, steps=dict(sorted(gather_object(counts))))
-        searches = {group: GuidanceSearch(count, self._probe_rounds) for group, count in found.steps.items()}
+        searches = {group: GuidanceSearch(count, self.probe_rounds) for group, count in found.steps.items()}
         while jobs := {group: s.probe for group, s in searches.items() if s.probe is not None}:
             best = self._probe(jobs)
             found.probes += len(jobs)
@@ -165,13 +145,13 @@ class GuidedRollouts:
         """Tokens of a row's prompt with guidance."""
         trace = self.plan.experts[row] or []
         shown = trace[: self._step_ends(row)[steps - 1]]
-        text = self._tokenizer.decode(shown, skip_special_tokens=True).strip()
-        return self._tokenize(guided_prompt(self.plan.inputs[row]["prompt"], text, self._template))
+        text = self.tokenizer.decode(shown, skip_special_tokens=True).strip()
+        return self.tokenize(guided_prompt(self.plan.inputs[row]["prompt"], text, self.template))
 
     def decode(self, row: int, completion_ids: list[int]) -> Any:
         """A completion of a row's prompt as reward functions see it."""
         prompt = self.plan.inputs[row]["prompt"]
-        return self._decode(prompt, self._tokenize(prompt), completion_ids)
+        return self.decode_for(prompt, self.tokenize(prompt), completion_ids)
 
     def example(self, row: int, ids: list[int]) -> dict[str, Any]:
         """A completion of a row's prompt with what the reward functions are asked with."""
@@ -185,14 +165,14 @@ class GuidedRollouts:
 
     def filler(self) -> dict[str, Any]:
         """An example for a rank that has fewer of them than another."""
-        return self.example(0, [self._tokenizer.eos_token_id])
+        return self.example(0, [self.tokenizer.eos_token_id])
 
     def _step_ends(self, row: int) -> list[int]:
         trace = self.plan.experts[row]
         if trace is None:
             return []
         prompt = self.plan.inputs[row]["prompt"]
-        ends = self._experts.step_ends(prompt, self.plan.generation, self.plan.groups[row])
+        ends = self.experts.step_ends(prompt, self.plan.generation, self.plan.groups[row])
         return [end for end in ends if end <= len(trace)]
 
     def _sample(self, lengths: dict[int, int], count: int) -> dict[int, list[Sample]]:
@@ -200,9 +180,9 @@ class GuidedRollouts:
         mine = [group for group in lengths if group in self._first_rows]
         size = max(gather_object([len(mine)]))
         prompts = [self.prompt_ids(self._first_rows[group], lengths[group]) for group in mine]
-        prompts += [self._tokenize(self.plan.inputs[0]["prompt"])] * (size - len(mine))
+        prompts += [self.tokenize(self.plan.inputs[0]["prompt"])] * (size - len(mine))
         repeated = [ids for ids in prompts for _ in range(count)]
-        completion_ids, log_probs = self._sampler(repeated, count)
+        completion_ids, log_probs = self.sample(repeated, count)
         samples = [
             (list(ids), None if log_probs is None else list(log_probs[place]))
             for place, ids in enumerate(completion_ids)
@@ -211,12 +191,12 @@ class GuidedRollouts:
 
     def _probe(self, jobs: dict[int, int]) -> dict[int, float]:
         """Best reward of a probe of each group, on every rank; minus infinity where nobody could score it."""
-        samples = self._sample(jobs, self._probe_rollouts)
+        samples = self._sample(jobs, self.probe_rollouts)
         groups = [group for group, rollouts in samples.items() for _ in rollouts]
         examples = [
             self.example(self._first_rows[group], ids) for group, rollouts in samples.items() for ids, _ in rollouts
         ]
-        asked = self._ask(examples, self.filler())
+        asked = self.ask(examples, self.filler())
         best = dict.fromkeys(jobs, -torch.inf)
         for group, reward in gather_object(list(zip(groups, asked, strict=True))):
             best[group] = max(best[group], reward if reward == reward else -torch.inf)

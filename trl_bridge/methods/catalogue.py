@@ -4,7 +4,8 @@ The one list of training methods: name, trainer, config and family.
 Strings only, so that reading it imports no torch. The verbs of the command and the names that `trl_bridge` exports come from it.
 """
 
-from typing import NamedTuple
+from pkgutil import resolve_name
+from typing import Any, NamedTuple
 
 
 FAMILIES = {
@@ -57,3 +58,9 @@ _ALL = (
 
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 """All methods by name."""
+
+
+def import_by_path(path: str) -> Any:
+    """Import what a dotted path names."""
+    # With a colon: a module's own import errors are not mistaken for a name that it does not have.
+    return resolve_name(":".join(path.rsplit(".", 1)))

@@ -18,14 +18,13 @@ from transformers.utils import logging
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..demonstrations.render import render_demonstrations
-from ..demonstrations.rows import python_rows, split_demonstration
+from ..demonstrations.rows import check_dataset, python_rows, split_demonstration
 from ..demonstrations.stream import window_share
 from ..objectives.sft import demonstration_loss
 from .checkpoint.registry import SHARED, Registry
 from .demonstrations import Demonstrations
 from .policy import Scores
 from .randomness import forked_python_rng, forked_torch_rng
-from .refusals import refuse_pictures
 from .stream_config import DemonstrationConfig
 from .student import StudentTrainer
 from .verdicts import collect_verdicts, missing_columns
@@ -143,14 +142,7 @@ class DemonstrationTrainer(StudentTrainer):
             raise ValueError(
                 f"{owner} needs `sft_dataset`: a `Dataset` of demonstrations in any of TRL's SFT formats.{remedy}"
             )
-        if not isinstance(sft_dataset, Dataset):
-            raise TypeError(
-                f"`sft_dataset` must be a `datasets.Dataset`, got `{type(sft_dataset).__name__}`. Iterable datasets "
-                "cannot be resumed exactly; a split of a `DatasetDict` is taken by name."
-            )
-        if len(sft_dataset) == 0:
-            raise ValueError("`sft_dataset` is empty.")
-        refuse_pictures(owner, None, sft_dataset=sft_dataset)
+        check_dataset(sft_dataset)
 
     def _warn_of_two_formats(self) -> None:
         train_dataset: Any = self.train_dataset

@@ -127,10 +127,8 @@ class ZeroBackend(Backend):
                     parameter.copy_(value)
 
 
-class ZeroWeights(Weights):
-    """Of a prepared engine: read from and written to the float32 master; gradients only pass by the hooks."""
-
-    needs_grad_hooks = True
+class _GatheredWeights(Weights):
+    """In pieces that are no rows: read in full."""
 
     def shape(self, name: str) -> torch.Size:
         return _shape(self.parameters[name])
@@ -140,6 +138,12 @@ class ZeroWeights(Weights):
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         return self.full(name)[first:last]
+
+
+class ZeroWeights(_GatheredWeights):
+    """Of a prepared engine: read from and written to the float32 master; gradients only pass by the hooks."""
+
+    needs_grad_hooks = True
 
     def full(self, name: str) -> torch.Tensor:
         parameter = self.parameters[name]
@@ -196,17 +200,8 @@ class ZeroWeights(Weights):
         self.backend.average_(tensors)
 
 
-class _PartitionedWeights(Weights):
+class _PartitionedWeights(_GatheredWeights):
     """Loaded under `zero3_init_flag`, before the engine is made."""
-
-    def shape(self, name: str) -> torch.Size:
-        return _shape(self.parameters[name])
-
-    def bounds(self, name: str) -> tuple[int, int]:
-        return 0, self.shape(name)[0]
-
-    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        return self.full(name)[first:last]
 
     def full(self, name: str) -> torch.Tensor:
         with _gathered(self.parameters[name]):
