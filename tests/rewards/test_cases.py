@@ -70,6 +70,11 @@ def test_unparsable_golds_give_none_and_one_warning_each(caplog):
     assert len(messages) == 1 and "row 0" in messages[0] and "check_golds" in messages[0]
 
 
+@pytest.mark.parametrize("gold", ["f'(x)", "y''+y=0", r"x \equiv a \pmod n", r"\gcd(n,6)"])
+def test_a_gold_that_is_compared_as_written_is_one(gold):
+    assert math_reward([rf"\boxed{{{gold}}}", r"\boxed{7}"], [gold] * 2) == [1.0, 0.0]
+
+
 def test_tolerance_is_asked_for():
     assert MathReward(tolerance=0.02)([r"\boxed{0.33}", r"\boxed{0.3}"], [r"\frac{1}{3}"] * 2) == [1.0, 0.0]
     assert MathReward()([r"\boxed{0.33}"], [r"\frac{1}{3}"]) == [0.0]

@@ -45,7 +45,7 @@ _BASED = re.compile(
     r"\(?\s*([0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?)\s*\)?\s*_\s*(?:\{\s*(?:\\text\s*\{)?\s*([0-9a-z]+)\s*\}?\s*\}|(\d+))"
 )
 _MODULO = re.compile(
-    r"([^,;]*?)\s*(?:\\pmod\s*(?:\{([^{}]+)\}|(\d+))|\(\s*\\?(?:mod|bmod|text\s*\{\s*mod\s*\})\s*([^()]+)\))"
+    r"([^,;]*?)\s*(?:\\pmod\s*(?:\{([^{}]+)\}|(\d+|[a-z]))|\(\s*\\?(?:mod|bmod|text\s*\{\s*mod\s*\})\s*([^()]+)\))"
 )
 _BASE_WORDS = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9",
                "ten": "10", "twelve": "12", "sixteen": "16"}  # fmt: skip

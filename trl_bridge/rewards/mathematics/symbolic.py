@@ -44,7 +44,7 @@ _IMAGINARY = {
 _FUNCTION = re.compile(r"([A-Za-z])\s*\(\s*([A-Za-z])\s*\)")
 # SymPy takes a letter here for a polynomial: the greatest common divisor of n and 6 would be 1.
 _GCD = re.compile(r"\\(?:gcd|lcm)\s*\(?[^()]*[a-zA-Z]")
-_PROSE = re.compile(r"\\(?:gcd|lcm)|\\text\s*\{[^{}]*[A-Za-z]{2}|(?<![\\A-Za-z])[A-Za-z]{3,}")
+_PROSE = re.compile(r"\\(?:gcd|lcm)|(?<=[A-Za-z)])'|\\text\s*\{[^{}]*[A-Za-z]{2}|(?<![\\A-Za-z])[A-Za-z]{3,}")
 
 
 # Words that are no products of letters; `0x1F` is no product either.

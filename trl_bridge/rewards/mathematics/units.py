@@ -35,15 +35,16 @@ _BY_CASE = {
     if prefix + symbol != "pm"
 }
 _FACTORS = {**_BY_CASE, **_FACTORS, "ml": _BY_CASE["mL"]}
-# `5'` is five feet beside a length, five minutes of arc beside an angle.
-_PRIMES = {"prime": {"length": "ft", "angle": "arcminute"}, "doubleprime": {"length": "in", "angle": "arcsecond"}}
+# `5'` is five feet beside a length, five minutes of arc beside an angle; pounds are money, but beside ounces.
+_BESIDE = {"prime": {"length": "ft", "angle": "arcminute"}, "doubleprime": {"length": "in", "angle": "arcsecond"},
+           "pound": {"mass": "lb"}}  # fmt: skip
 _ALIASES = {
     "millimeter": "mm", "millimetre": "mm", "centimeter": "cm", "centimetre": "cm", "decimeter": "dm", "meter": "m",
     "metre": "m", "kilometer": "km", "kilometre": "km", "inch": "in", "inches": "in", "inche": "in", "foot": "ft",
     "feet": "ft", "yard": "yd", "mile": "mi", "second": "s", "sec": "s", "minute": "min", "mins": "min", "hour": "h",
     "hr": "h", "hrs": "h", "gram": "g", "gm": "g", "kilogram": "kg", "milligram": "mg", "lbs": "lb", "ounce": "oz",
     "litre": "liter", "l": "liter", "milliliter": "ml", "yr": "year", "usd": "dollar", "buck": "dollar", "deg": "degree",
-    "rad": "radian", "a.m": "am", "p.m": "pm", "a.m.": "am", "p.m.": "pm", "gal": "gallon", "kmh": "kph", "km/h": "kph",
+    "rad": "radian", "a": "amp", "a.m": "am", "p.m": "pm", "a.m.": "am", "p.m.": "pm", "gal": "gallon", "kmh": "kph", "km/h": "kph",
     "km/hr": "kph", "n": "newton", "j": "joule", "w": "watt", "v": "volt", "k": "kelvin", "c": "celsius",
     "f": "fahrenheit", "mol": "mole", "amps": "amp", "hertz": "hz", "pa": "pascal", "day": "day", "noon": "pm",
     "degrees celsius": "celsius", "miles per hour": "mph", "kilometers per hour": "kph",
@@ -99,7 +100,7 @@ def in_one_unit(text: str) -> tuple[str, str] | None:
         return None
     found = [(Fraction(number), _unit_name(name, None)) for number, name in _MEASURE.findall(bare)]
     beside = "ft" if found[0][1] == "prime" else found[0][1]
-    found = [(number, _prime(name, beside)) for number, name in found]
+    found = [(number, _read(name, beside)) for number, name in found]
     total, into = Fraction(0), found[0 if beside == "degree" else -1][1]
     for (number, name), (smaller, following) in zip(found, [*found[1:], (Fraction(0), found[-1][1])], strict=True):
         # Hours and minutes, in this order, and fewer minutes than an hour has: else they are several quantities.
@@ -169,8 +170,8 @@ def _unit_name(label: str, power: str | None) -> str:
     return name if exponent == 1 else f"{name}^{exponent}"
 
 
-def _prime(name: str, beside: str) -> str:
-    return _PRIMES[name].get(_FACTORS.get(beside, ("", 1))[0], name) if name in _PRIMES else name
+def _read(name: str, beside: str) -> str:
+    return _BESIDE[name].get(_FACTORS.get(beside, ("", 1))[0], name) if name in _BESIDE else name
 
 
 def conversion(first: str, second: str) -> Fraction | None:
@@ -178,7 +179,7 @@ def conversion(first: str, second: str) -> Fraction | None:
     if first == second or not first or not second:
         return Fraction(1)
     (base_a, _, power_a), (base_b, _, power_b) = first.partition("^"), second.partition("^")
-    base_a, base_b = _prime(base_a, base_b), _prime(base_b, base_a)
+    base_a, base_b = _read(base_a, base_b), _read(base_b, base_a)
     known_a, known_b = _FACTORS.get(base_a), _FACTORS.get(base_b)
     if "unit" in (base_a, base_b) and (power_a == power_b or not power_a or not power_b):
         return Fraction(1)
