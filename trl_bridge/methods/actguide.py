@@ -2,7 +2,6 @@
 
 import math
 import re
-import textwrap
 from dataclasses import field
 from typing import Any
 
@@ -16,6 +15,7 @@ from ..training.checkpoint.registry import Registry
 from ..training.group import ExpertPlan, ExpertTrainer
 from ..training.group_config import ExpertConfig
 from ..training.options import at_least, one_of, options
+from ..training.paper import arxiv
 from ..training.policy import Scores
 from .actguide_rollouts import Guidance, GuidedRollouts
 
@@ -116,18 +116,14 @@ class ActGuideTrainer(ExpertTrainer):
     reads_steps = True
     _tag_names = ["trl", "actguide"]
     _name = "ActGuide"
-    _paper = {
-        "title": "Learning Agentic Policy from Action Guidance",
-        "id": "2605.12004",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{ji2026actguide,
-                title        = {{Learning Agentic Policy from Action Guidance}},
-                author       = {Yuxiang Ji and Zengbin Wang and Yong Wang and Shidong Yang and Ziyu Ma and Guanhua Chen and Zonghua Sun and Liaoni Wu and Xiangxiang Chu},
-                year         = 2026,
-                eprint       = {arXiv:2605.12004},
-            }"""),
-    }
+    _paper = arxiv(
+        "2605.12004",
+        "Learning Agentic Policy from Action Guidance",
+        "ji2026actguide",
+        "Yuxiang Ji and Zengbin Wang and Yong Wang and Shidong Yang and Ziyu Ma and Guanhua Chen and Zonghua Sun "
+        "and Liaoni Wu and Xiangxiang Chu",
+        2026,
+    )
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -1,6 +1,5 @@
 """AOPD: imitation of the teacher's likeliest tokens where the student is too sure, on-policy distillation elsewhere."""
 
-import textwrap
 from dataclasses import field
 from typing import ClassVar
 
@@ -10,6 +9,7 @@ from ..objectives.distill import AGGREGATIONS, imitation_gate, imitation_term, p
 from ..objectives.lm_head import StudentScores, TeacherScores
 from ..training.checkpoint.registry import Registry
 from ..training.options import at_least, must, one_of, options
+from ..training.paper import arxiv
 from .opd import OPDConfig, OPDTrainer
 
 
@@ -102,18 +102,14 @@ class AOPDTrainer(OPDTrainer):
 
     _tag_names = ["trl", "trl-bridge", "aopd"]
     _name = "AOPD"
-    _paper = {
-        "title": "Asymmetric On-Policy Distillation: Bridging Exploitation and Imitation at the Token Level",
-        "id": "2605.06387",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{jia2026aopd,
-                title        = {{Asymmetric On-Policy Distillation: Bridging Exploitation and Imitation at the Token Level}},
-                author       = {Nan Jia and Haojin Yang and Xing Ma and Jiesong Lian and Shuailiang Zhang and Weipeng Zhang and Ke Zeng and Xunliang Cai and Zequn Sun},
-                year         = 2026,
-                eprint       = {arXiv:2605.06387},
-            }"""),
-    }
+    _paper = arxiv(
+        "2605.06387",
+        "Asymmetric On-Policy Distillation: Bridging Exploitation and Imitation at the Token Level",
+        "jia2026aopd",
+        "Nan Jia and Haojin Yang and Xing Ma and Jiesong Lian and Shuailiang Zhang and Weipeng Zhang and Ke Zeng "
+        "and Xunliang Cai and Zequn Sun",
+        2026,
+    )
 
     @property
     def teacher_top_k(self) -> int:

@@ -1,6 +1,5 @@
 """[`CHORDTrainer`]: SFT as an auxiliary objective whose weight fades."""
 
-import textwrap
 from dataclasses import field
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from ..objectives.schedules import chord_mu
 from ..objectives.weights import phi, token_likelihood
 from ..training.options import at_least, one_of, options, within
+from ..training.paper import arxiv
 from ..training.stream import DemonstrationTrainer
 from ..training.stream_config import DemonstrationConfig
 
@@ -124,19 +124,15 @@ class CHORDTrainer(DemonstrationTrainer):
     config_class = CHORDConfig
     _tag_names = ["trl", "chord"]
     _name = "CHORD"
-    _paper = {
-        "title": "On-Policy RL Meets Off-Policy Experts: Harmonizing Supervised Fine-Tuning and Reinforcement Learning "
-        "via Dynamic Weighting",
-        "id": "2508.11408",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{zhang2025chord,
-                title        = {{On-Policy RL Meets Off-Policy Experts: Harmonizing Supervised Fine-Tuning and Reinforcement Learning via Dynamic Weighting}},
-                author       = {Wenhao Zhang and Yuexiang Xie and Yuchang Sun and Yanxi Chen and Guoyin Wang and Yaliang Li and Bolin Ding and Jingren Zhou},
-                year         = 2025,
-                eprint       = {arXiv:2508.11408},
-            }"""),
-    }
+    _paper = arxiv(
+        "2508.11408",
+        "On-Policy RL Meets Off-Policy Experts: Harmonizing Supervised Fine-Tuning and Reinforcement Learning via"
+        " Dynamic Weighting",
+        "zhang2025chord",
+        "Wenhao Zhang and Yuexiang Xie and Yuchang Sun and Yanxi Chen and Guoyin Wang and Yaliang Li and Bolin "
+        "Ding and Jingren Zhou",
+        2025,
+    )
 
     def policy_weight(self) -> float:
         return 1.0 - self.demonstration_weight()

@@ -1,7 +1,6 @@
 """HPT: RL where the policy finds an answer, SFT where it finds none. SuperRL is a preset of it."""
 
 import dataclasses
-import textwrap
 from dataclasses import field
 from typing import Any
 
@@ -12,6 +11,7 @@ from .._upstream import decode_completions
 from ..objectives.expert import group_advantages
 from ..training.group import ExpertPlan
 from ..training.options import at_least, one_of, options
+from ..training.paper import arxiv
 from ..training.randomness import forked_python_rng, forked_torch_rng
 from ..training.refusals import Rules, other_than, refuse
 from ..training.shaping import SHAPING_FIELDS, UNCLIPPED, ShapedConfig, ShapedTrainer
@@ -127,18 +127,14 @@ class HPTTrainer(ShapedTrainer):
     config_class = HPTConfig
     _tag_names = ["trl", "hpt"]
     _name = "HPT"
-    _paper = {
-        "title": "Towards a Unified View of Large Language Model Post-Training",
-        "id": "2509.04419",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{lv2025hpt,
-                title        = {{Towards a Unified View of Large Language Model Post-Training}},
-                author       = {Xingtai Lv and Yuxin Zuo and Youbang Sun and Hongyi Liu and Yuntian Wei and Zhekai Chen and Lixuan He and Xuekai Zhu and Kaiyan Zhang and Bingning Wang and Ning Ding and Bowen Zhou},
-                year         = 2025,
-                eprint       = {arXiv:2509.04419},
-            }"""),
-    }
+    _paper = arxiv(
+        "2509.04419",
+        "Towards a Unified View of Large Language Model Post-Training",
+        "lv2025hpt",
+        "Xingtai Lv and Yuxin Zuo and Youbang Sun and Hongyi Liu and Yuntian Wei and Zhekai Chen and Lixuan He "
+        "and Xuekai Zhu and Kaiyan Zhang and Bingning Wang and Ning Ding and Bowen Zhou",
+        2025,
+    )
 
     def assign(self, output: dict[str, Any], plan: ExpertPlan) -> None:
         args = self.args

@@ -1,10 +1,10 @@
 """LUFFY: an expert trace as one rollout of the group."""
 
-import textwrap
 from typing import Any
 
 from ..training.group import ExpertPlan
 from ..training.options import options
+from ..training.paper import arxiv
 from ..training.shaping import UNCLIPPED, ShapedConfig, ShapedTrainer
 
 
@@ -68,18 +68,13 @@ class LUFFYTrainer(ShapedTrainer):
     config_class = LUFFYConfig
     _tag_names = ["trl", "luffy"]
     _name = "LUFFY"
-    _paper = {
-        "title": "Learning to Reason under Off-Policy Guidance",
-        "id": "2504.14945",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{yan2025luffy,
-                title        = {{Learning to Reason under Off-Policy Guidance}},
-                author       = {Jianhao Yan and Yafu Li and Zican Hu and Zhi Wang and Ganqu Cui and Xiaoye Qu and Yu Cheng and Yue Zhang},
-                year         = 2025,
-                eprint       = {arXiv:2504.14945},
-            }"""),
-    }
+    _paper = arxiv(
+        "2504.14945",
+        "Learning to Reason under Off-Policy Guidance",
+        "yan2025luffy",
+        "Jianhao Yan and Yafu Li and Zican Hu and Zhi Wang and Ganqu Cui and Xiaoye Qu and Yu Cheng and Yue Zhang",
+        2025,
+    )
 
     def expert_heads(self, plan: ExpertPlan, inputs: list[dict[str, Any]]) -> list[int]:
         first = self.num_generations - self.args.num_experts

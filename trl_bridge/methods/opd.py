@@ -68,18 +68,15 @@ class OPDTrainer(BufferResumable, DistillationTrainer):
     student may sample is the gradient of the reverse KL divergence at each position, which `DistillationTrainer` with
     `beta=1` takes over the whole vocabulary. One number for each token is all that is needed of the teacher, so it may
     be far away.
-
-    One update is made for each batch of rollouts, so there is no importance ratio and no clipping of it.
-
-    Metrics: `opd/advantage_mean`, `opd/advantage_abs`, `opd/advantage_clip_fraction`, `opd/teacher_logprob`,
-    `opd/reverse_kl` (the sampled estimate, in nats for each token), and TRL's `entropy`.
-
-    Sources: "On-Policy Distillation of Language Models" (arXiv 2306.13649) for training on the student's own samples;
-    the sampled-token loss as in the programs of AOPD (arXiv 2605.06387) and Lightning OPD (arXiv 2604.13010).
-
-    Args:
-        model (`str` or [`~transformers.PreTrainedModel`]):
-            The student.
+    _paper = arxiv(
+        "2306.13649",
+        "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
+        "agarwal2024on-policy",
+        "Rishabh Agarwal and Nino Vieillard and Yongchao Zhou and Piotr Stanczyk and Sabela Ramos Garea and "
+        "Matthieu Geist and Olivier Bachem",
+        2024,
+        booktitle="The Twelfth International Conference on Learning Representations, {ICLR} 2024, Vienna, Austria, May 7-11, 2024",
+    )
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             The teacher. `None` takes `args.teacher_model_name_or_path`, or the server that
             `args.teacher_model_server_url` names.

@@ -1,7 +1,6 @@
 """Prefix-RFT: one rollout of the group continues a prefix of the expert trace, and learns from it by RL."""
 
 import math
-import textwrap
 from dataclasses import field
 from typing import Any
 
@@ -12,6 +11,7 @@ from ..objectives.schedules import cosine_decay
 from ..training.group import ExpertPlan, ExpertTrainer
 from ..training.group_config import ExpertConfig, require_room
 from ..training.options import at_least, one_of, options, within
+from ..training.paper import arxiv
 from ..training.policy import Scores
 from ..training.refusals import Rules, other_than, refuse
 
@@ -105,18 +105,13 @@ class PrefixRFTTrainer(ExpertTrainer):
     prompts_differ_in_group = True
     _tag_names = ["trl", "prefix-rft"]
     _name = "Prefix-RFT"
-    _paper = {
-        "title": "Blending Supervised and Reinforcement Fine-Tuning with Prefix Sampling",
-        "id": "2507.01679",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{huang2025prefixrft,
-                title        = {{Blending Supervised and Reinforcement Fine-Tuning with Prefix Sampling}},
-                author       = {Zeyu Huang and Tianhao Cheng and Zihan Qiu and Zili Wang and Yinghui Xu and Edoardo M. Ponti and Ivan Titov},
-                year         = 2025,
-                eprint       = {arXiv:2507.01679},
-            }"""),
-    }
+    _paper = arxiv(
+        "2507.01679",
+        "Blending Supervised and Reinforcement Fine-Tuning with Prefix Sampling",
+        "huang2025prefixrft",
+        "Zeyu Huang and Tianhao Cheng and Zihan Qiu and Zili Wang and Yinghui Xu and Edoardo M. Ponti and Ivan Titov",
+        2025,
+    )
 
     def prefix_floor(self) -> float:
         """Smallest share of the trace that a prefix has, in rollouts made now."""

@@ -1,7 +1,6 @@
 """ReLIFT: RL, and now and then an SFT step on the questions that RL could not solve."""
 
 import functools
-import textwrap
 from dataclasses import field
 from typing import Any
 
@@ -16,6 +15,7 @@ from ..training.checkpoint.registry import LOCAL, SHARDED, SHARED, Registry, att
 from ..training.group import ExpertPlan, ExpertTrainer
 from ..training.group_config import ExpertConfig
 from ..training.options import at_least, options
+from ..training.paper import arxiv
 from ..training.refusals import SIDE_OPTIMIZERS
 from ..training.shaping import UNCLIPPED
 from .relift_sft_step import Demonstration, SFTPass
@@ -122,18 +122,14 @@ class ReLIFTTrainer(ExpertTrainer):
     config_class = ReLIFTConfig
     _tag_names = ["trl", "relift"]
     _name = "ReLIFT"
-    _paper = {
-        "title": "Learning What Reinforcement Learning Can't: Interleaved Online Fine-Tuning for Hardest Questions",
-        "id": "2506.07527",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{ma2025relift,
-                title        = {{Learning What Reinforcement Learning Can't: Interleaved Online Fine-Tuning for Hardest Questions}},
-                author       = {Lu Ma and Hao Liang and Meiyi Qiang and Lexiang Tang and Xiaochen Ma and Zhen Hao Wong and Junbo Niu and Chengyu Shen and Runming He and Bin Cui and Wentao Zhang},
-                year         = 2025,
-                eprint       = {arXiv:2506.07527},
-            }"""),
-    }
+    _paper = arxiv(
+        "2506.07527",
+        "Learning What Reinforcement Learning Can't: Interleaved Online Fine-Tuning for Hardest Questions",
+        "ma2025relift",
+        "Lu Ma and Hao Liang and Meiyi Qiang and Lexiang Tang and Xiaochen Ma and Zhen Hao Wong and Junbo Niu and"
+        " Chengyu Shen and Runming He and Bin Cui and Wentao Zhang",
+        2025,
+    )
 
     @functools.cached_property
     def buffer(self) -> list[tuple[int, list[int], list[int]]]:

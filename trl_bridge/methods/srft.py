@@ -1,6 +1,5 @@
 """SRFT: LUFFY's expert term, SFT on the expert and self-exploration, weighted by entropy."""
 
-import textwrap
 from dataclasses import field
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from ..objectives.expert import entropy_weight, sequence_entropy, verdict_advantages
 from ..training.group import ExpertPlan
 from ..training.options import at_least, must, options
+from ..training.paper import arxiv
 from ..training.policy import Scores
 from ..training.refusals import other_than, refuse
 from .luffy import LUFFYConfig, LUFFYTrainer
@@ -95,18 +95,14 @@ class SRFTTrainer(LUFFYTrainer):
     config_class = SRFTConfig
     _tag_names = ["trl", "srft"]
     _name = "SRFT"
-    _paper = {
-        "title": "SRFT: A Single-Stage Method with Supervised and Reinforcement Fine-Tuning for Reasoning",
-        "id": "2506.19767",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{fu2025srft,
-                title        = {{SRFT: A Single-Stage Method with Supervised and Reinforcement Fine-Tuning for Reasoning}},
-                author       = {Yuqian Fu and Tinghong Chen and Jiajun Chai and Xihuai Wang and Songjun Tu and Guojun Yin and Wei Lin and Qichao Zhang and Yuanheng Zhu and Dongbin Zhao},
-                year         = 2025,
-                eprint       = {arXiv:2506.19767},
-            }"""),
-    }
+    _paper = arxiv(
+        "2506.19767",
+        "SRFT: A Single-Stage Method with Supervised and Reinforcement Fine-Tuning for Reasoning",
+        "fu2025srft",
+        "Yuqian Fu and Tinghong Chen and Jiajun Chai and Xihuai Wang and Songjun Tu and Guojun Yin and Wei Lin "
+        "and Qichao Zhang and Yuanheng Zhu and Dongbin Zhao",
+        2025,
+    )
 
     def assign(self, output: dict[str, Any], plan: ExpertPlan) -> None:
         rows = output["completion_ids"].size(0)

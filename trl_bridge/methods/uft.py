@@ -1,6 +1,5 @@
 """UFT: rollouts that begin with a hint, and a likelihood term on the hint."""
 
-import textwrap
 from dataclasses import field
 from typing import Any
 
@@ -12,6 +11,7 @@ from ..training.checkpoint.registry import Registry
 from ..training.group import ExpertPlan, ExpertTrainer
 from ..training.group_config import ExpertConfig, require_room
 from ..training.options import at_least, one_of, options
+from ..training.paper import arxiv
 
 
 # Purposes of a group's random numbers: one for each piece, from here on.
@@ -97,18 +97,13 @@ class UFTTrainer(ExpertTrainer):
     reads_steps = True
     _tag_names = ["trl", "uft"]
     _name = "UFT"
-    _paper = {
-        "title": "UFT: Unifying Supervised and Reinforcement Fine-Tuning",
-        "id": "2505.16984",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{liu2025uft,
-                title        = {{UFT: Unifying Supervised and Reinforcement Fine-Tuning}},
-                author       = {Mingyang Liu and Gabriele Farina and Asuman Ozdaglar},
-                year         = 2025,
-                eprint       = {arXiv:2505.16984},
-            }"""),
-    }
+    _paper = arxiv(
+        "2505.16984",
+        "UFT: Unifying Supervised and Reinforcement Fine-Tuning",
+        "liu2025uft",
+        "Mingyang Liu and Gabriele Farina and Asuman Ozdaglar",
+        2025,
+    )
 
     def hint_probability(self) -> float:
         """Probability that a piece is shown, in rollouts made now."""

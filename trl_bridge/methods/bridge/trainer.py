@@ -1,7 +1,6 @@
 """[`BridgeTrainer`]: GRPO in which SFT learns to supervise RL."""
 
 import functools
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers.training_args import OptimizerNames
 from ..._upstream import decay_groups, deferred_generation, linear_layers_only, optimizer_for, plain_copy
 from ...training.backends import Weights
 from ...training.checkpoint.registry import LOCAL, SHARDED, SHARED, Registry
+from ...training.paper import arxiv
 from ...training.policy import Scores, Snapshot
 from ...training.stream import DemonstrationTrainer
 from ...training.verdicts import missing_columns
@@ -85,19 +85,14 @@ class BridgeTrainer(DemonstrationTrainer):
     config_class = BridgeConfig
     _tag_names = ["trl", "bridge"]
     _name = "BRIDGE"
-    _paper = {
-        "title": "Beyond Two-Stage Training: Cooperative SFT and RL for LLM Reasoning",
-        "id": "2509.06948",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @inproceedings{chen2026bridge,
-                title        = {{Beyond Two-Stage Training: Cooperative SFT and RL for LLM Reasoning}},
-                author       = {Liang Chen and Xueting Han and Li Shen and Jing Bai and Kam-Fai Wong},
-                year         = 2026,
-                booktitle    = {International Conference on Machine Learning},
-                eprint       = {arXiv:2509.06948},
-            }"""),
-    }
+    _paper = arxiv(
+        "2509.06948",
+        "Beyond Two-Stage Training: Cooperative SFT and RL for LLM Reasoning",
+        "chen2026bridge",
+        "Liang Chen and Xueting Han and Li Shen and Jing Bai and Kam-Fai Wong",
+        2026,
+        booktitle="International Conference on Machine Learning",
+    )
 
     @linear_layers_only()
     def __init__(
