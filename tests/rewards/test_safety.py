@@ -100,10 +100,12 @@ def test_a_forked_child_gets_workers_of_its_own():
 
 
 SCRIPT = """
-print("once", flush=True)
+# One write for each line: two ranks share the pipe.
+import os
+os.write(1, b"once\\n")
 from trl_bridge.rewards import math_reward
 rewards = math_reward([r"\\\\boxed{1+x}", r"\\\\boxed{2+x}"], ["x+1", "x+1"])
-print("rewards", rewards, flush=True)
+os.write(1, f"rewards {rewards}\\n".encode())
 """
 
 
