@@ -1,16 +1,22 @@
 """
-What BRIDGE costs over GRPO: time and peak memory of both on the same work, side by side in one run.
+What an update costs beside TRL's GRPO, without generation: time and memory of each trainer on the same rollouts, in one run.
 
-    python benchmarks/step_overhead.py [--steps 6] [--rounds 3] [--hidden_size 256] [--layers 4] [--device cpu] [--process_time]
+    python benchmarks/step_overhead.py [--prompts 4] [--dead 0.5] [--steps 3] [--rounds 2] [--equal] [--smollm2] [--memory]
 
-Times are medians over steps, taken in turns (one round of GRPO, one of BRIDGE, ...), so that what else the machine does meets both.
-With G the generation, R the student's RL pass with its optimizer step, S the SFT pass and H the shadow's pass and step, GRPO costs
-G + R and BRIDGE G + R + S + H. S is timed alone; H is counted as R. Memory is the peak of a process of its own for each trainer.
+The rollouts are drawn beforehand, of lengths as they are met: log-normal with a mean of 0.4 of the budget, prompts of 100 to 200
+tokens, 8 rollouts a prompt; `--dead` of the groups have rewards that are all alike. `--equal` has completions of the full budget
+and prompts of one token, where nothing can be saved. The model is a Llama with SmolLM2's proportions at 1/40 of its size, or
+with `--smollm2` of its size. Times are of the process itself, medians over updates, taken in turns.
+
+Two yardsticks: TRL's GRPO as it runs here, and with the LM head on the completions only, as it runs on CUDA.
 """
 
 import argparse
+import contextlib
 import json
+import math
 import platform
+import random
 import resource
 import statistics
 import subprocess
@@ -20,190 +26,199 @@ import time
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_bridge import BridgeConfig, BridgeTrainer
-from trl_bridge.models import tiny_model, tiny_tokenizer
+from trl_bridge import BridgeConfig, BridgeTrainer, PackedGRPOConfig, PackedGRPOTrainer
+from trl_bridge._upstream import compact_head
+from trl_bridge.models import tiny_tokenizer
 
 
-clock = time.perf_counter
-
+GROUP = 8
+SELECTIVE = {"preset": "selective", "sft_weighting": "judge"}
+PADDED = {"padding_free": False}
+# Trainer, config, options, and whether the head scores completions only.
 VARIANTS = {
-    "grpo": (GRPOTrainer, GRPOConfig, {}),
-    "bridge": (BridgeTrainer, BridgeConfig, {}),
-    "bridge, selective": (BridgeTrainer, BridgeConfig, {"preset": "selective"}),
-    "bridge, stateless shadow": (BridgeTrainer, BridgeConfig, {"shadow_optim": "sgd"}),
-    # The same total rank, so that what lean mode adds is the second set and w's own optimizer.
-    "grpo, lora": (GRPOTrainer, GRPOConfig, {}),
-    "bridge, lean": (BridgeTrainer, BridgeConfig, {"lean": True, "lean_lora_r": 12}),
+    "TRL's GRPO": (GRPOTrainer, GRPOConfig, {}, False),
+    "TRL's GRPO, compact head": (GRPOTrainer, GRPOConfig, {}, True),
+    "BRIDGE, padded": (BridgeTrainer, BridgeConfig, PADDED, False),
+    "BRIDGE, padded, compact head": (BridgeTrainer, BridgeConfig, PADDED, True),
+    "BRIDGE": (BridgeTrainer, BridgeConfig, {}, False),
+    "BRIDGE, selective, padded": (BridgeTrainer, BridgeConfig, {**SELECTIVE, **PADDED}, False),
+    "BRIDGE, selective": (BridgeTrainer, BridgeConfig, SELECTIVE, False),
+    "packed GRPO": (PackedGRPOTrainer, PackedGRPOConfig, {}, False),
 }
-ADAPTERS = {"grpo, lora": 16, "bridge, lean": 4}
 
 
-def reward(completions, **kwargs):
-    return [float(sum(c.isdigit() for c in text)) for text in completions]
+def lengths(count, options, rng, sigma=0.7):
+    """Log-normal lengths cut at the budget, whose mean is `--mean` of it."""
+    if options.equal:
+        return [options.budget] * count
+    sample = [rng.gauss(0, sigma) for _ in range(20_000)]
+    low, high = 0.0, 2 * math.log(options.budget)
+    for _ in range(40):
+        middle = (low + high) / 2
+        mean = statistics.fmean(min(options.budget, math.exp(middle + s)) for s in sample)
+        low, high = (middle, high) if mean < options.mean * options.budget else (low, middle)
+    return [max(4, min(options.budget, int(math.exp(low + rng.gauss(0, sigma))))) for _ in range(count)]
+
+
+class Rollouts:
+    """The rollouts of each update, with their rewards: in place of TRL's generation, and of its reward function."""
+
+    def __init__(self, tokenizer, options):
+        self.tokenizer, self.options = tokenizer, options
+        self.seconds = 0.0
+
+    def __call__(self, prompts, trainer):
+        options, rng = self.options, random.Random(100 + trainer.state.global_step)
+        dead = set(rng.sample(range(options.prompts), round(options.dead * options.prompts)))
+        drawn = {"prompt_ids": [], "completion_ids": [], "logprobs": None, "drawn_reward": []}
+        size = lengths(options.prompts * GROUP, options, rng)
+        for group in range(options.prompts):
+            prompt = self.tokens(1 if options.equal else rng.randint(100, 200), rng)
+            right = rng.randint(1, GROUP - 1)
+            for member in range(GROUP):
+                completion = self.tokens(size[group * GROUP + member] - 1, rng)
+                drawn["prompt_ids"].append(prompt)
+                drawn["completion_ids"].append([*completion, self.tokenizer.eos_token_id])
+                drawn["drawn_reward"].append(0.0 if group in dead else float(member < right))
+        return drawn
+
+    def tokens(self, count, rng):
+        return [rng.randrange(4, len(self.tokenizer)) for _ in range(count)]
+
+
+def reward(completions, drawn_reward, **kwargs):
+    return drawn_reward
 
 
 class StepTimes(TrainerCallback):
-    """Wall time of each update, without the first of each round (warm-up)."""
+    """Processor seconds of each update but the first, without its generation."""
 
     def __init__(self):
-        self.steps, self.generation, self._start = [], [], 0.0
+        self.steps, self.generating = [], 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self._start = clock()
-        self.generated = 0.0
+        self.start, self.generating = time.process_time(), 0.0
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step > 1:
-            self.steps.append(clock() - self._start)
-            self.generation.append(self.generated)
+            self.steps.append(time.process_time() - self.start - self.generating)
+
+
+def build_model(tokenizer, options):
+    hidden, layers, heads, vocabulary = (576, 30, 9, 49_152) if options.smollm2 else (192, 8, 3, 4_352)
+    layers = options.layers or layers
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=hidden * 8 // 3, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads // 3, head_dim=64, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.04,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
 
 
 def make(name, options, folder):
-    trainer_class, config_class, changes = VARIANTS[name]
+    trainer_class, config_class, changes, _ = VARIANTS[name]
     tokenizer = tiny_tokenizer()
-    model = tiny_model(tokenizer, hidden_size=options.hidden_size, layers=options.layers, heads=8)
-    prompts = [f"{a}+{b}=" + "?" * (options.prompt_length - 6) for a in range(10, 42) for b in range(10, 42)]
-    completions = ["1" * (options.completion_length - 1)] * len(prompts)
+    rows = options.prompts * GROUP
     config = config_class(
         output_dir=folder,
-        use_cpu=options.device == "cpu",
+        use_cpu=True,
         bf16=False,
         report_to="none",
         disable_tqdm=True,
         save_strategy="no",
         logging_steps=1000,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=options.batch_size,
-        num_generations=8,
-        max_completion_length=options.completion_length,
+        gradient_checkpointing=options.checkpointing,
+        per_device_train_batch_size=options.micro_batch,
+        gradient_accumulation_steps=rows // options.micro_batch,
+        num_generations=GROUP,
+        max_completion_length=options.budget,
         max_steps=options.steps + 1,
-        # Every completion has full length, so that both trainers do the same work.
-        generation_kwargs={"min_new_tokens": options.completion_length},
         **changes,
     )
-    times = StepTimes()
-    kwargs = {}
+    times, kwargs = StepTimes(), {}
     if trainer_class is BridgeTrainer:
-        kwargs["sft_dataset"] = Dataset.from_dict({"prompt": prompts, "completion": completions})
-    if name in ADAPTERS:
-        rank = ADAPTERS[name]
-        kwargs["peft_config"] = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        rng = random.Random(7)
+        rollouts = Rollouts(tokenizer, options)
+        texts = [
+            [tokenizer.decode(rollouts.tokens(count, rng)) for count in counts]
+            for counts in ([rng.randint(100, 200) for _ in range(256)], lengths(256, options, rng))
+        ]
+        kwargs["sft_dataset"] = Dataset.from_dict(dict(zip(("prompt", "completion"), texts, strict=True)))
     trainer = trainer_class(
-        model=model,
+        model=build_model(tokenizer, options),
         reward_funcs=reward,
         args=config,
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        train_dataset=Dataset.from_dict({"prompt": [f"{i}+1=" for i in range(256)]}),
         processing_class=tokenizer,
         callbacks=[times],
+        rollout_func=Rollouts(tokenizer, options),
         **kwargs,
     )
     generate = trainer._generate_and_score_completions
 
     def timed(inputs):
-        start = clock()
+        start = time.process_time()
         output = generate(inputs)
-        times.generated += clock() - start
+        times.generating += time.process_time() - start
         return output
 
     trainer._generate_and_score_completions = timed
     return trainer, times
 
 
-def sft_alone(options):
-    """Median seconds of one forward and backward over the demonstrations of one update."""
-    with tempfile.TemporaryDirectory() as folder:
-        trainer, _ = make("bridge", options, folder)
-    model, share = trainer.model.train(), list(range(trainer.args.demonstration_batch_size))
-    seconds = []
-    for _ in range(options.steps * options.rounds):
-        start = clock()
-        log_probs, mask, _ = trainer._score(model, share)
-        (-(log_probs * mask).sum() / mask.sum()).backward()
-        seconds.append(clock() - start)
-        model.zero_grad()
-    return statistics.median(seconds[1:])
+def train(name, options):
+    """Seconds of each update."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        trainer, times = make(name, options, folder)
+        with compact_head() if VARIANTS[name][3] else contextlib.nullcontext():
+            trainer.train()
+    return times.steps
 
 
-def peak_memory(name, options):
-    """Peak of a fresh process that trains one variant, in MiB: resident on a CPU, allocated on a GPU."""
-    command = [sys.executable, __file__, "--only", name] + [
-        f"--{k}={v}" for k, v in vars(options).items() if k not in ("only", "process_time")
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+def growth(name, options):
+    """Growth of a fresh process that trains one variant, in MiB."""
+    flags = [f"--{key}={value}" for key, value in vars(options).items() if not isinstance(value, bool) and key != "only"]
+    flags += [f"--{key}" for key in ("equal", "smollm2", "checkpointing") if getattr(options, key)]
+    command = [sys.executable, __file__, "--only", name, *flags]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def run_alone(name, options):
-    with tempfile.TemporaryDirectory() as folder:
-        trainer, _ = make(name, options, folder)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        trainer.train()
-        weights = sum(p.numel() * p.element_size() for p in trainer.model.parameters()) / 2**20
-    if options.device == "cpu":
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    else:
-        before, peak = 0.0, torch.cuda.max_memory_allocated() / 2**20
-    print(json.dumps({"peak": peak, "before": before, "weights": weights}))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {
-        "steps": 6, "rounds": 3, "hidden_size": 256, "layers": 4, "batch_size": 16, "prompt_length": 16,
-        "completion_length": 40,
-    }.items():  # fmt: skip
+    numbers = {"prompts": 4, "budget": 256, "micro_batch": 8, "steps": 3, "rounds": 2, "layers": 0}
+    for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument(
-        "--process_time", action="store_true", help="the process's own time, where other programs take turns with it"
-    )
+    parser.add_argument("--mean", type=float, default=0.4, help="mean length over the budget")
+    parser.add_argument("--dead", type=float, default=0.0, help="share of groups without an advantage")
+    for name in ("equal", "smollm2", "checkpointing", "memory"):
+        parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--only", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
-        run_alone(options.only, options)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        train(options.only, options)
+        print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
         return
-    if options.process_time:
-        global clock
-        clock = time.process_time
     steps = {name: [] for name in VARIANTS}
-    generation = {name: [] for name in VARIANTS}
     for _ in range(options.rounds):
         for name in VARIANTS:
-            with tempfile.TemporaryDirectory() as folder:
-                trainer, times = make(name, options, folder)
-                trainer.train()
-            steps[name] += times.steps
-            generation[name] += times.generation
-    median = {name: statistics.median(values) for name, values in steps.items()}
-    g = statistics.median([t for values in generation.values() for t in values])
-    r, s = median["grpo"] - statistics.median(generation["grpo"]), sft_alone(options)
-    work = {name: median[name] - statistics.median(generation[name]) for name in VARIANTS}
-    parts = {"grpo": r, "bridge": 2 * r + s, "bridge, selective": r + s, "bridge, stateless shadow": 2 * r + s}
-    lora = work["grpo, lora"]
-    parts |= {"grpo, lora": lora, "bridge, lean": 2 * lora + s}
-    memory = {name: peak_memory(name, options) for name in VARIANTS}
+            steps[name] += train(name, options)
     print(f"machine: {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"options: {vars(options)}")
-    print(f"G = {g:.3f} s, R = {r:.3f} s, S/R = {s / r:.3f}, generation is {g / median['grpo']:.0%} of GRPO's step")
-    print(
-        "| | step / GRPO's | without generation / GRPO's | / sum of its parts | at 90 % generation | peak memory - GRPO's, in weights |"
-    )
-    print("| --- | --- | --- | --- | --- | --- |")
-    for name in VARIANTS:
-        extra = (memory[name]["peak"] - memory["grpo"]["peak"]) / memory[name]["weights"]
-        print(
-            f"| {name} | {median[name] / median['grpo']:.2f} | {work[name] / r:.2f} | {work[name] / parts[name]:.2f} | "
-            f"{0.9 + 0.1 * work[name] / r:.2f} | {extra:.1f} |"
-        )
-    ratio = memory["bridge, lean"]["peak"] / memory["grpo, lora"]["peak"]
-    print(
-        f"lean over LoRA GRPO: step {median['bridge, lean'] / median['grpo, lora']:.2f}, without generation "
-        f"{work['bridge, lean'] / lora:.2f}, peak memory of the process {ratio:.3f}"
-    )
+    median = {name: statistics.median(values) for name, values in steps.items()}
+    stock, compact = (median[name] for name in list(VARIANTS)[:2])
+    memory = {name: growth(name, options) for name in VARIANTS} if options.memory else {}
+    print("| | / TRL's GRPO | / TRL's GRPO, compact head | growth of the process / TRL's GRPO |")
+    print("| --- | ---: | ---: | ---: |")
+    for name, seconds in median.items():
+        grown = f"{memory[name] / memory[list(VARIANTS)[0]]:.2f}" if memory else ""
+        print(f"| {name} | {seconds / stock:.2f} | {seconds / compact:.2f} | {grown} |")
 
 
 if __name__ == "__main__":

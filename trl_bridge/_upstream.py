@@ -20,8 +20,10 @@ from peft.utils import transformers_weight_conversion
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations import deepspeed as transformers_deepspeed
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import GRPOTrainer, is_conversational
 from trl.chat_template_utils import parse_response
+from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head
 
 
@@ -108,6 +110,46 @@ def isolated_bookkeeping(trainer: GRPOTrainer, entropy_control: tuple[float, flo
     blank |= {"entropy_coef": control[0], "_last_world_entropy": control[1], "_entropy_window_stats": None}
     with _replaced(trainer, **blank):
         yield
+
+
+@contextlib.contextmanager
+def compact_head() -> Iterator[None]:
+    """
+    While inside, TRL's fused head scores labelled positions only, as it does on CUDA. Elsewhere it scores all of them.
+    """
+    kept = trl_utils._use_triton  # which decides only that there; the kernel has a name of its own
+    trl_utils._use_triton = lambda device: True
+    try:
+        yield
+    finally:
+        trl_utils._use_triton = kept
+
+
+def attend_in_segments() -> None:
+    """
+    Let transformers' "sdpa" attention take `packed_segments`, which a model's forward hands on to it; without them it is
+    what it was. Once for a process: generation, evaluation and a checkpointed layer's second forward ask for it by name.
+    """
+    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if hasattr(attention, "without_segments"):
+        return
+
+    @functools.wraps(attention)
+    def dispatch(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        packed_segments: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if packed_segments is None:
+            return attention(module, query, key, value, attention_mask, **kwargs)
+        return packed_segments.attend(attention, module, query, key, value, **kwargs)
+
+    dispatch.without_segments = attention  # type: ignore[attr-defined]
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", dispatch)
 
 
 def decode_completions(

@@ -8,7 +8,7 @@ from tests.helpers.training import RecordingTrainer, replay, small_config, small
 
 TOLERANCE = 2e-4  # of the movement, as in test_update
 ZERO_B = {"init_lora_weights": True}
-LAMBDA_ONE = {"bridge_lambda": 1.0, "coordinator_learning_rate": 0.0}
+LAMBDA_ONE = {"bridge_lambda": 1.0, "coordinator_learning_rate": 0.0, "padding_free": False}
 
 
 def copies(weights):

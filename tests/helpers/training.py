@@ -182,6 +182,8 @@ def reference_options(trainer, **changes):
         "vespo_lambda": (args.vespo_lambda_pos, args.vespo_lambda_neg),
         "max_completion_length": args.max_completion_length,
         "steps_per_generation": args.steps_per_generation,
+        # Rollouts without an advantage are not run where nothing else of them is trained on.
+        "live_only": args.padding_free and not args.beta and not args.entropy_coef and args.loss_type != "bnpo",
     }
     return {**options, **changes}
 

@@ -155,11 +155,10 @@ class Reference:
             metrics["bridge/gain_grad_norm"] = norm(bracket)
             metrics["bridge/shadow_distance"] = self.distance()
         if o["gain"] and due:
-            metrics |= {
-                "bridge/gain": gain,
-                "bridge/shadow_ratio": float(counts[0] / counts[2]),
-                "bridge/shadow_clip_fraction": float(counts[1] / counts[2]),
-            }
+            metrics["bridge/gain"] = gain
+            if counts[2] > 0:
+                metrics["bridge/shadow_ratio"] = float(counts[0] / counts[2])
+                metrics["bridge/shadow_clip_fraction"] = float(counts[1] / counts[2])
         factor = o["schedule"](step)
         self._step_w(w_grads, factor)
         fused, metrics["grad_norm"] = clip(fused, o["max_grad_norm"])

@@ -68,11 +68,13 @@ def policy_loss(log_p, entropy, old_log_p, batch, o, window):
 
 
 def clip_statistics(log_p, old_log_p, batch, o):
-    """Sum of the ratio, of clipped tokens, and number of tokens."""
+    """Sum of the ratio, of clipped tokens, and number of tokens; of rollouts with an advantage where others are not run."""
     mask = batch["completion_mask"].double()
     if "row_weight" in batch:
         mask = mask * (batch["row_weight"] > 0).unsqueeze(1)
     advantages = batch["advantages"].double().unsqueeze(1)
+    if o.get("live_only"):
+        mask = mask * (advantages != 0)
     ratio = (log_p - old_log_p).exp()
     outside = ((ratio < 1 - o["eps_low"]) & (advantages < 0)) | ((ratio > 1 + o["eps_high"]) & (advantages > 0))
     return (ratio * mask).sum(), (outside * mask).sum(), mask.sum()

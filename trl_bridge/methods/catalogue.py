@@ -52,7 +52,7 @@ _ALL = (
     _ours("aopd", "AOPD", "distillation", "AOPD: OPD, and imitation of the teacher's likeliest tokens where the student is too sure"),
     _ours("two-stage", "TwoStage", "stream", "cold start: TRL's SFT, then TRL's GRPO, in one run"),
     _ours("lightning-opd", "LightningOPD", "scored", "Lightning OPD: distillation from a teacher that scored the student's rollouts once, before training"),
-    Method("grpo", "trl.GRPOTrainer", "trl.GRPOConfig", "rl", "TRL's GRPO"),
+    Method("grpo", "trl_bridge.methods.packed_grpo.PackedGRPOTrainer", "trl_bridge.methods.packed_grpo.PackedGRPOConfig", "rl", "TRL's GRPO, computed without padding"),
     Method("sft", "trl.SFTTrainer", "trl.SFTConfig", "sft", "TRL's SFT"),
 )  # fmt: skip
 

@@ -383,13 +383,8 @@ class ExpertTrainer(StudentTrainer):
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         length = inputs["completion_ids"].size(1)
-        labels = ids.masked_fill(mask == 0, -100)
-        labels[:, :-length] = -100
-        with forked_torch_rng(self.accelerator.device), self.accelerator.autocast():
-            outputs = model(
-                input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, demonstration_head=True
-            )
-        return outputs.log_probs[:, -length:]
+        with forked_torch_rng(self.accelerator.device):
+            return self.score_completions(model, ids, mask, length, demonstration_head=True)
 
     # Metrics
 

@@ -3,11 +3,10 @@
 from dataclasses import field
 from typing import ClassVar
 
-from trl import GRPOConfig
-
 from ..objectives.expert import LOSS_TYPES, published_sft_scale
 from .options import check_options, one_of, options, within
 from .refusals import Rules, check_config, other_than, refuse
+from .student_config import StudentConfig
 
 
 _REFUSED: Rules = {
@@ -28,7 +27,7 @@ _REFUSED: Rules = {
 
 
 @options
-class ExpertConfig(GRPOConfig):
+class ExpertConfig(StudentConfig):
     """
     Configuration of GRPO with an `expert` column: everything of [`~trl.GRPOConfig`], and what a method does with it.
     """

@@ -73,6 +73,7 @@ class DemonstrationTrainer(StudentTrainer):
     """
 
     config_class: type[DemonstrationConfig] = DemonstrationConfig
+    trains_by_advantage = True
     shards = True
     shards_adapters = True
 
@@ -350,6 +351,9 @@ class DemonstrationTrainer(StudentTrainer):
             loss = self.demonstration_weight() * self.demonstration_pass(model, window)
         return loss + done
 
+    def scores_every_rollout(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+        return "rollout_reward" in inputs and model is self.model_wrapped  # the judge reads them
+
     def _observe(self, inputs: dict[str, Any], scores: Scores) -> None:
         iteration = (self._step // self.args.steps_per_generation) % self.num_iterations
         if iteration == 0:
@@ -477,10 +481,9 @@ class DemonstrationTrainer(StudentTrainer):
 
     def _score(self, model: nn.Module, share: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probabilities, mask of trained tokens and greedy hits of demonstrations, each of shape (B, T - 1)."""
-        batch = self.demonstrations.batch(share)
-        with self.accelerator.autocast():
-            outputs = model(**batch, use_cache=False, demonstration_head=True)
-        return outputs.log_probs, outputs.label_mask, outputs.is_top1
+        log_probs, mask, hits = self.score_rows(model, self.demonstrations.batch(share), demonstration_head=True)
+        assert hits is not None
+        return log_probs, mask, hits
 
     def _tempered_sequence_log_probs(
         self, model: nn.Module, share: list[int], log_probs: torch.Tensor, mask: torch.Tensor
@@ -488,6 +491,6 @@ class DemonstrationTrainer(StudentTrainer):
         """Summed log-probabilities at the sampling temperature, (B,), for the judge; `None` where they are not read."""
         if not self.weighting.needs_rollouts or self.temperature == 1.0:
             return None
-        with torch.no_grad(), self.accelerator.autocast():
-            outputs = model(**self.demonstrations.batch(share), use_cache=False, fused_lm_head=True)
-        return (outputs.log_probs * outputs.label_mask).sum(dim=1)
+        with torch.no_grad():
+            tempered, trained, _ = self.score_rows(model, self.demonstrations.batch(share), fused_lm_head=True)
+        return (tempered * trained).sum(dim=1)

@@ -2,14 +2,13 @@
 
 from dataclasses import field
 
-from trl import GRPOConfig
-
 from .options import above, at_least, check_options, one_of, options
 from .refusals import check_config
+from .student_config import StudentConfig
 
 
 @options
-class DemonstrationConfig(GRPOConfig):
+class DemonstrationConfig(StudentConfig):
     """Configuration of GRPO with a demonstration stream: everything of [`~trl.GRPOConfig`], and the stream."""
 
     sft_per_device_train_batch_size: int | None = field(default=None, metadata=at_least(1))

@@ -17,13 +17,13 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_utils import IntervalStrategy
-from trl import GRPOConfig
 
 from .._upstream import add_demonstration_head, isolated_bookkeeping, plain_copy, without_reference_model
 from .backends.refusals import is_sharded, refuse_quantised, refuse_sharding
-from .checkpoint.resume import ResumableTrainer
+from .packed_trainer import PackedTrainer
 from .policy import PolicyLoss
 from .refusals import refuse_pictures
+from .student_config import StudentConfig
 from .verdicts import RolloutRewards
 
 
@@ -37,9 +37,10 @@ class _AfterStep(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.after_step()
+        self.trainer.record_work()
 
 
-class StudentTrainer(ResumableTrainer):
+class StudentTrainer(PackedTrainer):
     """
     GRPO whose student can also be scored on demonstrations: the base of all our trainers.
 
@@ -47,7 +48,7 @@ class StudentTrainer(ResumableTrainer):
     for a model made in memory, TRL's loss as a function (`policy`), and the rewards of the rollouts (`rollouts`).
     """
 
-    config_class: type[GRPOConfig] = GRPOConfig
+    config_class: type[StudentConfig] = StudentConfig
     # Whether the update is tested where the weights are sharded (FSDP2, DeepSpeed).
     shards = False
     # The same of a LoRA student.
@@ -94,6 +95,7 @@ class StudentTrainer(ResumableTrainer):
             self.ref_model: Any = self._frozen_copy()
         self.policy = PolicyLoss(self)
         self.rollouts = RolloutRewards()
+        self._set_up_packing()
         # First in the list, so that user callbacks and saving see the parts as `after_step` leaves them.
         self.callback_handler.callbacks.insert(0, _AfterStep(self))
 

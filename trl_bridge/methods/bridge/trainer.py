@@ -315,8 +315,11 @@ class BridgeTrainer(DemonstrationTrainer):
 
     def _run_shadow(self, batch: Scored) -> None:
         assert self.shadow is not None
-        scores = self._shadow_pass.run(self.shadow, batch)
-        self._gain.observe(batch.shared, batch.scores, scores, self._share.weight_of(batch.inputs))
+        live, weights = self.live_rollouts(batch.inputs), self._share.weight_of(batch.inputs)
+        if live is not None:
+            weights = weights * live
+        scores = self._shadow_pass.run(self.shadow, batch, weights)
+        self._gain.observe(batch.shared, batch.scores, scores, weights)
 
     def _shadow_part(self, weight: float) -> Projection | None:
         """What the gain gradient subtracts; `None` without a shadow. Collective."""
@@ -342,11 +345,11 @@ class BridgeTrainer(DemonstrationTrainer):
 
     def _log_update(self, weight: float, student: Projection, shadow: Projection | None) -> None:
         values = {"bridge/lambda": weight, "bridge/coordinator_norm": self.coordinator.norm()}
-        if self.shadow is not None:
-            values["bridge/shadow_distance"] = self.shadow.distance(self.student, self.coordinator)
-            if self._shadow_is_due:
-                values.update(self._gain.finish())
+        if self._shadow_is_due:
+            values.update(self._gain.finish())
         if self.is_logged_update:
+            if self.shadow is not None:
+                values["bridge/shadow_distance"] = self.shadow.distance(self.student, self.coordinator)
             values.update(self._probe.metrics(weight, student, shadow))
         self._probe.clear()
         self.record(values)

@@ -86,8 +86,12 @@ class ShadowPass:
         self._share = share
         self._importance_sampling = importance_sampling
 
-    def run(self, shadow: Shadow, batch: Scored) -> Scores:
-        """The micro-batch's loss and its backward; the shadow's scores, and the student's where it has none."""
+    def run(self, shadow: Shadow, batch: Scored, weights: torch.Tensor) -> Scores:
+        """
+        The micro-batch's loss and its backward; the shadow's scores, and the student's where it has none.
+
+        Shapes: weights (B,), of the rollouts that the shadow is trained on; 0 for the others.
+        """
         inputs = batch.shared if self._importance_sampling else _without_old(batch.inputs)
         shadow.model.train()
         shadow.held.onload()
@@ -96,13 +100,13 @@ class ShadowPass:
             if self._share.is_all:
                 loss, scores = self._policy.loss(shadow.model, inputs)
             else:
-                loss, scores = self._loss_of_part(shadow, inputs, batch.scores)
+                loss, scores = self._loss_of_part(shadow, inputs, batch.scores, weights)
             if loss is not None:
                 self._backend.backward_alongside(loss)
         return scores
 
     def _loss_of_part(
-        self, shadow: Shadow, inputs: dict[str, Any], student: Scores
+        self, shadow: Shadow, inputs: dict[str, Any], student: Scores, weight: torch.Tensor
     ) -> tuple[torch.Tensor | None, Scores]:
         """
         The loss of the taken rows, times the number of groups over that of taken ones, and detached scores.
@@ -110,7 +114,6 @@ class ShadowPass:
         The other rows enter TRL's loss with the student's scores, which carry no gradient: so every divisor of every
         `loss_type`, of the KL and of the entropy bonus is the full micro-batch's.
         """
-        weight = self._share.weight_of(inputs)
         rows = weight.nonzero().squeeze(1)
         if not len(rows) and self._backend.world_size == 1:
             return None, student
