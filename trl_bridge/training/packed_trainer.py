@@ -282,7 +282,9 @@ class PackedTrainer(ResumableTrainer):
     def _count(self, positions: int, inputs: tuple[Any, ...], rows: Sequence[int]) -> None:
         if torch.is_grad_enabled() and self.model.training:
             self._work[0] += positions
-            self._work[1] += lay_out_rollouts(*inputs, rows, share_prompts=True).ids.numel()
+            shared = self._packs and self.args.share_prompts
+            needed = positions if shared else lay_out_rollouts(*inputs, rows, share_prompts=True).ids.numel()
+            self._work[1] += needed
 
     def record_work(self) -> None:
         """Record the share of useful positions among those of an update's RL passes."""

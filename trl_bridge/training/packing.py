@@ -106,13 +106,13 @@ class _Builder:
         self.positions.append(torch.arange(first, first + len(ids), device=ids.device))
         self.segments.append(Segment(start, self.length, *prefix))
 
-    def layout(self, ids: torch.Tensor) -> Layout:
+    def layout(self, ids: torch.Tensor, device: torch.device) -> Layout:
         """What was added; where that is nothing, one of the tokens `ids` without a label."""
         if not self.segments:
             # Every rank runs the same passes, and a step with gradients of zero is another one than without any.
             self.add(ids[0, -1:], _unlabelled(ids[0, -1:]))
         parts = (self.ids, self.positions, self.labels)
-        return Layout(*(torch.cat(part)[None] for part in parts), Segments(self.segments))
+        return Layout(*(torch.cat(part)[None].to(device) for part in parts), Segments(self.segments))
 
 
 def _unlabelled(ids: torch.Tensor) -> torch.Tensor:
@@ -138,6 +138,7 @@ def lay_out_rollouts(
         share_prompts (`bool`):
             Whether rows with the same prompt share it.
     """
+    device, ids, mask = ids.device, ids.cpu(), mask.cpu()  # cut up there: each cut on a GPU would wait for it
     built = _Builder()
     taken = []
     for row in rows:
@@ -156,7 +157,7 @@ def lay_out_rollouts(
             heads[key] = (built.length, built.length + len(head))
             built.add(head, _unlabelled(head))
         built.add(body, completion, len(head), heads[key])
-    return built.layout(ids)
+    return built.layout(ids, device)
 
 
 def lay_out_rows(ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> Layout:
@@ -165,12 +166,13 @@ def lay_out_rows(ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) ->
 
     Shapes: ids, mask, labels (B, T).
     """
+    device, ids, mask, labels = ids.device, ids.cpu(), mask.cpu(), labels.cpu()
     built = _Builder()
     for row in range(len(ids)):
         length = int(mask[row].sum())
         if length > 1:
             built.add(ids[row, : length - 1], labels[row, 1:length])
-    return built.layout(ids)
+    return built.layout(ids, device)
 
 
 def spread(values: torch.Tensor, layout: Layout, where: torch.Tensor) -> torch.Tensor:
