@@ -182,7 +182,9 @@ def train(name, options):
 
 def growth(name, options):
     """Growth of a fresh process that trains one variant, in MiB."""
-    flags = [f"--{key}={value}" for key, value in vars(options).items() if not isinstance(value, bool) and key != "only"]
+    flags = [
+        f"--{key}={value}" for key, value in vars(options).items() if not isinstance(value, bool) and key != "only"
+    ]
     flags += [f"--{key}" for key in ("equal", "smollm2", "checkpointing") if getattr(options, key)]
     command = [sys.executable, __file__, "--only", name, *flags]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)

@@ -21,6 +21,8 @@ from .methods.naive_mix import NaiveMixConfig as NaiveMixConfig
 from .methods.naive_mix import NaiveMixTrainer as NaiveMixTrainer
 from .methods.opd import OPDConfig as OPDConfig
 from .methods.opd import OPDTrainer as OPDTrainer
+from .methods.packed_grpo import PackedGRPOConfig as PackedGRPOConfig
+from .methods.packed_grpo import PackedGRPOTrainer as PackedGRPOTrainer
 from .methods.prefix_rft import PrefixRFTConfig as PrefixRFTConfig
 from .methods.prefix_rft import PrefixRFTTrainer as PrefixRFTTrainer
 from .methods.relift import ReLIFTConfig as ReLIFTConfig

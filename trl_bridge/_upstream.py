@@ -148,7 +148,7 @@ def attend_in_segments() -> None:
             return attention(module, query, key, value, attention_mask, **kwargs)
         return packed_segments.attend(attention, module, query, key, value, **kwargs)
 
-    dispatch.without_segments = attention  # type: ignore[attr-defined]
+    dispatch.without_segments = attention
     ALL_ATTENTION_FUNCTIONS.register("sdpa", dispatch)
 
 

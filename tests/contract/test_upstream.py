@@ -17,19 +17,30 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, LoraModel
 from peft.tuners.lora import LoraLayer
-from transformers import MixtralConfig, MixtralForCausalLM, Trainer
+from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM, Trainer
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer
+from trl.kernels import chunked_logprob
+from trl.trainer import utils as trl_utils
 from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_head
 
 import trl_bridge
 from tests.helpers.contract import OWN_ATTRIBUTES, OWN_NAMES, assert_in_order, place_of, readers_of, source_of
 from tests.helpers.training import small_config, small_model, small_trainer
 from trl_bridge import BridgeTrainer, ExpertTrainer, LightningOPDTrainer
-from trl_bridge._upstream import isolated_bookkeeping, linear_layers_only, policy_term_only, scored_by, set_up_again
+from trl_bridge._upstream import (
+    attend_in_segments,
+    isolated_bookkeeping,
+    linear_layers_only,
+    policy_term_only,
+    scored_by,
+    set_up_again,
+)
 from trl_bridge.methods.catalogue import METHODS
 from trl_bridge.training.checkpoint.resume import BufferResumable, Resumable, ResumableTrainer
 from trl_bridge.training.demonstrations import Demonstrations
+from trl_bridge.training.packed_trainer import PackedTrainer
 from trl_bridge.training.policy import PolicyLoss
 from trl_bridge.training.shaping import ShapedTrainer
 from trl_bridge.training.stream import DemonstrationTrainer
@@ -40,6 +51,7 @@ BASES = (
     Resumable,
     BufferResumable,
     ResumableTrainer,
+    PackedTrainer,
     StudentTrainer,
     DemonstrationTrainer,
     ExpertTrainer,
@@ -549,3 +561,63 @@ def test_arguments_that_look_for_their_device_make_accelerate_forget(tmp_path):
     set_up_again(args)
     assert not AcceleratorState._shared_state
     assert args.process_index == 0
+
+
+# Packed passes
+
+
+def test_head_on_labels_only_is_decided_by_one_name():
+    source = source_of(trl_utils.add_fused_lm_head)
+    assert source.count("_use_triton(") == 1 and "compact = _use_triton(" in source
+    # The kernel has the name from its own module, where it stays what it was.
+    assert chunked_logprob._use_triton is not None and "_use_triton" in vars(trl_utils)
+
+
+def test_a_mask_of_four_dimensions_is_taken_as_it_is():
+    config = LlamaConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1, vocab_size=9)
+    config._attn_implementation = "sdpa"
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    for create in (create_causal_mask, create_sliding_window_causal_mask):
+        config.sliding_window = 4
+        made = create(config, torch.zeros(1, 6, 8), mask, past_key_values=None, position_ids=torch.arange(6)[None])
+        assert made is mask
+
+
+def test_attention_is_asked_for_by_name_and_with_the_forwards_keywords():
+    attend_in_segments()
+    seen = []
+
+    class Seen:
+        def attend(self, attention, module, query, key, value, **kwargs):
+            seen.append(kwargs.get("scaling"))
+            return attention(module, query, key, value, None, **kwargs)
+
+    model = small_model()
+    ids = torch.arange(6)[None]
+    plain = model(ids).logits
+    assert torch.equal(model(ids, packed_segments=Seen()).logits, plain)
+    assert len(seen) == model.config.num_hidden_layers and None not in seen
+
+
+def test_generation_batches_are_made_anew_and_buffered():
+    assert_in_order(
+        GRPOTrainer,  # the method's own source is hidden by a decorator
+        "self._generate_and_score_completions(generation_batch)",
+        "shuffle_sequence_dict(generation_batch)",
+        "self._buffered_inputs = [unsplit",
+        "inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]",
+        ours=PackedTrainer._prepare_inputs,
+    )
+
+
+def test_a_dead_rollout_enters_the_loss_by_its_advantage_only():
+    source = source_of(GRPOTrainer._compute_loss)
+    terms = ("-clamped_ratios * advantages", "coef_1 * advantages", "coef_2 * advantages", "-soft_coef_1 * advantages")
+    assert all(term in source for term in (*terms, "-phi_seq * advantages"))
+    # What is added to them: the KL, the entropy bonus and the experts' load, with each of which every rollout is run.
+    added = re.findall(r"loss = (?:per_token_loss|loss) [+-] (.+)", source)
+    assert added == [
+        "self.beta * per_token_kl",
+        "apply_coef * entropy_loss",
+        "self.router_aux_loss_coef * aux_loss / normalizer",
+    ]

@@ -12,7 +12,7 @@ from tests.distributed.run import pretend_accelerator
 from tests.helpers.resume import StopAt
 from tests.helpers.streams import logged, make, options_of, recording, sharp_model, state_of, trained, weights_of
 from tests.helpers.training import small_lora
-from trl_bridge import AlternatingTrainer, CHORDTrainer, NaiveMixTrainer
+from trl_bridge import AlternatingTrainer, CHORDTrainer, NaiveMixTrainer, PackedGRPOTrainer
 
 
 SGD = {"optim": "sgd", "learning_rate": 0.1}
@@ -49,7 +49,13 @@ RESUMES = {
     "fsdp": ["alternating", "chord, lora"],
     "deepspeed": ["alternating", "alternating, lora", "chord, lora"],
 }
-ZERO = {"mu_peak": 0.0, "mu_valley": 0.0}
+# Two trainers that are GRPO are compared with each other, not with a replay.
+PACKED = {
+    "ddp": {"grpo": {}},
+    "fsdp": {"grpo": FSDP, "grpo, lora": {**FSDP, "gradient_checkpointing": True, **LORA}},
+    "deepspeed": {"grpo": ZERO_3, "grpo, lora": {**zero(2), "gradient_checkpointing": True, **LORA}},
+}
+ZERO = {"mu_peak": 0.0, "mu_valley": 0.0, "padding_free": False}
 
 
 def main(kind: str, folder: Path, names: list[str]) -> None:
@@ -74,6 +80,8 @@ def main(kind: str, folder: Path, names: list[str]) -> None:
     pairs = {} if kind != "ddp" else limits(folder)
     for name in [name for name in RESUMES[kind] if not names or name in names]:
         pairs[name] = resume(folder / f"resume {name}", CASES[kind][name][2])
+    for name in [name for name in PACKED[kind] if not names or name in names]:
+        pairs[name] = packed(folder / name, PACKED[kind][name])
     torch.save(pairs, folder / f"pairs-{trainer.accelerator.process_index}.pt")
 
 
@@ -87,6 +95,18 @@ def resume(folder: Path, way: dict) -> tuple[dict, dict]:
     resumed.train(resume_from_checkpoint=True)
     assert logged(resumed, "alternating/rl_update") == [0.0, 0.0, 1.0, 1.0, 0.0]
     return state_of(resumed), state_of(straight)
+
+
+def packed(folder: Path, way: dict) -> dict:
+    """GRPO with padding and without: the weights after it, and the shares of dead groups."""
+    options = {"max_steps": 4, "num_generations": 2, **SGD, **way}
+    found: dict = {}
+    for free in (False, True):
+        trainer = trained(PackedGRPOTrainer, folder / str(free), padding_free=free, **options)
+        found[free] = weights_of(trainer)
+        found["dead"] = logged(trainer, "frac_reward_zero_std")
+        found["packs"] = trainer._packs
+    return found
 
 
 def limits(folder: Path) -> dict:

@@ -34,7 +34,7 @@ def sharp_model():
 def make(trainer_class, output_dir, *, model=None, callbacks=None, peft_config=None, eval_dataset=None, **changes):
     """A small trainer of any class; demonstrations where it takes them."""
     config_class = getattr(trainer_class, "config_class", GRPOConfig)
-    stream = {"sft_dataset": sft_rows()} if hasattr(trainer_class, "config_class") else {}
+    stream = {"sft_dataset": sft_rows()} if hasattr(trainer_class, "demonstrations_due") else {}
     return trainer_class(
         model=small_model() if model is None else model,
         reward_funcs=digits_reward,

@@ -69,7 +69,7 @@ LIMITS = [
 
 @pytest.mark.parametrize(("name", "never", "shared"), LIMITS)
 def test_limits_are_grpo_to_the_bit(tmp_path, name, never, shared):
-    ours = group_trainer(tmp_path, recording(trainer_of(name)), **never, **shared)
+    ours = group_trainer(tmp_path, recording(trainer_of(name)), padding_free=False, **never, **shared)
     ours.train()
     grpo = group_trainer(tmp_path, GRPOTrainer, args=small_config(tmp_path, GRPOConfig, **shared))
     grpo.train()
@@ -238,14 +238,15 @@ VLLM = {"use_vllm": True, "vllm_importance_sampling_mode": "token_truncate", "vl
         ("chord", {"mu_peak": 0.0, "mu_valley": 0.0}),
         ("alternating", {"first": "rl", "rl_steps": 2, "sft_steps": 1}),
         ("relift", {"loss_type": "dapo", "scale_rewards": "group"}),
+        ("grpo", {}),
     ],
 )
 def test_limits_are_grpo_with_vllm_to_the_bit(tmp_path, monkeypatch, name, changes):
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Engine)
     trainer_class = trainer_of(name)
-    kwargs = {"train_dataset": expert_rows()} if name == "relift" else {"sft_dataset": sft_rows()}
+    kwargs = {"grpo": {}, "relift": {"train_dataset": expert_rows()}}.get(name, {"sft_dataset": sft_rows()})
     ends = []
-    for kind, options in ((trainer_class, changes), (GRPOTrainer, {})):
+    for kind, options in ((trainer_class, {"padding_free": False, **changes}), (GRPOTrainer, {})):
         config = kind.config_class if kind is trainer_class else GRPOConfig
         given = kwargs if kind is trainer_class else {}
         trainer = kind(

@@ -19,6 +19,7 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from tests.helpers.resume import StopAt, assert_same, state_of
 from tests.helpers.streams import weights_of
 from tests.helpers.training import movement_error, rl_rows, sft_rows, small_config, small_lora, small_model
 from trl_bridge import BridgeTrainer, NaiveMixTrainer, PackedGRPOTrainer
@@ -251,7 +252,9 @@ def right_or_wrong(completions, **kwargs):
     return [float(sum(c.isdigit() for c in text) >= 2) for text in completions]
 
 
-def trained(tmp_path, trainer_class, model=None, reward=right_or_wrong, lora=None, **changes):
+def trained(
+    tmp_path, trainer_class, model=None, reward=right_or_wrong, lora=None, callbacks=None, resume=False, **changes
+):
     kwargs = {} if not hasattr(trainer_class, "demonstrations_due") else {"sft_dataset": sft_rows()}
     config = GRPOConfig if trainer_class is GRPOTrainer else trainer_class.config_class
     peft = {"peft_config": small_lora() if lora is None else lora} if trainer_class is BridgeTrainer or lora else {}
@@ -261,11 +264,12 @@ def trained(tmp_path, trainer_class, model=None, reward=right_or_wrong, lora=Non
         args=small_config(tmp_path / "run", config, **changes),
         train_dataset=rl_rows(),
         processing_class=tiny_tokenizer(),
+        callbacks=callbacks,
         **kwargs,
         **peft,
     )
     trainer.before = weights_of(trainer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -401,3 +405,35 @@ def test_metrics_are_over_the_live_rollouts(tmp_path):
     trainer = trained(tmp_path, Recording, max_steps=1)
     assert logged(trainer, "entropy") == pytest.approx([sum(seen) / len(seen)], rel=1e-5)
     assert logged(trainer, "efficiency/useful_tokens") == [1.0]
+
+
+def test_dead_rollouts_keep_their_old_scores(tmp_path):
+    seen = []
+
+    class Recording(PackedGRPOTrainer):
+        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+            scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            if self._live is not None:
+                seen.append((self._live, scores[0].detach().clone()))
+            return scores
+
+    trained(tmp_path, Recording, **OFF_POLICY)
+    dead = [(scores[~live.rows], live.others[~live.rows]) for live, scores in seen if not live.rows.all()]
+    assert dead
+    # A ratio of one: with zeros it would be exp(0 - old), which overflows for a token that was unlikely enough.
+    assert all(torch.equal(scores, old) and old.any() for scores, old in dead)
+
+
+def test_a_lora_student_within_tolerance(tmp_path):
+    lora = small_lora()
+    want, got = (trained(tmp_path, PackedGRPOTrainer, lora=lora, padding_free=free) for free in (False, True))
+    assert all("lora" in name for name in weights_of(got)) and error(got, want) < 2e-4
+
+
+@pytest.mark.parametrize("changes", [{}, OFF_POLICY], ids=["plain", "inside a generation batch"])
+def test_resume_is_exact(tmp_path, changes):
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, **changes}
+    straight = trained(tmp_path / "straight", PackedGRPOTrainer, **options)
+    trained(tmp_path / "halves", PackedGRPOTrainer, callbacks=[StopAt(3)], **options)
+    resumed = trained(tmp_path / "halves", PackedGRPOTrainer, resume=True, **options)
+    assert_same(state_of(resumed), state_of(straight))

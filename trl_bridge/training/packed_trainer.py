@@ -20,6 +20,10 @@ logger = get_logger(__name__)
 _TOLERANCE_FLOAT32, _TOLERANCE_16_BITS = 1e-3, 0.1
 
 
+# Ids and mask of prompts and completions, (B, P + T), and T.
+Completions = tuple[torch.Tensor, torch.Tensor, int]
+
+
 class _Live(NamedTuple):
     """Rows of a micro-batch whose advantage is not zero, and what the others' log-probabilities are."""
 
@@ -66,16 +70,17 @@ class PackedTrainer(ResumableTrainer):
         logits_to_keep: int,
         batch_size: int | None = None,
         compute_entropy: bool = False,
+        *args: Any,
         **kwargs: Any,
     ) -> Scores:
         live = self._live
         rows = range(len(input_ids)) if live is None else live.rows.nonzero().flatten().tolist()
         inputs = (input_ids, attention_mask, logits_to_keep)
-        others = any(value is not None and value is not False for value in kwargs.values())
+        others = any(value is not None and value is not False for value in (*args, *kwargs.values()))
         if not self._packs or others or not self.model.training:
             self._count(input_ids.numel(), inputs, rows)
             return super()._get_per_token_logps_and_entropies(
-                model, *inputs, batch_size, compute_entropy=compute_entropy, **kwargs
+                model, *inputs, batch_size, compute_entropy, *args, **kwargs
             )
         log_probs, entropies = self._score_packed(model, inputs, rows, batch_size or len(input_ids))
         if live is not None:
@@ -83,7 +88,7 @@ class PackedTrainer(ResumableTrainer):
         return log_probs, entropies if compute_entropy else None, None
 
     def _score_packed(
-        self, model: nn.Module, inputs: tuple[Any, ...], rows: Sequence[int], batch_size: int, **head: Any
+        self, model: nn.Module, inputs: Completions, rows: Sequence[int], batch_size: int, **head: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probabilities and, if the head has them, entropies of some rows' completions; zero elsewhere, (B, T)."""
         ids, mask, length = inputs
@@ -103,7 +108,7 @@ class PackedTrainer(ResumableTrainer):
     def _fill(
         self,
         model: nn.Module,
-        inputs: tuple[Any, ...],
+        inputs: Completions,
         live: _Live,
         log_probs: torch.Tensor,
         entropies: torch.Tensor | None,
@@ -258,14 +263,15 @@ class PackedTrainer(ResumableTrainer):
             return self._get_per_token_logps_and_entropies(model, ids, mask, length)[0] * there
 
         plain: Any = self.accelerator.unwrap_model(model)
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs or {}
         work = list(self._work)
         with forked_torch_rng(self.accelerator.device), self.backend.earlier_pass(model):
             error = disagreement(
                 lambda: score(True),
                 lambda: score(False),
                 plain.get_input_embeddings(),
-                # An engine's backward is its own, and it steps from what it has seen.
-                with_gradient=not self.is_deepspeed_enabled,
+                # DeepSpeed's backward is the engine's own, and a reentrant checkpoint has no gradient but of weights.
+                with_gradient=not (self.is_deepspeed_enabled or checkpointing.get("use_reentrant")),
             )
         self._packs, self._work = True, work
         worst = self.accelerator.gather(torch.tensor(error, device=self.accelerator.device)).max().item()
@@ -279,11 +285,11 @@ class PackedTrainer(ResumableTrainer):
 
     # Metrics
 
-    def _count(self, positions: int, inputs: tuple[Any, ...], rows: Sequence[int]) -> None:
+    def _count(self, positions: int, inputs: Completions, rows: Sequence[int]) -> None:
         if torch.is_grad_enabled() and self.model.training:
             self._work[0] += positions
             shared = self._packs and self.args.share_prompts
-            needed = positions if shared else lay_out_rollouts(*inputs, rows, share_prompts=True).ids.numel()
+            needed = positions if shared else lay_out_rollouts(*inputs, rows, True).ids.numel()
             self._work[1] += needed
 
     def record_work(self) -> None:

@@ -106,13 +106,13 @@ class _Builder:
         self.positions.append(torch.arange(first, first + len(ids), device=ids.device))
         self.segments.append(Segment(start, self.length, *prefix))
 
-    def layout(self, ids: torch.Tensor, device: torch.device) -> Layout:
-        """What was added; where that is nothing, one of the tokens `ids` without a label."""
+    def layout(self, filler: torch.Tensor, device: torch.device) -> Layout:
+        """What was added; where that is nothing, one token of `filler` without a label."""
         if not self.segments:
             # Every rank runs the same passes, and a step with gradients of zero is another one than without any.
-            self.add(ids[0, -1:], _unlabelled(ids[0, -1:]))
-        parts = (self.ids, self.positions, self.labels)
-        return Layout(*(torch.cat(part)[None].to(device) for part in parts), Segments(self.segments))
+            self.add(filler[0, -1:], _unlabelled(filler[0, -1:]))
+        ids, positions, labels = (torch.cat(part)[None].to(device) for part in (self.ids, self.positions, self.labels))
+        return Layout(ids, positions, labels, Segments(self.segments))
 
 
 def _unlabelled(ids: torch.Tensor) -> torch.Tensor:

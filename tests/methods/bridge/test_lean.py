@@ -91,7 +91,7 @@ class FrozenSlices(GRPOTrainer):
 )
 def test_lambda_one_is_lora_grpo(tmp_path, trainer_class, options):
     # A trainer seeds the global random state when it is built, so each is trained before the next is made.
-    lean = lean_trainer(tmp_path / "lean", bridge_lambda=1.0, cooperative_gain=False, **options)
+    lean = lean_trainer(tmp_path / "lean", bridge_lambda=1.0, cooperative_gain=False, padding_free=False, **options)
     start, adapter = (
         copies(dict(lean.model.named_parameters())),
         students_adapter(lean.args, lean.coordinator.peft_config),
