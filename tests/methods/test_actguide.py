@@ -57,7 +57,8 @@ def taught_rows(trainer):
         },
         {"loss_type": "grpo", "num_iterations": 2, "max_steps": 4},
         {"steps_per_generation": 4, "per_device_train_batch_size": 4, "temperature": 1.3, "max_steps": 4},
-        {"shaping_gamma": 0.1, "num_iterations": 2, "max_steps": 4, "epsilon": 0.05},
+        # With seed 11 a gradient is so near to zero that AdamW steps from its rounding.
+        {"shaping_gamma": 0.1, "num_iterations": 2, "max_steps": 4, "epsilon": 0.05, "seed": 5},
         {"shaping_gamma": 0.5, "beta": 0.0, "optim": "sgd", "learning_rate": 0.1},
     ],
 )
@@ -301,7 +302,7 @@ def test_without_a_hard_group_it_is_grpo_to_the_bit(tmp_path, changes):
 
     reward.__name__ = digits_reward.__name__
     threshold = 1.0 if "expert_probability" in changes else -1.0
-    ours = guide_trainer(tmp_path, hard_threshold=threshold, reward_funcs=reward, **shared)
+    ours = guide_trainer(tmp_path, hard_threshold=threshold, reward_funcs=reward, padding_free=False, **shared)
     ours.train()
     assert set(asked) == {16} and len(asked) == 3 - ("num_iterations" in changes)
     shared.pop("expert_probability", None)
