@@ -34,7 +34,8 @@ def two_stage(folder, *, model=None, callbacks=None, peft_config=None, eval_data
     return TwoStageTrainer(
         model=small_model() if model is None else model,
         reward_funcs=digits_reward,
-        args=small_config(folder, TwoStageConfig, **{**STEPS, **SAVING, **changes}),
+        # To the bit what TRL's trainers make of it.
+        args=small_config(folder, TwoStageConfig, **{**STEPS, **SAVING, "padding_free": False, **changes}),
         train_dataset=rl_rows(),
         sft_dataset=sft_rows(),
         eval_dataset=eval_dataset,

@@ -23,6 +23,7 @@ from trl_bridge.methods.catalogue import METHODS
 from trl_bridge.methods.two_stage import TwoStageConfig, TwoStageTrainer
 from trl_bridge.models import tiny_tokenizer
 from trl_bridge.training.backends import Backend
+from trl_bridge.training.student_config import StudentConfig
 
 
 def saved(folder):
@@ -209,7 +210,7 @@ def test_each_prefixed_key_reaches_sft_alone(tmp_path, name, value):
 def test_every_prefixed_key_is_tested():
     import dataclasses
 
-    ours = {f.name for f in dataclasses.fields(TwoStageConfig)} - {f.name for f in dataclasses.fields(GRPOConfig)}
+    ours = {f.name for f in dataclasses.fields(TwoStageConfig)} - {f.name for f in dataclasses.fields(StudentConfig)}
     (mark,) = test_each_prefixed_key_reaches_sft_alone.pytestmark
     assert ours == {f"sft_{name}" for name, _ in mark.args[1]}
 
@@ -301,10 +302,23 @@ def test_command_resumes(tmp_path, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "build_trainer", cut)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             train.run("two-stage", arguments)
     train.run("two-stage", [*arguments, "--resume_from_checkpoint", "true"])
     state = json.loads((tmp_path / "cut" / "grpo" / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["global_step"] == 4
     train.run("two-stage", [*arguments[:2], "--output_dir", str(tmp_path / "straight")])
     assert_same(saved(tmp_path / "cut"), saved(tmp_path / "straight"))
+
+
+def test_the_second_stage_runs_without_padding(tmp_path, straight):
+    trainer = two_stage(tmp_path, padding_free=True)
+    trainer.train()
+    trainer.save_model()
+    assert trainer.trainer._packs
+    names = saved(straight).keys()
+    error, moved = (
+        sum(float((a[n].double() - b[n].double()).square().sum()) for n in names) ** 0.5
+        for a, b in ((saved(tmp_path), saved(straight)), (saved(straight), saved(straight / "sft")))
+    )
+    assert error < 2e-4 * moved

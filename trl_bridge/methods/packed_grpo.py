@@ -53,7 +53,7 @@ class PackedGRPOTrainer(StudentTrainer):
     ```
     """
 
-    config_class = PackedGRPOConfig
+    config_class: type[StudentConfig] = PackedGRPOConfig
     trains_by_advantage = True
     shards = True
     shards_adapters = True
@@ -64,7 +64,7 @@ class PackedGRPOTrainer(StudentTrainer):
         self,
         model: "str | PreTrainedModel",
         reward_funcs: Any = None,
-        args: PackedGRPOConfig | None = None,
+        args: StudentConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | DatasetDict | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,

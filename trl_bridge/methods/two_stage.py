@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from trl import GRPOConfig, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from .._upstream import set_up_again
 from ..demonstrations.rows import check_prompts, check_size
@@ -24,9 +24,10 @@ from ..training.backends import backend_for
 from ..training.backends.refusals import refuse_quantised
 from ..training.checkpoint import folder as checkpoints
 from ..training.checkpoint import lock
-from ..training.checkpoint.resume import ResumableTrainer
 from ..training.options import options
 from ..training.refusals import refuse_pictures
+from ..training.student_config import StudentConfig
+from .packed_grpo import PackedGRPOTrainer
 
 
 FOLDERS = ("sft", "grpo")
@@ -56,7 +57,7 @@ _OVERRIDES = (
 
 
 @options
-class TwoStageConfig(GRPOConfig):
+class TwoStageConfig(StudentConfig):
     """
     Configuration of [`TwoStageTrainer`]: everything of [`~trl.GRPOConfig`] for the second stage, and `sft_*` for the
     first.
@@ -152,13 +153,19 @@ class _ColdStart(SFTTrainer):
         return super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
 
 
+class _Reinforcement(PackedGRPOTrainer):
+    """The second stage, whose arguments are those of both."""
+
+    config_class = StudentConfig
+
+
 class TwoStageTrainer:
     """
     Cold start: TRL's [`~trl.SFTTrainer`] on the demonstrations, then TRL's GRPO on the RL rows, as one run.
 
     The stages write to `output_dir/sft` and `output_dir/grpo`. The second starts from what the first has saved, model and
     tokenizer, once the first one's model is released. With a `peft_config` one adapter goes through both stages. GRPO is
-    [`~trl.GRPOTrainer`] with what an exact resume needs.
+    [`PackedGRPOTrainer`], which resumes exactly.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
@@ -230,7 +237,7 @@ class TwoStageTrainer:
         self._quantization_config = quantization_config
         self._peft_config = peft_config
         self._day = today()
-        self._second: ResumableTrainer | None = None
+        self._second: PackedGRPOTrainer | None = None
 
     def train(self, resume_from_checkpoint: bool | None = None) -> Any:
         """Run both stages."""
@@ -316,7 +323,7 @@ class TwoStageTrainer:
         if is_peft_model(model):
             refuse_quantised(trainer.accelerator.distributed_type, model.get_base_model())
 
-    def _build_second_stage(self, folder: Path) -> ResumableTrainer:
+    def _build_second_stage(self, folder: Path) -> PackedGRPOTrainer:
         model, processing_class = self._load(folder)
         args = self.args.second_stage()
         # What FSDP and DeepSpeed are told of accumulation and clipping is each stage's own.
@@ -324,7 +331,7 @@ class TwoStageTrainer:
         if not self._by_name:
             # A model object's own dtype, which the first stage has saved it in.
             args.model_init_kwargs = {"dtype": "auto"}
-        trainer = ResumableTrainer(
+        trainer = _Reinforcement(
             model=model, args=args, processing_class=processing_class, callbacks=self._callbacks, **self._rl
         )
         self._check_backend(trainer)
@@ -348,7 +355,7 @@ class TwoStageTrainer:
     # What scripts call afterwards
 
     @property
-    def trainer(self) -> ResumableTrainer:
+    def trainer(self) -> PackedGRPOTrainer:
         """The second stage's trainer; there is one once `train` has reached that stage."""
         if self._second is None:
             raise RuntimeError("The RL stage has not started: call `train` first.")
