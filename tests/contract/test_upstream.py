@@ -38,6 +38,7 @@ from trl_bridge._upstream import (
     set_up_again,
 )
 from trl_bridge.methods.catalogue import METHODS
+from trl_bridge.methods.two_stage import _Reinforcement
 from trl_bridge.training.checkpoint.resume import BufferResumable, Resumable, ResumableTrainer
 from trl_bridge.training.demonstrations import Demonstrations
 from trl_bridge.training.packed_trainer import PackedTrainer
@@ -63,7 +64,7 @@ LEAVES = [
     for cls in (pkgutil.resolve_name(method.trainer) for method in METHODS.values())
     if cls.__module__.startswith("trl_bridge.") and issubclass(cls, Trainer)
 ]
-OURS = (*BASES, *LEAVES)
+OURS = (*BASES, *LEAVES, _Reinforcement)
 
 ROOMS = ("training", "methods")
 
