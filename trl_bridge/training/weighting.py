@@ -1,5 +1,6 @@
 """The state behind `sft_weighting`: what a weight needs beyond the tokens that it is put on."""
 
+import dataclasses
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +27,7 @@ _VERDICT = ("verdict", "judge_verdict")
 _NOTHING_LEFT = 0.01
 
 
+@dataclasses.dataclass(eq=False)
 class DemonstrationWeighting:
     """
     Weights of demonstrations, and the running mean, rollouts and verdicts that they are made from.
@@ -37,35 +39,29 @@ class DemonstrationWeighting:
     split into micro-batches, nor the number of ranks, nor a resume between windows changes them.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        *,
-        judge_window: int = 20,
-        judge_beta: float = 4.0,
-        judge_penalty: float = 1.0,
-        judge_per_token: bool = False,
-        verdict_calls: int = 1,
-    ):
+    kind: str
+    judge_window: int = 20
+    judge_beta: float = 4.0
+    judge_penalty: float = 1.0
+    judge_per_token: bool = False
+    verdict_calls: int = 1
+
+    def __post_init__(self) -> None:
         kinds = ["none", *_NORMALISED, "judge", "verdict", "judge_verdict"]
-        if kind not in kinds:
-            raise ValueError(f"`sft_weighting` must be one of {', '.join(kinds)}, got {kind!r}.")
-        for name, count in (("judge_window", judge_window), ("verdict_calls", verdict_calls)):
-            if count < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {count}.")
-        if not judge_penalty > 0:
-            raise ValueError(f"`judge_penalty` must be above 0, got {judge_penalty}.")
-        if not judge_beta >= 0:
-            raise ValueError(f"`judge_beta` must not be negative, got {judge_beta}.")
-        self.kind = kind
-        self.judge_window = judge_window
-        self.judge_beta = judge_beta
-        self.judge_penalty = judge_penalty
-        self.judge_per_token = judge_per_token
-        self.verdict_calls = verdict_calls
+        if self.kind not in kinds:
+            raise ValueError(f"`sft_weighting` must be one of {', '.join(kinds)}, got {self.kind!r}.")
+        for name in ("judge_window", "verdict_calls"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not self.judge_penalty > 0:
+            raise ValueError(f"`judge_penalty` must be above 0, got {self.judge_penalty}.")
+        if not self.judge_beta >= 0:
+            raise ValueError(f"`judge_beta` must not be negative, got {self.judge_beta}.")
+        # What a resumed run must share.
+        self._options = {"sft_weighting" if name == "kind" else name: value for name, value in vars(self).items()}
         # Past windows, the same on all ranks.
         self._total, self._count = 0.0, 0.0  # raw weights summed, and how many
-        self._rollouts: deque[list[tuple[float, float]]] = deque(maxlen=judge_window)  # (s, r) of each window
+        self._rollouts: deque[list[tuple[float, float]]] = deque(maxlen=self.judge_window)  # (s, r) of each window
         self._verdicts: dict[int, tuple[int, int]] = {}  # row -> (calls, positives)
         self._refused = 0  # windows in a row that left nothing of the demonstrations; no part of a checkpoint
         # The window under way.
@@ -228,17 +224,6 @@ class DemonstrationWeighting:
         self._local_raw, self._local_rollouts, self._local_verdicts = [], [], {}
 
     # Checkpoint
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {
-            "sft_weighting": self.kind,
-            "judge_window": self.judge_window,
-            "judge_beta": self.judge_beta,
-            "judge_penalty": self.judge_penalty,
-            "judge_per_token": self.judge_per_token,
-            "verdict_calls": self.verdict_calls,
-        }
 
     def state_dict(self) -> dict[str, Any]:
         """

@@ -1,21 +1,18 @@
 """One process and DDP: every pass but a window's last runs unsynced, and the last one averages the sum."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 
+from .reducer import Reducer
 from .sharding import meta_copy, shard
 from .storage import MasterWeights, Storage
-from .weights import Reducer, ShardedWeights, Weights, copy_rows_
-
-
-_FLAT_ELEMENTS = 2**25  # 128 MiB of float32 in each all-reduce: few launches, and a bounded extra copy
+from .weights import ShardedWeights, Weights, copy_rows_
 
 
 class Backend(Reducer):
@@ -26,26 +23,8 @@ class Backend(Reducer):
     # Reason why a checkpoint must be resumed on the same number of ranks; None if any number works.
     bound_to_ranks: str | None = None
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-
     def check(self, args: Any) -> None:
         """Refuse options that this backend cannot have."""
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self.accelerator.num_processes
-
-    @property
-    def rank(self) -> int:
-        """This process's rank."""
-        return self.accelerator.process_index
-
-    @property
-    def device(self) -> torch.device:
-        """This rank's device."""
-        return self.accelerator.device
 
     @property
     def keeps_master(self) -> bool:
@@ -144,44 +123,3 @@ class Backend(Reducer):
     def loads_optimizer(self, optimizer: Any) -> bool:
         """Whether TRL's trainer can load a checkpoint's optimizer into this one."""
         return True
-
-    # Reductions
-
-    def average_(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Average tensors over ranks, in place and in flat pieces."""
-        self._reduce(tensors, self.world_size)
-
-    def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Sum tensors over ranks, in place and in flat pieces."""
-        self._reduce(tensors, 1)
-
-    def broadcast_(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Give every rank the main process's values, in place."""
-        if self.world_size > 1:
-            for tensor in tensors:
-                sent = tensor.to(
-                    self.device
-                )  # weights that are not prepared may be on the CPU, which NCCL cannot read
-                torch.distributed.broadcast(sent, src=0)
-                if sent is not tensor:
-                    tensor.copy_(sent)
-
-    def _reduce(self, tensors: Iterable[torch.Tensor], divisor: int) -> None:
-        if self.world_size == 1:
-            return
-        piece: list[torch.Tensor] = []
-        for tensor in tensors:
-            if piece and sum(t.numel() for t in piece) + tensor.numel() > _FLAT_ELEMENTS:
-                _reduce_flat(piece, divisor, self.device)
-                piece = []
-            piece.append(tensor)
-        if piece:
-            _reduce_flat(piece, divisor, self.device)
-
-
-def _reduce_flat(tensors: list[torch.Tensor], divisor: int, device: torch.device) -> None:
-    flat = torch.cat([t.reshape(-1) for t in tensors]).to(device)
-    torch.distributed.all_reduce(flat)
-    flat /= divisor
-    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))

@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 
-from .weights import Reducer, ShardedWeights, Weights, copy_rows_
+from .reducer import Reducer
+from .weights import ShardedWeights, Weights, copy_rows_
 
 
 def meta_copy(model: PreTrainedModel, plain_copy: Callable[..., PreTrainedModel]) -> PreTrainedModel:

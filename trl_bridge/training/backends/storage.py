@@ -6,7 +6,8 @@ import functools
 import torch
 from torch import nn
 
-from .weights import Reducer, Weights
+from .reducer import Reducer
+from .weights import Weights
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .reducer import Reducer
+
 
 # Rows first to last of an addition to a weight, in the weight's own orientation.
 Rows = Callable[[int, int], torch.Tensor]
@@ -21,7 +23,7 @@ class Weights:
     # Whether gradients must be read as they come (`register_grad_hook`), because the engine takes them away.
     needs_grad_hooks = False
 
-    def __init__(self, model: nn.Module | Mapping[str, nn.Parameter], backend: "Reducer"):
+    def __init__(self, model: nn.Module | Mapping[str, nn.Parameter], backend: Reducer):
         self.backend = backend
         named = model.named_parameters() if isinstance(model, nn.Module) else model
         self.parameters: dict[str, nn.Parameter] = dict(named)
@@ -149,26 +151,6 @@ class ShardedWeights(Weights):
 
     def reduce_shards_(self, tensors: Iterable[torch.Tensor]) -> None:
         self.backend.sum_(tensors)
-
-
-class Reducer:
-    """What weights need of a backend."""
-
-    world_size: int
-    rank: int
-    device: torch.device
-
-    def average_(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Average tensors over ranks, in place."""
-        raise NotImplementedError
-
-    def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Sum tensors over ranks, in place."""
-        raise NotImplementedError
-
-    def broadcast_(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Give every rank the main process's values, in place."""
-        raise NotImplementedError
 
 
 def gradient_of(parameter: nn.Parameter) -> torch.Tensor:

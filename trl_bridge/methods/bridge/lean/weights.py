@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ....training.backends import Part, Weights, gradient_of, overlap
-from ....training.backends.weights import Reducer
+from ....training.backends.reducer import Reducer
 from ..targets import Projection
 
 
