@@ -215,6 +215,17 @@ def check_name(name: str | None, argument: str, dtype: str | None = None) -> str
     return name
 
 
+def check_found(name: str, argument: str, revision: str | None, trust_remote_code: bool) -> None:
+    """Refuse a model that is neither a directory nor to be had from the hub, before anything else is loaded."""
+    if Path(name).is_dir():
+        return
+    try:
+        AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise ValueError(f"`{argument}`: there is no directory {name}, and as a name on the hub: {said}") from error
+
+
 def load(name: str, seed: int = 0, **options: Any) -> PreTrainedModel:
     """A model by name. `options` are those of `from_pretrained`; a built-in model has none, and is in float32."""
     if not is_builtin(name):

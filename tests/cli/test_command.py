@@ -12,6 +12,7 @@ from tests.helpers.command import refusal
 from trl_bridge import cli
 from trl_bridge.cli import command as command_line
 from trl_bridge.cli import train
+from trl_bridge.cli.environment import check_variables
 from trl_bridge.cli.errors import UsageError, expand_home, user_errors
 from trl_bridge.cli.launch import _with_config_file
 from trl_bridge.cli.parsing import import_by_path, parse_command_line
@@ -118,6 +119,10 @@ def test_every_method_names_what_exists():
         (["bridge", "--config=smoke/bridge", "--learning-rat=0.9"], "did you mean `--learning_rate`?"),
         (["bridge", "--config=smoke/bridge", "--num_proc", "2"], "did you mean `--num_processes`?"),
         (["bridge", "--config=smoke/bridge", "--num_processes"], "needs a value"),
+        (["grpo", "--config=smoke/grpo", "--bridge_lambda", "0.3"], "it is a key of `trl-bridge bridge`)"),
+        (["bridge", "--config=smoke/bridge", "--gate=1"], "it is a key of `trl-bridge hpt`)"),
+        (["bridge", "--config=smoke/bridge", "--expert_probability", "1"], "`trl-bridge luffy`, `trl-bridge srft`, "),
+        (["luffy", "--config=smoke/bridge"], "(it is a key of `trl-bridge bridge`)"),
         (["bridge", "--config=smoke/bridge", "stray"], "unexpected argument `stray`"),
         (["bridge", "--config=smoke/bridge", "--max_steps", "many"], "invalid int value: 'many'"),
         (["bridge", "--config=smoke/bridge", "--bridge_lambda", "3"], "`bridge_lambda` must lie in [0, 1]"),
@@ -187,6 +192,21 @@ def test_a_recipe_that_is_no_mapping_is_refused(capsys, tmp_path):
         (["reward_funcs: []"], "`reward_funcs` is not set"),
         (["model_name_or_path: builtin:huge"], "builtin:tiny and builtin:smollm2-135m"),
         (["model_name_or_path: /no/such/model"], "there is no directory /no/such/model"),
+        (
+            ["model_name_or_path: no/such"],
+            "`model_name_or_path`: there is no directory no/such, and as a name on the hub",
+        ),
+        (
+            ["model_name_or_path: no/such/checkpoint-3"],
+            "`model_name_or_path`: there is no directory no/such/checkpoint-3",
+        ),
+        (["reward_funcs: [math.pi]"], "`reward_funcs`: math.pi is 3.14"),
+        (["reward_funcs: [fractions.Fraction]"], "`reward_funcs`: fractions.Fraction is a class"),
+        (["report_to: wandb"], "`report_to: wandb`: the package is not installed (`pip install wandb`)"),
+        (
+            ["report_to: [none, comet_ml]"],
+            "`report_to: comet_ml`: the package is not installed (`pip install comet-ml`)",
+        ),
         (["dtype: bfloat16"], "remove `dtype: bfloat16`"),
         (["lora_dropout: 0.1"], "lora_dropout"),
         (["resume_from_checkpoint: true"], "holds no checkpoint"),
@@ -279,6 +299,38 @@ def test_env_of_the_recipe_is_exported(recipe, monkeypatch):
     monkeypatch.delenv("BRIDGE_TEST_VARIABLE", raising=False)
     parse_command_line(BRIDGE, ["--config", recipe("env: {BRIDGE_TEST_VARIABLE: 3}")], launched=False)
     assert os.environ.pop("BRIDGE_TEST_VARIABLE") == "3"
+
+
+REFUSED_VARIABLES = (
+    "PYTHONPATH PYTHONSTARTUP PYTHONHOME PYTHONINSPECT PYTHONWARNINGS PYTHONBREAKPOINT LD_PRELOAD LD_LIBRARY_PATH LD_AUDIT "
+    "DYLD_INSERT_LIBRARIES PATH HOME SHELL BASH_ENV ENV IFS PERL5LIB NODE_OPTIONS JAVA_TOOL_OPTIONS GIT_SSH_COMMAND "
+    "GIT_EXEC_PATH CC CXX CUDA_HOME GCONV_PATH TRL_BRIDGE_RUN_CODE trl_bridge_run_code HF_HUB_TRUST_REMOTE_CODE "
+    "HF_DATASETS_TRUST_REMOTE_CODE TRUST_REMOTE_CODE HF_ALLOW_CODE_EVAL HF_MODULES_CACHE TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD "
+    "TORCH_DEVICE_BACKEND_AUTOLOAD TORCH_EXTENSIONS_DIR TORCHINDUCTOR_CACHE_DIR TRITON_PTXAS_PATH TRITON_CACHE_DIR "
+    "VLLM_PLUGINS VLLM_ALLOW_INSECURE_SERIALIZATION VLLM_LOGGING_CONFIG_PATH NCCL_NET_PLUGIN NCCL_TUNER_PLUGIN "
+    "CUDA_INJECTION64_PATH WANDB_EXECUTABLE TENSORBOARD_BINARY LOCAL_KERNELS MPLBACKEND RAY_RUNTIME_ENV_HOOK EDITOR PAGER "
+    "BROWSER XDG_CONFIG_HOME PIP_INDEX_URL OMPI_MCA_mca_base_component_path TRL_BRIDGE_STARTED_BY NLSPATH"
+).split()
+TAKEN_VARIABLES = (
+    "WANDB_PROJECT WANDB_MODE WANDB_API_KEY CUDA_VISIBLE_DEVICES CUDA_LAUNCH_BLOCKING HF_HOME HF_HUB_OFFLINE HF_TOKEN "
+    "HF_DATASETS_CACHE HF_HUB_ENABLE_HF_TRANSFER HF_ENDPOINT TOKENIZERS_PARALLELISM OMP_NUM_THREADS NCCL_DEBUG "
+    "NCCL_SOCKET_IFNAME NCCL_P2P_DISABLE PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF TORCH_DISTRIBUTED_DEBUG TORCH_LOGS "
+    "TRANSFORMERS_VERBOSITY ACCELERATE_LOG_LEVEL TRL_EXPERIMENTAL_SILENCE TRL_BRIDGE_DEBUG VLLM_ATTENTION_BACKEND "
+    "VLLM_USE_V1 MLFLOW_TRACKING_URI PYTHONHASHSEED PYTHONUNBUFFERED XDG_CACHE_HOME MY_JUDGE_URL REWARD_SCALE LANG "
+    "CUBLAS_WORKSPACE_CONFIG TMPDIR COMET_PROJECT_NAME TORCH_NCCL_ASYNC_ERROR_HANDLING no_proxy"
+).split()
+
+
+@pytest.mark.parametrize("name", REFUSED_VARIABLES)
+def test_env_of_the_recipe_does_not_say_which_code_is_run(capsys, recipe, name):
+    before = dict(os.environ)
+    said = refusal(capsys, "bridge", "--config", recipe(f"env: {{WANDB_PROJECT: p, {name}: 1}}"))
+    assert f"`env: {name}`" in said and "shell" in said
+    assert dict(os.environ) == before  # the others are not set either
+
+
+def test_variables_that_recipes_set_are_taken():
+    check_variables(TAKEN_VARIABLES, "recipe.yaml")
 
 
 def test_lora_keys_describe_the_coordinator(recipe):

@@ -198,6 +198,46 @@ def test_a_broken_line_that_is_not_the_last_is_refused(tmp_path):
         Store(tmp_path).read()
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("3", "is no record"),
+        ("[]", "is no record"),
+        ("null", "is no record"),
+        ("", "is no JSON"),
+        ('{"sample": 0, "text": ""}', "lacks `question`"),
+        ('{"question": "1", "sample": 0, "text": ""}', "has an odd `question`"),
+        ('{"question": 1, "sample": -1, "text": ""}', "has an odd `sample`"),
+        ('{"question": 1, "sample": true, "text": ""}', "has an odd `sample`"),
+        ('{"question": 1, "sample": 0}', "lacks `text`"),
+        ('{"question": 1, "sample": 0, "text": "\udcff"}', "is no JSON"),
+    ],
+)
+def test_an_odd_line_is_refused_by_its_number_and_file(tmp_path, line, said):
+    text = f'{{"question": 0, "sample": 0, "text": ""}}\n{line}\n'
+    (tmp_path / "completions-1.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match="`output_dir`: line 2 of .*completions-1.jsonl") as refusal:
+        Store(tmp_path, fields=("text",)).read()
+    assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", ["", '{"model": ', "[1]", "null"])
+def test_damaged_settings_are_refused_by_their_file(tmp_path, tiny, content):
+    evaluate(tmp_path, tiny, ScriptedEngine(right))
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="`output_dir`: .*config.json is damaged"):
+        evaluate(tmp_path, tiny, ScriptedEngine(right))
+
+
+def test_a_record_without_a_score_is_refused(tmp_path, tiny):
+    evaluate(tmp_path, tiny, ScriptedEngine(right))
+    file = tmp_path / "completions.jsonl"
+    first, *others = file.read_text().splitlines(keepends=True)
+    file.write_text(first.replace('"score"', '"scoer"') + "".join(others))
+    with pytest.raises(ValueError, match="line 1 of .*completions.jsonl lacks `score`"):
+        evaluate(tmp_path, tiny, ScriptedEngine(right))
+
+
 def test_files_of_several_ranks_become_one(tmp_path):
     for rank, question in ((1, 0), (0, 1), (2, 2)):
         Store(tmp_path, rank).append([{"question": question, "sample": 0, "text": "ä\u2028"}])

@@ -21,7 +21,15 @@ from tests.helpers.groups import (
     trace_rows,
 )
 from tests.helpers.streams import make
-from tests.helpers.training import digits_reward, rl_rows, sft_rows, small_config, small_lora, small_model
+from tests.helpers.training import (
+    digits_reward,
+    rl_rows,
+    sft_rows,
+    small_config,
+    small_lora,
+    small_model,
+    small_trainer,
+)
 from trl_bridge.methods.catalogue import METHODS
 from trl_bridge.models import tiny_tokenizer
 
@@ -260,3 +268,9 @@ def test_limits_are_grpo_with_vllm_to_the_bit(tmp_path, monkeypatch, name, chang
         ends.append(list(trainer.model.parameters()))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*ends, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(ends[0], small_model().parameters(), strict=True))
+
+
+@pytest.mark.parametrize("reward_funcs", [3, [digits_reward, None, 0.5], [dict], {"a": 1}])
+def test_a_reward_that_nobody_can_call_is_refused_by_its_key(tmp_path, reward_funcs):
+    with pytest.raises(TypeError, match="`reward_funcs`: number [02] is "):
+        small_trainer(tmp_path, reward_funcs=reward_funcs)

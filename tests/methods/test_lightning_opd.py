@@ -25,7 +25,7 @@ from tests.helpers.lightning_opd import (
 from tests.helpers.resume import StopAt, assert_same
 from tests.helpers.training import movement_error
 from trl_bridge import LightningOPDConfig, OPDTrainer
-from trl_bridge.distillation.scored_rows import ScoredCollator, rows_hash, scored_rows
+from trl_bridge.distillation.scored_rows import ScoredCollator, check_complete, rows_hash, scored_rows
 from trl_bridge.distillation.scoring import LocalTeacher, Rollout
 from trl_bridge.distillation.teacher import head_of
 from trl_bridge.models import tiny_tokenizer
@@ -247,6 +247,8 @@ SCORES = [[-1.0], [-1.0] * 9]
         (broken(scored_with=[identity(), identity(tiny_tokenizer(), conversational=True)]), None),
         (broken(scored_with=[identity(), identity(teacher={"model": "QwQ"})]), "scored by 'QwQ'.*written by 'big'"),
         (scored(2).select([]), "`train_dataset` is empty"),
+        (broken(prompt_ids=[[5], [5, 10**6]]), "row 1 of `train_dataset` has the token id 1000000 in `prompt_ids`"),
+        (broken(completion_ids=[[-1], [5] * 9]), "row 0 of `train_dataset` has the token id -1 in `completion_ids`"),
     ],
 )  # fmt: skip
 def test_rows_that_are_refused(tmp_path, rows, message):
@@ -255,6 +257,21 @@ def test_rows_that_are_refused(tmp_path, rows, message):
         return
     with pytest.raises(ValueError, match=message):
         make(tmp_path, rows=rows)
+
+
+@pytest.mark.parametrize("given", [broken(prompt_ids=[[5], [5, 9999]]), {"late": broken(prompt_ids=[[5], [5, 9999]])}])
+def test_evaluation_rows_with_other_tokens_are_refused(tmp_path, given):
+    with pytest.raises(ValueError, match=r"row 1 of `eval_dataset.*has the token id 9999"):
+        make(tmp_path, rows=scored(2), evaluation=given)
+
+
+def test_rows_of_a_file_are_counted_against_what_they_say(caplog):
+    whole = broken(scored_with=[json.dumps({**json.loads(identity()), "rows": 2})] * 2)
+    check_complete(whole, "dataset_name (train_dataset)")
+    check_complete(scored(2).select([0]), "dataset_name (train_dataset)")  # of an earlier release
+    check_complete(concatenate_datasets([whole, whole]), "dataset_name (train_dataset)")
+    with pytest.raises(ValueError, match=r"`dataset_name \(train_dataset\)` holds 1 of the 2 rows.*cut"):
+        check_complete(whole.select([0]), "dataset_name (train_dataset)")
 
 
 def test_another_template_or_end_of_sequence_is_refused_and_the_teacher_rule_can_be_lifted(tmp_path):

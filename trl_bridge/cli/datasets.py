@@ -50,9 +50,19 @@ def load_splits(
             if tokenizer is not None and script.max_prompt_length is not None:
                 what = f"dataset_name ({name})"
                 splits[name] = within_prompt_length(splits[name], tokenizer, script.max_prompt_length, what, kwargs)
+    if isinstance(script, ScoredArguments):
+        _check_complete(splits)
     if isinstance(script, StreamArguments):
         splits["sft_dataset"] = _demonstrations(train, script, prompting)
     return splits
+
+
+def _check_complete(splits: dict[str, Any]) -> None:
+    from ..distillation.scored_rows import check_complete
+
+    for name, rows in splits.items():
+        if rows is not None:
+            check_complete(rows, f"dataset_name ({name})")
 
 
 def _check_prompts(script: DatasetArguments) -> None:

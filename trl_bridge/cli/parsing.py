@@ -7,6 +7,7 @@ the file or on the shell, abbreviated or not, and whoever started the script.
 """
 
 import argparse
+import dataclasses
 import difflib
 import inspect
 import os
@@ -18,10 +19,11 @@ import yaml
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
 from .._upstream_cli import launch_options
-from ..methods.catalogue import Method, import_by_path
+from ..methods.catalogue import METHODS, Method, import_by_path
 from ..recipes import find_recipe
 from ..yaml_core import read_spelling, read_yaml
 from .arguments import FAMILY_ARGUMENTS, DatasetArguments
+from .environment import check_variables
 from .errors import RaisingParser, UsageError, expand_home
 
 
@@ -149,6 +151,7 @@ def _read_config(path: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     nested = next((name for name, value in variables.items() if isinstance(value, (dict, list))), None)
     if nested is not None:
         raise UsageError(f"`env: {nested}` in {path} must be one value")
+    check_variables([str(name) for name in variables], path)
     os.environ.update(spelling.get("env", {}))
     return values, spelling
 
@@ -238,9 +241,23 @@ def _check_rest(rest: list[str], known: set[str], launchable: dict[str, argparse
 
 def _nearest(key: str, candidates: set[str], prefix: str = "") -> str:
     wanted = key.lstrip("-").replace("-", "_")
+    owners = _methods_with(wanted)
+    if owners:
+        others = f" and {len(owners) - 3} more" if len(owners) > 3 else ""
+        return f" (it is a key of {', '.join(f'`trl-bridge {name}`' for name in owners[:3])}{others})"
     renamed = [_RENAMED[wanted]] if _RENAMED.get(wanted) in candidates else []
     found = renamed or difflib.get_close_matches(wanted, sorted(candidates), n=1, cutoff=0.5)
     return f" (did you mean `{prefix}{found[0]}`?)" if found else ""
+
+
+def _methods_with(key: str) -> list[str]:
+    """Methods that have a key."""
+    found = []
+    for method in METHODS.values():
+        types = (*FAMILY_ARGUMENTS[method.family], import_by_path(method.config))
+        if any(field.name == key for each in types for field in dataclasses.fields(each)):
+            found.append(method.name)
+    return found
 
 
 def _without_subsequence(tokens: list[str], removed: list[str]) -> list[str]:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from .parsing import CommandLine
 
 
+# Named as their packages are.
+_REPORTERS = {"clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb"}  # fmt: skip
+
+
 def run(name: str, argv: list[str]) -> None:
     """What `accelerate launch -m trl_bridge.cli.train METHOD ...` runs: parse, build, train, save."""
     method, program = METHODS[name], f"trl-bridge {name}"
@@ -46,6 +50,7 @@ def main(method: Method, line: "CommandLine") -> None:
     program = f"trl-bridge {method.name}"
     with user_errors(program):
         checkpoint = _resume_from(line.training)
+        _check_reporters(line.training.report_to)
         trainer = build_trainer(method, line)
     with user_errors(program, only_ours=True):
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -102,20 +107,21 @@ def _reward_functions(arguments: "RewardArguments") -> list[Any]:
 
 def _model_arguments(line: "CommandLine") -> dict[str, Any]:
     """`model`, and for a model made in memory its tokenizer. One that is loaded by name gets its `model_init_kwargs`."""
-    from ..models import check_name, is_builtin, load, load_tokenizer
+    from ..models import check_found, check_name, is_builtin, load, load_tokenizer
 
     training = line.training
     name = check_name(line.model.model_name_or_path, "model_name_or_path", line.model.dtype)
     if is_builtin(name):
         training.model_init_kwargs = None
         return {"model": load(name, training.seed), "processing_class": load_tokenizer(name)}
+    check_found(name, "model_name_or_path", line.model.model_revision, training.trust_remote_code)
     training.model_init_kwargs = _init_kwargs(line, line.model.model_revision, training.model_init_kwargs)
     return {"model": name}
 
 
 def _teacher(line: "CommandLine") -> Any:
     """The teacher, loaded as TRL's script loads it; a tiny one has the seed after the student's."""
-    from ..models import check_name, is_builtin, load
+    from ..models import check_found, check_name, is_builtin, load
 
     training = line.training
     if training.teacher_model_name_or_path is None:
@@ -124,6 +130,7 @@ def _teacher(line: "CommandLine") -> Any:
     if is_builtin(name):
         training.teacher_model_init_kwargs = None
         return load(name, training.seed + 1)
+    check_found(name, "teacher_model_name_or_path", training.teacher_model_revision, training.trust_remote_code)
     revision, own = training.teacher_model_revision, training.teacher_model_init_kwargs
     training.teacher_model_init_kwargs = _init_kwargs(line, revision, own)
     return name
@@ -138,6 +145,18 @@ def _init_kwargs(line: "CommandLine", revision: str | None, own: dict[str, Any] 
         "dtype": line.model.dtype,
         **(own or {}),
     }
+
+
+def _check_reporters(names: list[str]) -> None:
+    """Refuse where a package is missing: transformers looks for it once the model is loaded."""
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+    missing = set(names) & _REPORTERS - set(get_available_reporting_integrations())
+    for name in sorted(missing):
+        package = name.replace("_", "-")
+        raise UsageError(
+            f"`report_to: {name}`: the package is not installed (`pip install {package}`); `none` reports nowhere"
+        )
 
 
 def _resume_from(training: Any) -> str | bool | None:

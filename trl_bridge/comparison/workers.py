@@ -23,7 +23,7 @@ _LOG = "worker-{}.log"
 
 def read_records(folder: Path) -> dict[str, dict[str, Any]]:
     """Records of the runs that are done."""
-    return {record["key"]: record for record in read_lines(folder / RUNS_FILE)}
+    return {record["key"]: record for record in read_lines(folder / RUNS_FILE, ("key", "scores"))}
 
 
 def run_all(comparison: Comparison, folder: Path, workers: int = 1) -> dict[str, dict[str, Any]]:

@@ -65,7 +65,8 @@ def sample_rollouts(
         return batches
 
     keys = [(job.question, job.sample) for job in jobs]
-    return _fill(Store(folder), settings, keys, batch_size, work, "sampling")
+    store = Store(folder, fields=("prompt_ids", "completion_ids", "truncated"))
+    return _fill(store, settings, keys, batch_size, work, "sampling")
 
 
 def score_rollouts(
@@ -103,7 +104,8 @@ def score_rollouts(
         return batches
 
     keys = [(row["question"], row["sample"]) for row in order]
-    return _fill(Store(folder), settings, keys, batch_size, work, label)
+    store = Store(folder, fields=("completion_ids", "logprobs"))
+    return _fill(store, settings, keys, batch_size, work, label)
 
 
 def write_rollouts(
@@ -116,7 +118,8 @@ def write_rollouts(
     features = {"prompt_ids": ids, "completion_ids": ids, "teacher_logprobs": numbers}
     features |= {"reference_logprobs": numbers} if own else {}
     features |= {"truncated": Value("bool"), "row": Value("int32"), "sample": Value("int32")}
-    text = json.dumps(identity, sort_keys=True, ensure_ascii=False)
+    # The number of rows tells a file that was cut from a whole one.
+    text = json.dumps({**identity, "rows": len(rollouts)}, sort_keys=True, ensure_ascii=False)
     rows = []
     for row in rollouts:
         key = (row["question"], row["sample"])

@@ -60,7 +60,7 @@ def check_identity(
     """Refuse scores that were made for another student."""
     identities = []
     for text in sorted(found):
-        identity = _parsed(text, what)
+        identity = parsed(text, what)
         _refuse_if_different("tokenizer", identity["tokenizer"], tokenizer_hash(tokenizer), identity, what)
         if identity["chat_template"] is not None:
             _refuse_if_different("chat template", identity["chat_template"], template_hash(tokenizer), identity, what)
@@ -84,7 +84,8 @@ def _refuse_if_different(part: str, stored: str, own: str | None, identity: Iden
         )
 
 
-def _parsed(text: str, what: str) -> Identity:
+def parsed(text: str, what: str) -> Identity:
+    """What a row's `scored_with` says."""
     try:
         identity = json.loads(text)
         missing = {"student", "teacher", "sft_teacher", "tokenizer", "chat_template"} - identity.keys()

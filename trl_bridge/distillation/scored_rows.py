@@ -2,6 +2,8 @@
 
 import hashlib
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..data.files import code_of, warn
 from ..demonstrations.rows import python_rows
 from . import scoring
-from .identity import check_identity
+from .identity import check_identity, parsed
 from .scoring import Rollout, check_scores
 
 
@@ -71,6 +73,33 @@ def scored_rows(
             f"{len(rows) - len(kept)} of {len(rows)} rows of `{what}` have no completion within `max_length={max_length}`."
         )
     return kept, identities
+
+
+def check_complete(dataset: Dataset, what: str) -> None:
+    """Refuse a file of scored rollouts that was cut: each row says how many were written with it."""
+    for text, count in Counter(dataset["scored_with"] if "scored_with" in dataset.column_names else ()).items():
+        written = parsed(text, what).get("rows", count)
+        if count < written:
+            raise ValueError(
+                f"`{what}` holds {count} of the {written} rows that were written: the file was cut. Make it again with `trl-bridge "
+                "data score-rollouts`, which goes on from what it has on disk."
+            )
+
+
+def check_tokens(dataset: Any, vocabulary: int, what: str) -> None:
+    """Refuse token ids that the model has no embedding of."""
+    for name, part in dataset.items() if isinstance(dataset, Mapping) else ():
+        check_tokens(part, vocabulary, f"{what} ({name})")
+    for column in ("prompt_ids", "completion_ids"):
+        if not isinstance(dataset, Dataset) or column not in dataset.column_names:
+            continue
+        for index, ids in enumerate(dataset.with_format("numpy", columns=[column])[column]):
+            outside = ids[(ids < 0) | (ids >= vocabulary)]
+            if len(outside):
+                raise ValueError(
+                    f"row {index} of `{what}` has the token id {outside[0]} in `{column}`, and the model's vocabulary has "
+                    f"{vocabulary}. Make the rows with the tokenizer of the model that is trained."
+                )
 
 
 def rows_hash(rows: Dataset) -> str:

@@ -23,6 +23,10 @@ _HEAD = (
 )
 
 
+# What is read of each stored completion.
+RECORD_FIELDS = ("score", "answered", "truncated", "tokens", "stopped", "seconds")
+
+
 def summarise(
     records: Sequence[Mapping[str, Any]],
     questions: int,

@@ -17,7 +17,7 @@ from .. import __version__
 from ..generation.day import template_kwargs
 from ..generation.engines import Engine, Generated, Job, Sampling, jobs_of
 from ..generation.records import Store
-from .report import summarise
+from .report import RECORD_FIELDS, summarise
 from .tasks import Grade, Task, check_grader, grade
 
 
@@ -119,7 +119,7 @@ def evaluate_task(
     """
     settings = check_task(task, jobs, engine.name, sampling, folder, model=model, seed=seed)
     state = PartialState()
-    store = Store(folder, state.process_index)
+    store = Store(folder, state.process_index, RECORD_FIELDS)
     # Nobody writes before everybody has read.
     done = {(record["question"], record["sample"]) for record in store.read()}
     state.wait_for_everyone()

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,38 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         file.write(lines.encode("utf-8"))
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a file. A last line that was cut off by a kill is left out."""
+def read_lines(path: Path, fields: Sequence[str] = (), numbers: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """
+    Records of a file, each with all of the fields and with counts from 0 under `numbers`. A last line that was cut off by a
+    kill is left out.
+    """
     if not path.is_file():
         return []
     *lines, rest = path.read_bytes().split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError as error:
             raise ValueError(f"`output_dir`: line {number} of {path} is no JSON: {error}") from error
+        fault = _fault(record, fields, numbers)
+        if fault is not None:
+            raise ValueError(
+                f"`output_dir`: line {number} of {path} {fault}. Delete the line, or choose another folder."
+            )
+        records.append(record)
     # `rest` is what follows the last newline: empty, or a line that was being written when the process was killed.
     return records
+
+
+def _fault(record: Any, fields: Sequence[str], numbers: Sequence[str]) -> str | None:
+    if not isinstance(record, dict):
+        return "is no record"
+    missing = next((name for name in (*numbers, *fields) if name not in record), None)
+    if missing is not None:
+        return f"lacks `{missing}`"
+    odd = next((name for name in numbers if type(record[name]) is not int or record[name] < 0), None)
+    return None if odd is None else f"has an odd `{odd}`"
 
 
 def _cut_torn_line(path: Path) -> None:
@@ -55,8 +74,9 @@ class Store:
     Each rank appends to a file of its own; [`~Store.finish`] makes one sorted file of them.
     """
 
-    def __init__(self, folder: Path, rank: int = 0):
+    def __init__(self, folder: Path, rank: int = 0, fields: Sequence[str] = ()):
         self.folder = folder
+        self._fields = fields
         self.rank = rank
 
     @property
@@ -85,7 +105,18 @@ class Store:
     def settings(self) -> dict[str, Any]:
         """How the folder's completions were made; empty where there is nothing yet."""
         path = self.folder / "config.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"`output_dir`: {path} is damaged, so nobody knows how the completions beside it were made. Choose another "
+                "`output_dir`, or delete that folder."
+            )
+        return found
 
     def day(self, tokenizer: Any, now: str) -> str | None:
         """The day that a chat template prints in all of the folder: that of its first start. `None` where it prints none."""
@@ -102,7 +133,7 @@ class Store:
         """
         found: dict[tuple[int, int], Record] = {}
         for path in self._files():
-            for record in read_lines(path):
+            for record in read_lines(path, self._fields, ("question", "sample")):
                 found.setdefault((record["question"], record["sample"]), record)
         return [found[key] for key in sorted(found)]
 

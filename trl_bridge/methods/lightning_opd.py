@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from .._upstream import add_fused_lm_head
 from ..distillation.refusals import check_backend
-from ..distillation.scored_rows import SCORES, ScoredCollator, rows_hash, scored_rows
+from ..distillation.scored_rows import SCORES, ScoredCollator, check_tokens, rows_hash, scored_rows
 from ..objectives.distill import AGGREGATIONS, reference_weights, stored_teacher_terms
 from ..training.checkpoint.registry import LOCAL, Registry, attribute
 from ..training.checkpoint.resume import Resumable
@@ -186,6 +186,9 @@ class LightningOPDTrainer(Resumable, SFTTrainer):
         check_backend(self.accelerator, type(self).__name__)
         if self.accelerator.parallelism_config is not None:
             raise NotImplementedError("`parallelism_config` is not supported: only data parallelism is built.")
+        student: Any = self.model
+        for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            check_tokens(rows, student.get_input_embeddings().num_embeddings, name)
         # TRL's trainer has no option for it, and its head would round logits, and so advantages, to 16 bits.
         plain: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         add_fused_lm_head(plain, cast_lm_head_to_fp32=True, outputs=("log_probs", "entropy", "is_top1"))

@@ -20,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from .._upstream import set_up_again
 from ..demonstrations.rows import check_prompts, check_size
 from ..generation.day import clock_template, stopped, today
+from ..rewards.by_name import check_reward_funcs
 from ..training.backends import backend_for
 from ..training.backends.refusals import refuse_quantised
 from ..training.checkpoint import folder as checkpoints
@@ -214,6 +215,7 @@ class TwoStageTrainer:
         check_size(train_dataset, rollouts // args.num_generations)
         if not reward_funcs:
             raise ValueError("TwoStageTrainer needs `reward_funcs` for its RL stage.")
+        check_reward_funcs(reward_funcs)
         if peft_config is not None and not isinstance(model, str):
             raise NotImplementedError(
                 "`peft_config` with a model object is not supported: the second stage loads the base again. Pass the "

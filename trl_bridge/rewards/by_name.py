@@ -32,9 +32,25 @@ def reward_function(name: str, argument: str = "reward_funcs") -> Callable[..., 
         sys.path.insert(0, os.getcwd())
     try:
         # With a colon: a module's own import errors are not mistaken for a name that it does not have.
-        return resolve_name(":".join(name.rsplit(".", 1)))
+        found = resolve_name(":".join(name.rsplit(".", 1)))
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"`{argument}`: {name} cannot be imported: {error}") from error
+    check_callable(found, argument, name)
+    return found
+
+
+def check_reward_funcs(reward_funcs: Any) -> None:
+    """Refuse a trainer's `reward_funcs` that are neither functions nor reward models."""
+    for place, each in enumerate(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]):
+        if each is not None and not isinstance(each, str):  # TRL loads a reward model by its name
+            check_callable(each, "reward_funcs", f"number {place}")
+
+
+def check_callable(found: Any, argument: str, name: str) -> None:
+    """Refuse what no trainer can call, or would only make an instance of."""
+    if isinstance(found, type) or not callable(found):
+        what = "a class (name an instance of it)" if isinstance(found, type) else f"{found!r:.60}"
+        raise TypeError(f"`{argument}`: {name} is {what} and no function")
 
 
 def _from_trl(name: str) -> Callable[..., Any]:

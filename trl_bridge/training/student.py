@@ -19,6 +19,7 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy
 
 from .._upstream import add_demonstration_head, isolated_bookkeeping, plain_copy, without_reference_model
+from ..rewards.by_name import check_reward_funcs
 from .backends.refusals import is_sharded, refuse_quantised, refuse_sharding
 from .packed_trainer import PackedTrainer
 from .policy import PolicyLoss
@@ -71,6 +72,7 @@ class StudentTrainer(PackedTrainer):
                 f"`tools` and `environment_factory` are not supported by {owner}: demonstrations are rendered without "
                 "tool schemas."
             )
+        check_reward_funcs(kwargs.get("reward_funcs"))
         datasets = {name: kwargs.get(name) for name in ("train_dataset", "eval_dataset")}
         refuse_pictures(owner, processing_class, model, **datasets)
         own_reference = args.beta != 0.0 and isinstance(model, PreTrainedModel) and peft_config is None
