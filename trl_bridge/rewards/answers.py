@@ -26,20 +26,11 @@ _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 
 def last_box(text: str, join: bool = True) -> str | None:
     r"""
-    Content of the last `\boxed{}` (or `\fbox{}`) of a text, in time linear in its length.
+    Content of the last `\boxed{}` (or `\fbox{}`, or `\boxed 5`), in time linear in the text's length; `None` without one,
+    and where the last is never closed.
 
     A box inside a box counts as the outer one. With `join`, boxes separated by a comma, "and" or "or" alone are one
-    answer. `\boxed 5` is `\boxed{5}`.
-
-    Args:
-        text (`str`):
-            Any text.
-        join (`bool`, *optional*, defaults to `True`):
-            Whether neighbouring boxes are read as one list.
-
-    Returns:
-        `str` or `None`:
-            The content; `None` without a box, and where the last box is never closed.
+    answer.
     """
     boxes: list[tuple[int, int, str]] = []
     position = 0
@@ -100,19 +91,11 @@ def after_phrase(text: str, phrase: re.Pattern[str]) -> str | None:
 
 def final_answer(text: str | None, fallback: Fallback = "none") -> str | None:
     r"""
-    Final answer of a completion's visible text.
+    Final answer of a completion's visible text, as it was written.
 
-    Args:
-        text (`str` or `None`):
-            Visible text (see [`~trl_bridge.rewards.completions.visible_text`]).
-        fallback (`str`, *optional*, defaults to `"none"`):
-            What counts where there is no `\boxed` at all: `"none"` (strict), `"phrase"` (the last "the answer is ..."
-            or "#### ..."), or `"text"` (a phrase, else the whole text). An empty box, or one that is left open, is no
-            answer under any of them.
-
-    Returns:
-        `str` or `None`:
-            The answer as it was written, or `None`.
+    `fallback` is what counts where there is no `\boxed` at all: `"none"` (strict), `"phrase"` (the last "the answer is ..."
+    or "#### ..."), or `"text"` (a phrase, else the whole text). An empty box, or one that is left open, is no answer
+    under any of them.
     """
     if text is None:
         return None

@@ -67,13 +67,7 @@ def _bubblewrap() -> list[str]:
 
 
 class Sandbox:
-    """
-    A warm process behind a wall, which runs one test at a time. It starts with the first test and again after a loss.
-
-    Args:
-        wall (`str`):
-            One of `WALLS`.
-    """
+    """A warm process behind a wall, which runs one test at a time. It starts with the first test and again after a loss."""
 
     def __init__(self, wall: str):
         self.wall = wall

@@ -41,15 +41,8 @@ def _sign(signs: str) -> int:
 def exact(text: str) -> Fraction | None:
     r"""
     Exact value of a cleaned answer: integers, decimals (`0.5` is 1/2 exactly), fractions, mixed numbers, scientific
-    notation, repeating decimals (`0.\overline{3}`), number words up to twenty.
-
-    Args:
-        text (`str`):
-            Answer as [`~trl_bridge.rewards.mathematics.surface.clean`] spells it.
-
-    Returns:
-        `Fraction` or `None`:
-            The value; `None` for everything else, a division by zero and numbers of more than 400 digits included.
+    notation, repeating decimals (`0.\overline{3}`), number words up to twenty; `None` for everything else, a division by
+    zero and numbers of more than 400 digits included.
     """
     if len(text) > MAX_DIGITS:
         return None

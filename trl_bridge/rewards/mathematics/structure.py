@@ -103,16 +103,9 @@ def split_top(text: str, pattern: re.Pattern[str]) -> tuple[list[str], list[str]
 
 @lru_cache(maxsize=32768)
 def parse(text: str) -> Node:
-    r"""
-    Shape of a cleaned answer, in time linear in its length at each of at most 40 levels.
-
-    Args:
-        text (`str`):
-            Answer as [`~trl_bridge.rewards.mathematics.surface.clean`] spells it.
-
-    Returns:
-        [`Node`]:
-            Its shape. What fits none is an `"expression"`.
+    """
+    Shape of a cleaned answer, in time linear in its length at each of at most 40 levels. What fits none is an
+    `"expression"`.
     """
     text = text.strip()
     if exact(text) is not None:

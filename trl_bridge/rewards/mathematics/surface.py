@@ -232,18 +232,11 @@ def _ungroup(text: str) -> str:
 @lru_cache(maxsize=65536)
 def clean(raw: str) -> str | None:
     r"""
-    Canonical spelling of an answer or a gold.
+    Canonical spelling of an answer or a gold; `None` for what no honest answer is (longer than 2,000 characters, nested
+    deeper than 40).
 
     Delimiters (`$`, `\(`), sizes (`\left`), spacing, `\dfrac`, `\frac12`, `\sqrt2`, Unicode symbols, thousands
     separators, currency, degrees, a final full stop and "the answer is" go or get one form. No value changes.
-
-    Args:
-        raw (`str`):
-            Answer as it was written, of any length and content.
-
-    Returns:
-        `str` or `None`:
-            The spelling; `None` for what no honest answer is (longer than 2,000 characters, nested deeper than 40).
     """
     if _CLEAN_NUMBER.fullmatch(raw):
         return raw

@@ -115,11 +115,8 @@ def in_one_unit(text: str) -> tuple[str, str] | None:
 @lru_cache(maxsize=16384)
 def split_unit(text: str) -> tuple[str, str]:
     r"""
-    Value and unit of a cleaned answer: `5 \text{ cm}^2` is `("5", "cm^2")`, `12 \text{ ways}` is `("12", "ways")`.
-
-    Returns:
-        `tuple[str, str]`:
-            The value, and the unit in one spelling ("" where there is none).
+    Value and unit of a cleaned answer: `5 \text{ cm}^2` is `("5", "cm^2")`, `12 \text{ ways}` is `("12", "ways")`. The unit
+    has one spelling, "" where there is none.
     """
     glued = _GLUED_UNIT.match(text)
     if glued:
