@@ -343,6 +343,14 @@ def test_lora_keys_describe_the_coordinator(recipe):
         assert {v.shape[0] for k, v in trainer.coordinator_state_dict().items() if "lora_A" in k} == {2}
 
 
+@pytest.mark.parametrize("method", ["bridge", "grpo", "lightning-opd", "sft"])
+def test_a_line_without_a_model_or_rows_says_what_is_missing(method, capsys):
+    said = refusal(capsys, method)
+    assert "`model_name_or_path` and `dataset_name` must be set" in said and f"smoke/{method}" in said
+    assert "`dataset_name` must be set" in refusal(capsys, method, "--model_name_or_path", "builtin:tiny")
+    assert "`model_name_or_path` must be set" in refusal(capsys, method, "--dataset_name", "builtin:addition")
+
+
 def test_values_are_read_as_they_are_meant(recipe, monkeypatch, tmp_path):
     """YAML 1.2 at every depth; a key that takes text gets what is written."""
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -178,3 +178,28 @@ def test_many_rows_are_rendered_by_several_processes(monkeypatch):
     monkeypatch.setattr(checks, "_processes", lambda rows: 2)
     several = check_dataset(rows, tokenizer=CHAT, golds="none")
     assert several == alone and several.lengths and found(several.unrenderable).keys() == {9}
+
+
+@pytest.mark.parametrize(
+    ("shared", "around"),
+    [
+        ("一列火车早上九点从甲城出发开往乙城", "问题：{}，请问？"),
+        ("ある列車は午前九時に町を出発します", "問題。{}か。"),
+        ("รถไฟขบวนหนึ่งออกจากเมืองตอนเก้าโมงเช้าวันนี้", "โจทย์{}เท่าไร"),
+        ("ａ列火车早上９点从甲城出发开往", "甲：{}。"),
+        ("一列火车早上9点从 A city 出发开往远方的乙城", "甲：{}。"),
+    ],
+)
+def test_overlap_where_no_blanks_stand_between_words(shared, around):
+    (overlap,) = find_overlaps([around.format(shared)], {"b": ["1+1=", f"另外的开头{shared}结尾"]})
+    assert (overlap.row, overlap.benchmark_row) == (0, 1)
+    cut = shared[: len(shared) // 3]
+    assert find_overlaps([around.format(cut) + "甲乙丙丁"], {"b": [f"另外的开头{shared}结尾"]}) == []
+
+
+def test_overlap_counts_characters_of_such_scripts():
+    text = "一二三四五六七八九十百千万"
+    assert find_overlaps([f"甲{text}"], {"b": [f"{text}乙"]}) and not find_overlaps(
+        [f"甲{text[1:]}"], {"b": [f"{text}乙"]}
+    )
+    assert find_overlaps(["x² y 1 2 3 4 5 6 7 8 9 10 11"], {"b": ["z x² y 1 2 3 4 5 6 7 8 9 10 11"]})

@@ -1,10 +1,15 @@
 import json
+import os
+import random
 import re
+import subprocess
+import sys
 
 import pytest
 
 from trl_bridge.data import reasoning_gym_tasks
 from trl_bridge.data.addition import ERRORS, WRONG_KINDS, addition_dataset, addition_pairs
+from trl_bridge.data.checks import check_dataset
 from trl_bridge.data.reasoning_gym_tasks import WORKED_SOLUTIONS, reasoning_gym_dataset
 from trl_bridge.rewards import knights_knaves_reward, reasoning_gym_reward
 
@@ -98,3 +103,61 @@ def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
     with pytest.raises(ImportError, match="pip install"):
         reasoning_gym_tasks.reasoning_gym_dataset("chain_sum", size=2)
+
+
+# With seeds of the random state and of hashes these had other rows in each process.
+@pytest.mark.parametrize("task", ["word_ladder", "isomorphic_strings", "list_functions", "pool_matrix"])
+def test_the_same_rows_in_every_process(task, tmp_path):
+    code = (
+        "import random, sys; random.seed(int(sys.argv[1])); from trl_bridge.data.reasoning_gym_tasks import *; "
+        f"rows = reasoning_gym_dataset({task!r}, size=8, test_size=4); "
+        "print([rows[split][:] for split in rows])"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code, seed],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert said[0] == said[1] and "prompt" in said[0]
+
+
+def test_rows_do_not_depend_on_the_global_random_state():
+    found = []
+    for seed in (1, 2):
+        random.seed(seed)
+        rows = reasoning_gym_dataset("list_functions", size=150, test_size=0)["train"]
+        found.append((rows["prompt"][:], rows["solution"][:]))
+        assert random.random() == random.Random(seed).random()
+    assert found[0] == found[1]
+
+
+def test_an_error_in_another_process_is_the_same_line():
+    with pytest.raises(ValueError, match="reasoning-gym cannot make the task 'word_ladder' with {'letters': 3}"):
+        reasoning_gym_dataset("word_ladder", size=2, test_size=0, letters=3)
+
+
+@pytest.mark.parametrize("task", ["rubiks_cube", "boxnet", "graph_color", "propositional_logic", "rush_hour"])
+def test_tasks_without_one_answer_are_sound_rows(task):
+    rows = reasoning_gym_dataset(task, size=4, test_size=0)["train"]
+    golds, facts = list(rows["solution"]), list(rows["metadata"])
+    assert golds == [None] * 4 and check_dataset(rows).sound
+    for text in ("<answer>42</answer>", "<answer>[[1]]</answer>", "no idea", ""):
+        assert all(reward <= 0.01 for reward in reasoning_gym_reward([text] * 4, golds, facts))
+
+
+def test_boards_sentences_and_truths_are_paid_for_what_they_are():
+    for task in ("arc_agi", "kakurasu", "sentence_reordering", "game_of_life_halting"):
+        rows = reasoning_gym_dataset(task, size=6, test_size=0)["train"]
+        golds, facts = list(rows["solution"]), list(rows["metadata"])
+        assert reasoning_gym_reward([f"<answer>{gold}</answer>" for gold in golds], golds, facts) == [1.0] * 6
+    for text in ("I cannot tell", "False or True", "0"):
+        assert reasoning_gym_reward([text] * 6, golds, facts) == [0.0] * 6
+    assert set(golds) <= {"True", "False"}
+    rows = reasoning_gym_dataset("propositional_logic", size=4, test_size=0)["train"]
+    said = [f"<answer>{json.loads(facts)['example_answer']}</answer>" for facts in rows["metadata"]]
+    assert reasoning_gym_reward(said, list(rows["solution"]), list(rows["metadata"])) == [1.0] * 4

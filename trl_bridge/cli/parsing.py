@@ -77,6 +77,7 @@ def parse_command_line(method: Method, argv: list[str], launched: bool) -> Comma
     Read a command line and the recipe that it names. The recipe's `env:` is exported before anything heavy is imported.
     """
     parser, shell, path, launchable, from_file = _with_recipe(method, argv, launched)
+    _check_named(parser.parse_known_args(shell)[0], method)
     script, training, model, datasets, _, rest = parser.parse_args_into_dataclasses(
         args=shell, return_remaining_strings=True
     )
@@ -84,6 +85,17 @@ def parse_command_line(method: Method, argv: list[str], launched: bool) -> Comma
     kept = _without_subsequence(shell, rest)
     forwarded = kept if path is None else ["--config", str(path), *kept]
     return CommandLine(script, training, model, datasets, [] if launched else from_file + rest, forwarded)
+
+
+def _check_named(namespace: argparse.Namespace, method: Method) -> None:
+    """Refuse a line without a model or rows, before the config asks for the devices of the machine."""
+    missing = [] if namespace.model_name_or_path else ["model_name_or_path"]
+    missing += [] if namespace.dataset_name or namespace.datasets else ["dataset_name"]
+    if missing:
+        raise UsageError(
+            f"{' and '.join(f'`{key}`' for key in missing)} must be set: pass `--config` with a recipe (`trl-bridge recipes "
+            f"ls` lists them, such as smoke/{method.name}), or name them on the line"
+        )
 
 
 def parse_values(method: Method, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -1,11 +1,19 @@
 """Overlap of training questions with benchmarks, by shared runs of words."""
 
 import re
+import unicodedata
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 
-_WORD = re.compile(r"\w+")
+# Letters of scripts that put no blanks between words: Han and the two kana, and (about two of them for one of those) Thai,
+# Lao, Burmese and Khmer with their marks. There each character is a word of its own.
+_DENSE = "\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_LIGHT = "\u0e01-\u0e4e\u0e81-\u0ece\u1000-\u109f\u1780-\u17dd"
+_WORD = re.compile(rf"[{_LIGHT}]|[{_DENSE}]|[^\W{_DENSE}{_LIGHT}]+")
+_IS_LIGHT = re.compile(f"[{_LIGHT}]")
 _QUESTIONS = ("prompt", "messages", "problem", "question", "quiz", "Problem", "Question")
 
 
@@ -35,8 +43,9 @@ def find_overlaps(questions: Iterable[str], benchmarks: Mapping[str, Iterable[st
     """
     Training questions that share a run of `ngram` words with a benchmark's question.
 
-    Words are runs of letters, digits and underscores, in lower case; everything else separates. A benchmark's question of
-    fewer words overlaps with the very same question only, punctuation and operators included.
+    Words are runs of letters, digits and underscores, in lower case; everything else separates. Where a script has no blanks
+    between words, a character counts as one (Chinese, Japanese) or as half of one (Thai, Lao, Burmese, Khmer). A benchmark's
+    question of fewer words overlaps with the very same question only, punctuation and operators included.
     """
     if ngram < 1:
         raise ValueError(f"`ngram` must be at least 1, got {ngram}")
@@ -57,8 +66,15 @@ def find_overlaps(questions: Iterable[str], benchmarks: Mapping[str, Iterable[st
 
 
 def _runs(text: str, ngram: int) -> Sequence[str]:
-    words = _WORD.findall(text.lower())
-    return [" ".join(words[start : start + ngram]) for start in range(len(words) - ngram + 1)]
+    words = _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    # Twice the words before each place.
+    before = list(accumulate((1 if _IS_LIGHT.match(word) else 2 for word in words), initial=0))
+    runs = []
+    for start in range(len(words)):
+        end = bisect_left(before, before[start] + 2 * ngram)
+        if end <= len(words):
+            runs.append(" ".join(words[start:end]))
+    return runs
 
 
 def _whole(text: str) -> str:

@@ -5,18 +5,26 @@ A worked solution is written from what the generator itself knows about the row 
 ends with "The answer is ...".
 """
 
+import contextlib
 import itertools
 import json
 import math
+import os
+import random
 import re
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, DatasetDict
 
 
 # Row i of a reasoning-gym dataset is drawn from seed + i, so seeds that are neighbours share nearly all rows.
 _SEED_STRIDE = 1_000_000
+# Their rows follow the order of sets of texts, which is another one in each process. With no random hashes it is one.
+_OF_SETS = ("isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder")
 
 
 def _chain_sum(row: dict[str, Any]) -> list[str]:
@@ -117,19 +125,15 @@ def reasoning_gym_dataset(
         ValueError: no such task, or a parameter that it does not have or accept.
     """
     try:
-        import reasoning_gym
+        import reasoning_gym  # noqa: F401
     except ImportError as error:
         raise ImportError(
             "reasoning-gym tasks need the package `reasoning-gym`: pip install 'trl-bridge[demo]'"
         ) from error
 
     def generate(count: int, offset: int) -> list[dict[str, Any]]:
-        try:
-            return list(
-                reasoning_gym.create_dataset(task, seed=seed * _SEED_STRIDE + offset, size=count, **parameters)
-            )
-        except (ValueError, TypeError, AssertionError) as error:
-            raise ValueError(f"reasoning-gym cannot make the task {task!r} with {parameters}: {error}") from error
+        make = _without_random_hashes if task in _OF_SETS else _generated
+        return make(task, seed * _SEED_STRIDE + offset, count, parameters)
 
     train = generate(size, 0)
     seen = {row["question"] for row in train}
@@ -141,6 +145,49 @@ def reasoning_gym_dataset(
             test.append(row)
     splits = {"train": train, "test": test}
     return DatasetDict({name: Dataset.from_list([_example(row) for row in rows]) for name, rows in splits.items()})
+
+
+def _generated(task: str, seed: int, size: int, parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    import reasoning_gym
+
+    try:
+        with _own_randomness(seed):
+            return list(reasoning_gym.create_dataset(task, seed=seed, size=size, **parameters))
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ValueError(f"reasoning-gym cannot make the task {task!r} with {parameters}: {error}") from error
+
+
+@contextlib.contextmanager
+def _own_randomness(seed: int) -> Iterator[None]:
+    """The global random state, which some tasks draw from, and one sets: theirs inside, the caller's afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _without_random_hashes(task: str, seed: int, size: int, parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a task from a process in which texts have one hash."""
+    code = f"import sys; from {__name__} import _print_rows; _print_rows()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps([task, seed, size, parameters]),
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise ValueError(done.stderr.strip().splitlines()[-1].removeprefix("ValueError: "))
+    return json.loads(done.stdout)
+
+
+def _print_rows() -> None:
+    rows = _generated(*json.load(sys.stdin))
+    json.dump(rows, sys.stdout, default=str)
 
 
 def _example(row: dict[str, Any]) -> dict[str, Any]:

@@ -57,8 +57,19 @@ def reasoning_gym_reward(
             continue
         score = _scorer(facts["source_dataset"])
         # A task that has no one answer (a puzzle with many solutions) leaves the gold empty: its scorer needs none.
-        rewards.append(0.0 if answer is None else _score(score, answer, {"answer": gold, "metadata": facts}))
+        entry = {"answer": gold, "metadata": _tuples(facts) if facts["source_dataset"] in _OF_TUPLES else facts}
+        rewards.append(0.0 if answer is None else _score(score, answer, entry))
     return rewards
+
+
+# Their scorers compare boards with `==`, and a board of JSON's lists is none of tuples.
+_OF_TUPLES = ("arc_agi", "rearc")
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(map(_tuples, value))
+    return {key: _tuples(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _score(scorer: Callable[[str, dict[str, Any]], float], answer: str, entry: dict[str, Any]) -> float:
@@ -81,13 +92,32 @@ def extract_answer(text: str, gold: str) -> str | None:
         return None
     answer = candidates[-1].strip()
     if _NUMBER.fullmatch(gold.strip()) is None:
-        return answer.rstrip(".") or None
+        # A sentence keeps its full stop.
+        return (answer if gold.rstrip().endswith(".") else answer.rstrip(".")) or None
     numbers = _NUMBER.findall(answer)
     return numbers[-1].replace(",", "") if numbers else None
 
 
+def _same_truth(answer: str, entry: dict[str, Any]) -> float:
+    return float(answer.strip().lower() == str(entry["answer"]).lower())
+
+
+def _formula(answer: str, entry: dict[str, Any]) -> float:
+    words = re.findall(r"\w+", answer)
+    known = entry["metadata"]["variables"]
+    return _tasks_scorer("propositional_logic")(answer, entry) if words and all(w in known for w in words) else 0.0
+
+
+# Their own scorers pay any text: the one takes every text for true, the other for a statement that is always so.
+_OWN = {"game_of_life_halting": _same_truth, "propositional_logic": _formula}
+
+
 @functools.cache
 def _scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
+    return _OWN.get(task) or _tasks_scorer(task)
+
+
+def _tasks_scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
     # Imported on use: reasoning-gym is an extra, and takes a second.
     import reasoning_gym
 
