@@ -246,6 +246,12 @@ def outside_zero3() -> AbstractContextManager[None]:
     return _replaced(transformers_deepspeed, _hf_deepspeed_config_weak_ref=None)
 
 
+def is_router(module: nn.Module) -> bool:
+    """Whether a layer of transformers is an `nn.Linear` with a forward of its own."""
+    own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    return own and type(module).__module__.startswith("transformers.models.")
+
+
 @contextlib.contextmanager
 def linear_layers_only() -> Iterator[None]:
     """While inside, PEFT's "all-linear" leaves fused experts and their routers out, and layers that are called as those."""
@@ -257,9 +263,14 @@ def linear_layers_only() -> Iterator[None]:
         asked = peft_config.target_modules
         patterns = copy.deepcopy((peft_config.rank_pattern, peft_config.alpha_pattern))
         convert(peft_config, model=model, conversions=conversions)
-        if str(asked).lower() == "all-linear" and peft_config.target_parameters:
-            peft_config.target_parameters = None
-            peft_config.rank_pattern, peft_config.alpha_pattern = patterns
+        if str(asked).lower() == "all-linear":
+            if peft_config.target_parameters:
+                peft_config.target_parameters = None
+                peft_config.rank_pattern, peft_config.alpha_pattern = patterns
+            # Some routers are linear layers that return more than a product, which an adapter cannot be added to.
+            routers = [name for name, module in model.named_modules() if is_router(module)]
+            if routers and not peft_config.exclude_modules:
+                peft_config.exclude_modules = routers
 
     with _replaced(transformers_weight_conversion, convert_peft_config_for_transformers=linear_only):
         yield

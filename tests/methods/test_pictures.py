@@ -1,7 +1,7 @@
 """Pictures are refused by name, not trained on without being seen."""
 
 import pytest
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import LlavaConfig, LlavaForConditionalGeneration, ProcessorMixin
 
 from tests.helpers.training import digits_reward, rl_rows, sft_rows, small_model
@@ -84,6 +84,16 @@ def test_rows_with_pictures(tmp_path, cls, column):
     for rows in (pictures, {"one": rl_rows(), "two": pictures}, DatasetDict(one=pictures)):
         with pytest.raises(NotImplementedError, match=f"`eval_dataset` has a column `{column}`"):
             build(cls, tmp_path / "out", eval_dataset=rows)
+
+
+@pytest.mark.parametrize("kind", ["image", "audio"])
+@pytest.mark.parametrize("cls", WITH_ROWS)
+def test_messages_with_pictures(tmp_path, cls, kind):
+    parts = [{"type": kind, "text": None}, {"type": "text", "text": "1+1="}]
+    prompt = [{"role": "user", "content": parts}]
+    rows = Dataset.from_list([{**row, "prompt": prompt} for row in CASES[cls][1].get("train_dataset", rl_rows())])
+    with pytest.raises(NotImplementedError, match="`train_dataset` row 0 has messages with pictures"):
+        build(cls, tmp_path / "out", train_dataset=rows)
 
 
 @pytest.mark.parametrize("cls", [BridgeTrainer, NaiveMixTrainer, TwoStageTrainer])

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from datasets import Dataset
 from transformers import ProcessorMixin, SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -87,6 +88,13 @@ REFUSED: Rules = {
 }
 
 
+def _has_picture(value: Any) -> bool:
+    """Whether a row holds a part of a message that is no text."""
+    if isinstance(value, dict):
+        return value.get("type") in ("image", "audio", "video") or any(map(_has_picture, value.values()))
+    return isinstance(value, list) and any(map(_has_picture, value))
+
+
 def refuse_pictures(owner: str, processing_class: Any, model: Any = None, **datasets: Any) -> None:
     """Refuse models and rows with pictures or sound, which would be trained on without them."""
     parts = [name for name in ("vision_config", "audio_config") if hasattr(getattr(model, "config", None), name)]
@@ -102,6 +110,10 @@ def refuse_pictures(owner: str, processing_class: Any, model: Any = None, **data
                 raise NotImplementedError(
                     f"`{name}` has a column `{columns.pop()}`, but {owner} trains on text only. Remove it "
                     "(`remove_columns`), or take rows without pictures."
+                )
+            if isinstance(split, Dataset) and len(split) and _has_picture(split[0]):
+                raise NotImplementedError(
+                    f"`{name}` row 0 has messages with pictures or sound, but {owner} trains on text only. Take rows without."
                 )
 
 

@@ -38,6 +38,7 @@ MIXTURES = {
     "glm4_moe": ({**ROUTED, "head_dim": 8}, ATTENTION),
     "gpt_oss": ({"num_local_experts": 4, "head_dim": 8, "layer_types": ["full_attention"] * 2}, ATTENTION),
     "granitemoe": ({"num_local_experts": 4}, ATTENTION),
+    "phimoe": ({"num_local_experts": 4}, ATTENTION),
 }
 
 
@@ -123,6 +124,7 @@ def test_lean_leaves_experts_out(tmp_path, family):
         ("mixtral", ".*(q_proj|w1|w3)", "`gate_up_proj` of 'model.layers.0.mlp.experts'"),
         ("deepseek_v3", ["o_proj", "down_proj"], "a DeepseekV3Experts"),
         ("mixtral", ["q_proj", "gate"], "matches `weight` of 'model.layers.0.mlp.gate'"),
+        ("phimoe", ["q_proj", "router"], "matches 'model.layers.0.mlp.router', a PhimoeTopKRouter"),
     ],
 )
 def test_targets_that_are_experts_are_refused(tmp_path, family, targets, message, lean):

@@ -11,6 +11,8 @@ from peft.tuners.lora import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..._upstream import is_router
+
 
 logger = get_logger(__name__)
 
@@ -172,7 +174,7 @@ def check_layers(layers: Mapping[str, Any], adapter: str) -> None:
                 f"`peft_config.target_modules` matches `{layer.parameter_name}` of {name!r}, a {kind}; the coordinator "
                 'acts on linear layers, and this is none. Name linear layers only, or set it to "all-linear".'
             )
-        if adapter not in layer.lora_A or layer.lora_A[adapter].weight.dim() != 2:
+        if adapter not in layer.lora_A or layer.lora_A[adapter].weight.dim() != 2 or is_router(layer.get_base_layer()):
             raise ValueError(
                 f"`peft_config.target_modules` matches {name!r}, a {kind}; the coordinator acts on linear layers. "
                 "Exclude it (`exclude_modules`)."
