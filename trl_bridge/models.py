@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
@@ -216,8 +217,14 @@ def check_name(name: str | None, argument: str, dtype: str | None = None) -> str
 
 
 def check_found(name: str, argument: str, revision: str | None, trust_remote_code: bool) -> None:
-    """Refuse a model that is neither a directory nor to be had from the hub, before anything else is loaded."""
-    if Path(name).is_dir():
+    """Refuse a model that is not there, or whose files were cut, before anything else is loaded."""
+    for file in sorted(Path(name).expanduser().glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"`{argument}`: {file} is cut off or damaged: {error}") from error
+    if Path(name).expanduser().is_dir():
         return
     try:
         AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=trust_remote_code)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from tests.helpers.command import refusal
 from trl_bridge import cli
@@ -17,6 +18,7 @@ from trl_bridge.cli.errors import UsageError, expand_home, user_errors
 from trl_bridge.cli.launch import _with_config_file
 from trl_bridge.cli.parsing import import_by_path, parse_command_line
 from trl_bridge.methods.catalogue import FAMILIES, METHODS
+from trl_bridge.models import tiny_model, tiny_tokenizer
 
 
 BRIDGE = METHODS["bridge"]
@@ -219,6 +221,27 @@ def test_refused_while_the_trainer_is_built(capsys, recipe, lines, said):
     assert stopped.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-bridge bridge: error")]
     assert said in line
+
+
+def test_damaged_files_are_named(capsys, recipe, tmp_path):
+    Dataset.from_dict({"prompt": ["1+1="] * 8, "completion": ["2"] * 8, "solution": ["2"] * 8}).to_parquet(
+        tmp_path / "rows.parquet"
+    )
+    tokenizer = tiny_tokenizer()
+    tiny_model(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for name in ("rows.parquet", "model/config.json", "model/model.safetensors"):
+        content = (tmp_path / name).read_bytes()
+        for damaged in (b"", content[: len(content) // 2], content[:-5]):
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(SystemExit):
+                lines = (f"model_name_or_path: {tmp_path / 'model'}", f"dataset_name: {tmp_path / 'rows.parquet'}")
+                train.run("bridge", ["--config", recipe(*lines)])
+            shown = capsys.readouterr().err
+            assert "Traceback" not in shown
+            (line,) = [line for line in shown.splitlines() if line.startswith("trl-bridge bridge: error")]
+            assert str(tmp_path / name) in line
+        (tmp_path / name).write_bytes(content)
 
 
 @pytest.mark.parametrize("method", ["bridge", "grpo", "two-stage"])

@@ -11,6 +11,8 @@ from types import ModuleType
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from pyarrow import ArrowInvalid
 
 from .written import kind_of, rewritten_by_readers, written_dataset, written_rows
 
@@ -57,7 +59,12 @@ def read_files(
     if endings[0] == ".parquet" or any("://" in name for name in names):
         # Patterns are resolved already: brackets in a name are brackets.
         plain = {split: [n if "://" in n else glob.escape(n) for n in part] for split, part in found.items()}
-        return load_dataset(READERS[endings[0]], data_files=plain, streaming=streaming)
+        try:
+            return load_dataset(READERS[endings[0]], data_files=plain, streaming=streaming)
+        except (ArrowInvalid, DatasetGenerationError, OSError) as error:
+            raise ValueError(
+                f"{', '.join(names)} cannot be read ({error}): cut off, damaged, or out of reach."
+            ) from error
     code = code_of(sys.modules[written_dataset.__module__])["code"]
     made: Any = IterableDatasetDict if streaming else DatasetDict
     return made(
