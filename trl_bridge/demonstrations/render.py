@@ -125,11 +125,16 @@ class Renderer:
         except TemplateError as error:
             raise ValueError(f"{row}: the chat template refuses the conversation: {error}") from error
         _check_preserved(prompt_text, text, completion, row)
-        prompt_ids = self._apply_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **kwargs
-        )["input_ids"]
+        prompt_ids = self._prompt_ids(prompt, prompt_text, kwargs)
         joint_ids = self._tokenize(text, add_special_tokens=False)
         return prompt_ids, self._continuation(prompt_ids, joint_ids, text.removeprefix(prompt_text))
+
+    def _prompt_ids(self, prompt: list[dict], text: str, kwargs: dict[str, Any]) -> list[int]:
+        if not isinstance(self.processing_class, ProcessorMixin):
+            # What `apply_chat_template` does with the text that it renders, which is here already.
+            return self._tokenize(text, add_special_tokens=False)
+        rendered = self._apply_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **kwargs)
+        return rendered["input_ids"]
 
     def _continuation(self, prompt_ids: list[int], joint_ids: list[int], completion: str) -> list[int]:
         # Read in its place, a completion has no word-start mark of its own (SentencePiece adds one to every text);
