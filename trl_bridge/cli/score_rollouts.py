@@ -48,6 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase | None") -> list[str]:
     """Sample, score and write."""
+    from ..data.rows import prompt_of
     from ..distillation.collect import sample_rollouts, score_rollouts, write_rollouts
     from ..distillation.scoring import LocalTeacher, ServedTeacher
     from ..generation.day import template_kwargs, today
@@ -68,7 +69,9 @@ def run(options: argparse.Namespace, rows: "Dataset", tokenizer: "PreTrainedToke
     served = ServedTeacher(options.teacher_url, batch_size) if options.teacher_url else None
     if served is not None:
         _check_served(options, served.model)
-    identity = _identity(options, tokenizer, sampling, served, kwargs if isinstance(_prompt(rows[0]), list) else None)
+    identity = _identity(
+        options, tokenizer, sampling, served, kwargs if isinstance(prompt_of(rows[0]), list) else None
+    )
     sampled_with = {name: identity[name] for name in ("student", "tokenizer", "sampling")}
     sampled_with["prompts"] = hashlib.sha256(json.dumps([job.ids for job in jobs]).encode()).hexdigest()[:16]
     sampled_with |= {} if day is None else {"day": day}
@@ -161,16 +164,11 @@ def _check(options: argparse.Namespace, tokenizer: Any) -> None:
     check_name(options.teacher, "--teacher")
 
 
-def _prompt(row: dict[str, Any]) -> Any:
-    from ..data.rows import prompt_of
-
-    return prompt_of(row)
-
-
 def _jobs(options: argparse.Namespace, rows: "Dataset", tokenizer: Any, kwargs: dict[str, Any]) -> "list[Job]":
+    from ..data.rows import prompt_of
     from ..generation.engines import jobs_of
 
-    jobs = jobs_of(map(_prompt, rows), tokenizer, options.samples, options.seed, "rollouts", kwargs)
+    jobs = jobs_of(map(prompt_of, rows), tokenizer, options.samples, options.seed, "rollouts", kwargs)
     empty = next((job.question for job in jobs if not job.ids), None)
     if empty is not None:
         raise ValueError(f"row {empty} of {options.name} has an empty prompt")
