@@ -488,3 +488,11 @@ def test_a_reader_that_goes_away_is_no_error():
     command = f"{sys.executable} -m trl_bridge recipes ls | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert done.stderr == ""
+
+
+def test_colocated_vllm_needs_a_model_with_a_name(capsys):
+    # In this process: the launched one's output is not captured.
+    with pytest.raises(SystemExit):
+        train.run("bridge", ["--config", "smoke/bridge", "--use_vllm", "true", "--vllm_mode", "colocate"])
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "`vllm_mode='colocate'`" in line and "builtin:tiny is made in memory" in line

@@ -44,6 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--score_batch_size", type=int, default=16, help="rollouts scored at a time; halved when out of memory (16)")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="weights' type (auto)")
     add("--use_vllm", action="store_true", help="sample with vLLM")
+    add("--vllm_gpu_memory_utilization", type=float, default=0.9, help="vLLM's share of the GPU's memory (0.9)")
 
 
 def run(options: argparse.Namespace, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase | None") -> list[str]:
@@ -128,7 +129,10 @@ class _Student:
         if not options.use_vllm:
             return TransformersEngine(self.model(), self.tokenizer, options.batch_size)
         context = longest_prompt(self.jobs) + self.sampling.max_new_tokens
-        self._engine = VllmEngine(options.model, context, options.batch_size, dtype=options.dtype)
+        share = options.vllm_gpu_memory_utilization
+        self._engine = VllmEngine(
+            options.model, context, options.batch_size, dtype=options.dtype, gpu_memory_utilization=share
+        )
         return self._engine
 
     def release(self) -> None:

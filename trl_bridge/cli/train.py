@@ -112,6 +112,11 @@ def _model_arguments(line: "CommandLine") -> dict[str, Any]:
     training = line.training
     name = check_name(line.model.model_name_or_path, "model_name_or_path", line.model.dtype)
     if is_builtin(name):
+        if getattr(training, "use_vllm", False) and training.vllm_mode == "colocate":
+            raise ValueError(
+                f"`vllm_mode='colocate'` loads the model by its name, and {name} is made in memory. Save it and its tokenizer "
+                "(`trl_bridge.models.load` and `load_tokenizer`) to a folder and set `model_name_or_path` to that."
+            )
         training.model_init_kwargs = None
         return {"model": load(name, training.seed), "processing_class": load_tokenizer(name)}
     check_found(name, "model_name_or_path", line.model.model_revision, training.trust_remote_code)
