@@ -38,8 +38,8 @@ from trl_bridge._upstream import (
     set_up_again,
 )
 from trl_bridge.methods.catalogue import METHODS
-from trl_bridge.methods.two_stage import _Reinforcement
-from trl_bridge.training.checkpoint.resume import BufferResumable, Resumable, ResumableTrainer
+from trl_bridge.methods.two_stage import _ColdStart, _Reinforcement
+from trl_bridge.training.checkpoint.resume import BufferResumable, Resumable, ResumableTrainer, Sealed
 from trl_bridge.training.demonstrations import Demonstrations
 from trl_bridge.training.packed_trainer import PackedTrainer
 from trl_bridge.training.policy import PolicyLoss
@@ -49,6 +49,7 @@ from trl_bridge.training.student import StudentTrainer
 
 
 BASES = (
+    Sealed,
     Resumable,
     BufferResumable,
     ResumableTrainer,
@@ -64,7 +65,7 @@ LEAVES = [
     for cls in (pkgutil.resolve_name(method.trainer) for method in METHODS.values())
     if cls.__module__.startswith("trl_bridge.") and issubclass(cls, Trainer)
 ]
-OURS = (*BASES, *LEAVES, _Reinforcement)
+OURS = (*BASES, *LEAVES, _ColdStart, _Reinforcement)
 
 ROOMS = ("training", "methods")
 
@@ -443,7 +444,7 @@ def test_sampler_draws_each_epoch_from_one_generator():
 
 def test_upload_and_rotation_are_left_out_of_saving_by_their_options():
     for option in ("if self.args.push_to_hub:\n", "save_total_limit=self.args.save_total_limit"):
-        assert_in_order(Trainer._save_checkpoint, option, ours=Resumable._save_checkpoint)
+        assert_in_order(Trainer._save_checkpoint, option, ours=Sealed._save_checkpoint)
 
 
 def test_parts_are_written_before_upload_and_rotation():
@@ -458,7 +459,7 @@ def test_parts_are_written_before_upload_and_rotation():
         ours=Resumable._save_optimizer_and_scheduler,
     )
     assert f"{PREFIX_CHECKPOINT_DIR}-" == "checkpoint-", readers_of("PREFIX_CHECKPOINT_DIR")
-    assert_in_order(Trainer._save_checkpoint, "_get_output_dir(", ours=Resumable._save_checkpoint)
+    assert_in_order(Trainer._save_checkpoint, "_get_output_dir(", ours=Sealed._save_checkpoint)
 
 
 def test_parts_step_before_the_student_is_clipped():

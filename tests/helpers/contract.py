@@ -96,6 +96,7 @@ OWN_NAMES = {
     "demonstration_pass",
     "demonstration_weight",
     "demonstrations_due",
+    "description",
     "end_of_window",
     "expert_heads",
     "expert_loss",

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import weakref
 
 import pytest
@@ -213,6 +214,29 @@ def test_every_prefixed_key_is_tested():
     ours = {f.name for f in dataclasses.fields(TwoStageConfig)} - {f.name for f in dataclasses.fields(StudentConfig)}
     (mark,) = test_each_prefixed_key_reaches_sft_alone.pytestmark
     assert ours == {f"sft_{name}" for name, _ in mark.args[1]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("optimizer.pt", b""), ("bridge/complete.json", b"{"), ("scheduler.pt", None)]
+)
+def test_a_damaged_checkpoint_of_the_first_stage_is_passed_over(tmp_path, caplog, monkeypatch, name, content):
+    monkeypatch.setattr(logging.getLogger("trl_bridge"), "propagate", True)
+    with pytest.raises(KeyboardInterrupt):
+        two_stage(tmp_path, callbacks=[Cut("sft", 3)]).train()
+    file = tmp_path / "sft" / "checkpoint-2" / name
+    file.write_bytes(file.read_bytes()[:-1] + b"\1" if content is None else content)
+    again = Cut("sft", 99)
+    with caplog.at_level("WARNING"):
+        two_stage(tmp_path, callbacks=[again]).train(resume_from_checkpoint=True)
+    assert again.updates[0] == ("sft", 2)  # from the checkpoint before
+    said = [record.message for record in caplog.records if "Passing over" in record.message]
+    assert len(said) == 1 and name in said[0]
+
+
+def test_checkpoints_of_earlier_releases_are_of_the_trainer_that_they_name(tmp_path):
+    trainer = two_stage(tmp_path)
+    trainer.train()
+    assert trainer.trainer.saved.requirements["trainer"] == "ResumableTrainer"
 
 
 # Refusals

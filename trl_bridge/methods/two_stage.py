@@ -15,6 +15,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from .._upstream import set_up_again
@@ -25,11 +26,15 @@ from ..training.backends import backend_for
 from ..training.backends.refusals import refuse_quantised
 from ..training.checkpoint import folder as checkpoints
 from ..training.checkpoint import lock
+from ..training.checkpoint.registry import Registry
+from ..training.checkpoint.resume import Sealed
 from ..training.options import options
 from ..training.refusals import refuse_pictures
 from ..training.student_config import StudentConfig
 from .packed_grpo import PackedGRPOTrainer
 
+
+logger = logging.get_logger(__name__)
 
 FOLDERS = ("sft", "grpo")
 FINISHED = "finished.json"
@@ -140,7 +145,7 @@ class TwoStageConfig(StudentConfig):
         return self.first_stage_finished or any(any(folder.glob("checkpoint-*")) for folder in self.folders)
 
 
-class _ColdStart(SFTTrainer):
+class _ColdStart(Sealed, SFTTrainer):
     """TRL's SFT, whose chat template's clock stands at the day of the run's first start."""
 
     def __init__(self, *args: Any, day: str, **kwargs: Any):
@@ -158,6 +163,10 @@ class _Reinforcement(PackedGRPOTrainer):
     """The second stage, whose arguments are those of both."""
 
     config_class = StudentConfig
+
+    def register_state(self, saved: Registry) -> None:
+        super().register_state(saved)
+        saved.must_match(trainer="ResumableTrainer")  # as in the checkpoints that there are
 
 
 class TwoStageTrainer:
@@ -417,5 +426,9 @@ def _copy_model(checkpoint: Path, folder: Path) -> None:
 
 
 def _latest(folder: Path) -> Path | None:
-    numbered = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*")]
-    return next((path for _, path in sorted(numbered, reverse=True) if _progress(path) is not None), None)
+    for checkpoint in checkpoints.numbered(folder):
+        wrong = "was cut off while saving" if _progress(checkpoint) is None else checkpoints.damaged(checkpoint)
+        if wrong is None:
+            return checkpoint
+        logger.warning(f"Passing over {checkpoint}: it {wrong}.")
+    return None

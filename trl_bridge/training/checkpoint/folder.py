@@ -58,6 +58,7 @@ def write(checkpoint: Path, accelerator: Accelerator, saved: Registry) -> None:
 
 def seal(checkpoint: Path, step: int, description: dict[str, Any]) -> None:
     """Write the marker, once every file is on the disk. The main process calls, when all ranks have written theirs."""
+    (checkpoint / FOLDER).mkdir(exist_ok=True)
     (checkpoint / FOLDER / MARKER).unlink(missing_ok=True)  # it is no file that it speaks of
     marker = {"global_step": step, **description, "files": flushed(checkpoint)}
     marker["checksum"] = _checksum(marker)
@@ -137,11 +138,11 @@ def fault(checkpoint: Path) -> str | None:
     if not marker:
         return f"lacks {FOLDER}/{MARKER}"
     has_checksums = "files" in marker or "checksum" in marker
-    if has_checksums and marker.get("checksum") != _checksum(marker):
-        return f"has a damaged {FOLDER}/{MARKER}"
-    if "layout" not in marker:
-        return f"lacks the layout in {FOLDER}/{MARKER} (it is of an earlier release)"
-    wrong = damage(checkpoint, marker["files"]) if has_checksums else _lost(checkpoint, marker)
+    wrong = damaged(checkpoint) if has_checksums else None
+    if wrong is None and "layout" not in marker:
+        wrong = f"lacks the layout in {FOLDER}/{MARKER} (it is of an earlier release)"
+    if wrong is None and not has_checksums:
+        wrong = _lost(checkpoint, marker)
     if wrong is not None:
         return wrong
     state = _json(checkpoint / TRAINER_STATE_NAME)
@@ -150,6 +151,16 @@ def fault(checkpoint: Path) -> str | None:
     if state["global_step"] != marker["global_step"]:
         return f"lacks {FOLDER}/{MARKER} of step {state['global_step']} (it is of step {marker['global_step']})"
     return None
+
+
+def damaged(checkpoint: Path) -> str | None:
+    """What is wrong by a checkpoint's marker; `None` too where there is no marker to vouch for anything."""
+    marker = _marker(checkpoint)
+    if not marker:
+        return f"has a damaged {FOLDER}/{MARKER}" if (checkpoint / FOLDER / MARKER).is_file() else None
+    if marker.get("checksum") != _checksum(marker):
+        return f"has a damaged {FOLDER}/{MARKER}"
+    return damage(checkpoint, marker["files"])
 
 
 def _lost(checkpoint: Path, marker: dict[str, Any]) -> str | None:
@@ -195,7 +206,12 @@ def check_run(checkpoint: Path, saved: Registry) -> None:
             "and dropout) other than those of an uninterrupted run."
         )
     told = saved.description["options"]
-    changed = differences(_marker(checkpoint).get("options", told), told)
+    before = _marker(checkpoint).get("options")
+    changed = differences(told if before is None else before, told)
+    if before is None and told.get("padding_free") and PartialState().is_main_process:
+        logger.warning(
+            f"{checkpoint} is of an earlier release, which computed with padding: `padding_free=False` goes on to the bit."
+        )
     if changed and PartialState().is_main_process:
         logger.warning(
             f"Resumed with other options than {checkpoint} was made with, which count from here on: {'; '.join(changed)}."

@@ -28,7 +28,62 @@ from .seal import Background
 logger = logging.get_logger(__name__)
 
 
-class Resumable(Trainer):
+class Sealed(Trainer):
+    """A trainer whose checkpoints have a marker, written last, that vouches for all of their files."""
+
+    @functools.cached_property
+    def _sealing(self) -> Background:
+        return Background()
+
+    @property
+    def description(self) -> dict[str, Any] | None:
+        """What the marker says besides; `None` for no marker."""
+        return {}
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As [`~transformers.Trainer.train`]."""
+        try:
+            result = super().train(*args, **kwargs)
+        finally:
+            self._sealing.wait()
+        self.accelerator.wait_for_everyone()
+        return result
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        args = self.args
+        self._sealing.wait()
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        checkpoints.clear(folder, self.accelerator)
+        # TRL's trainer uploads and rotates before the checkpoint is whole: both are done below, in this order.
+        last = {"save_total_limit": None, "push_to_hub": False}
+        kept = {name: getattr(args, name) for name in last}
+        vars(args).update(last)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            vars(args).update(kept)
+        self.accelerator.wait_for_everyone()
+        state = self.state
+        rest = functools.partial(
+            checkpoints.finish,
+            folder,
+            state.global_step,
+            None if args.save_only_model else self.description,
+            limit=args.save_total_limit,
+            best=state.best_model_checkpoint,
+        )
+        if self.accelerator.is_main_process:
+            self._sealing.start(rest)
+        if args.push_to_hub:
+            self._sealing.wait()
+            self._push_from_checkpoint(str(folder))
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._sealing.wait()  # it deletes checkpoints
+        return super()._finalize_training(*args, **kwargs)
+
+
+class Resumable(Sealed):
     """
     The part of an exact resume that any TRL trainer can carry: `class Mine(Resumable, SFTTrainer)`.
 
@@ -38,10 +93,6 @@ class Resumable(Trainer):
     """
 
     _metrics: dict[str, Any]
-
-    @functools.cached_property
-    def _sealing(self) -> Background:
-        return Background()
 
     @functools.cached_property
     def backend(self) -> Backend:
@@ -72,6 +123,10 @@ class Resumable(Trainer):
         )
         saved.add("metrics", since_last_log, LOCAL)
 
+    @property
+    def description(self) -> dict[str, Any] | None:
+        return None if self.inside_update else self.saved.description
+
     def build_parts(self) -> None:
         """Build, once, what needs the student as `train` has prepared it. Called before a checkpoint is loaded."""
 
@@ -100,41 +155,7 @@ class Resumable(Trainer):
                 checkpoints.check_run(found, self.saved)
             else:
                 checkpoints.say_what_is_there(folder)
-            try:
-                result = super().train(None if found is None else str(found), *args, **kwargs)
-            finally:
-                self._sealing.wait()
-            self.accelerator.wait_for_everyone()
-            return result
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        args = self.args
-        self._sealing.wait()
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        checkpoints.clear(folder, self.accelerator)
-        # TRL's trainer uploads and rotates before the checkpoint is whole: both are done below, in this order.
-        last = {"save_total_limit": None, "push_to_hub": False}
-        kept = {name: getattr(args, name) for name in last}
-        vars(args).update(last)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            vars(args).update(kept)
-        self.accelerator.wait_for_everyone()
-        saved, state = self.saved, self.state
-        rest = functools.partial(
-            checkpoints.finish,
-            folder,
-            state.global_step,
-            None if args.save_only_model or self.inside_update else saved.description,
-            limit=args.save_total_limit,
-            best=state.best_model_checkpoint,
-        )
-        if self.accelerator.is_main_process:
-            self._sealing.start(rest)
-        if args.push_to_hub:
-            self._sealing.wait()
-            self._push_from_checkpoint(str(folder))
+            return super().train(None if found is None else str(found), *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -145,10 +166,6 @@ class Resumable(Trainer):
             )
             return
         checkpoints.write(Path(output_dir), self.accelerator, self.saved)
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        self._sealing.wait()  # it deletes checkpoints
-        return super()._finalize_training(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
