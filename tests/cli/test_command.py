@@ -260,6 +260,14 @@ def test_too_few_rows_after_long_prompts_are_dropped(method, capsys, recipe, tmp
     assert "`train_dataset` has 3 rows" in line and "takes 4 prompts" in line
 
 
+def test_null_demonstrations_are_refused_by_their_row(capsys, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1", "completion": "2"}\n{"prompt": "1", "completion": null}\n')
+    line = [f"--dataset_name={tmp_path}/rows.jsonl", "--model_name_or_path=builtin:tiny", "--bf16=false", "--use_cpu"]
+    with pytest.raises(SystemExit):
+        train.run("sft", [*line, f"--output_dir={tmp_path}/out"])
+    assert "dataset_name (train_dataset)` row 1: `completion` is null" in capsys.readouterr().err
+
+
 def test_null_prompts_are_refused_before_a_model_is_loaded(capsys, recipe, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1"}\n{"prompt": null}\n')
     for line in ("", "max_prompt_length: 9", "prompt_template: boxed", "system_prompt: S"):

@@ -87,6 +87,10 @@ def test_held_out_rows_are_looked_through_too(tmp_path):
 
 
 def test_cold_starts_and_distillation_look_before_they_start(tmp_path, monkeypatch):
+    nulls = Dataset.from_dict({"prompt": ["1", None], "completion": ["1", "2"]})
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="`sft_dataset` row 1: `prompt` is null"):
+        patched.setattr("tests.helpers.two_stage.sft_rows", lambda: nulls)
+        two_stage(tmp_path)
     monkeypatch.setattr("tests.helpers.two_stage.rl_rows", lambda: rl_rows().select(range(3)))
     with pytest.raises(ValueError, match="has 3 rows .* takes 4 prompts"):
         two_stage(tmp_path)

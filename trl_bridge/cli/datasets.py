@@ -7,7 +7,7 @@ from trl import DatasetMixtureConfig, ModelConfig, get_dataset
 
 from ..data.rows import load_named_dataset, prepared, take_split, within_prompt_length
 from ..data.templates import Prompting
-from ..demonstrations.rows import check_prompts
+from ..demonstrations.rows import check_nulls, check_prompts
 from ..generation.day import LONGEST_DAY, template_kwargs
 from ..models import check_name, load_tokenizer
 from .arguments import (
@@ -45,7 +45,9 @@ def load_splits(
     for name, raw in splits.items():
         if raw is not None:
             splits[name] = prepared(raw, "dataset_name", _columns(script, raw.column_names or []), prompting)
-            if not isinstance(script, (ScoredArguments, SupervisedArguments)):
+            if isinstance(script, SupervisedArguments):
+                check_nulls(splits[name], f"dataset_name ({name})")
+            elif not isinstance(script, ScoredArguments):
                 check_prompts(splits[name], f"dataset_name ({name})")
             if tokenizer is not None and script.max_prompt_length is not None:
                 what = f"dataset_name ({name})"

@@ -54,6 +54,18 @@ def check_prompts(dataset: Any, what: str) -> None:
             )
 
 
+def check_nulls(dataset: Any, what: str) -> None:
+    """Refuse demonstrations of which a part is missing, for TRL's trainer, which does not name the row."""
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        return
+    for column in sorted({"prompt", "completion", "messages", "text"} & set(dataset.column_names)):
+        for row, value in enumerate(dataset.with_format(None)[column]):
+            if value is None:
+                raise ValueError(
+                    f"`{what}` row {row}: `{column}` is null. Remove the row (`trl-bridge data prepare --clean` does)."
+                )
+
+
 def check_size(train_dataset: Any, needed: int) -> None:
     """Refuse rows that do not fill one generation batch: TRL's sampler leaves an unfinished one out."""
     if isinstance(train_dataset, Dataset) and len(train_dataset) < needed:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from .._upstream import set_up_again
-from ..demonstrations.rows import check_prompts, check_size
+from ..demonstrations.rows import check_nulls, check_prompts, check_size
 from ..generation.day import clock_template, stopped, today
 from ..rewards.by_name import check_reward_funcs
 from ..training.backends import backend_for
@@ -218,6 +218,7 @@ class TwoStageTrainer:
             raise ValueError("TwoStageTrainer needs `sft_dataset`: demonstrations in any of TRL's SFT formats.")
         if train_dataset is None:
             raise ValueError("TwoStageTrainer needs a `train_dataset` with a `prompt` column for its RL stage.")
+        check_nulls(sft_dataset, "sft_dataset")
         check_prompts(train_dataset, "train_dataset")
         check_prompts(eval_dataset, "eval_dataset")
         rollouts: Any = args.generation_batch_size
