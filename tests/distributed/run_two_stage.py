@@ -94,19 +94,19 @@ def main(kind: str, folder: Path, names: list[str]) -> None:
         (module, "_steps_of_finished"),
         (module.TwoStageConfig, "can_resume"),
     )
-    stages = module.SFTTrainer, module.ResumableTrainer
+    stages = module._ColdStart, module._Reinforcement
     model_of({"by_name": True}, folder)
     for name, way in CASES[kind].items():
         if names and name not in names:
             continue
         runs: list[dict] = []
-        module.SFTTrainer, module.ResumableTrainer = (recorded(stage, runs) for stage in stages)
+        module._ColdStart, module._Reinforcement = (recorded(stage, runs) for stage in stages)
         trainer = build(folder / name, way)
         trainer.train()
         trainer.save_model()
         rank = trainer.accelerator.process_index
         torch.save(runs, folder / f"{name}-{rank}.pt")
-        module.SFTTrainer, module.ResumableTrainer = stages
+        module._ColdStart, module._Reinforcement = stages
         for stage, step in CUTS[name]:
             cut_off(folder / f"{name} {stage} {step}", stage, step, way)
 
