@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 from trl import GRPOTrainer
+from trl.generation import vllm_generation
 
 from tests.distributed.cases import FSDP, on_main_process, zero
 from tests.distributed.run import pretend_accelerator
+from tests.helpers import engines
 from tests.helpers.resume import StopAt
 from tests.helpers.streams import logged, make, options_of, recording, sharp_model, state_of, trained, weights_of
 from tests.helpers.training import small_lora
@@ -51,16 +53,34 @@ RESUMES = {
 }
 # Two trainers that are GRPO are compared with each other, not with a replay.
 PACKED = {
-    "ddp": {"grpo": {}},
+    # VESPO sums what the sampler's correction says of every place, those that ranks pad for each other too.
+    "ddp": {
+        "grpo": {},
+        "vespo, sampler": {"loss_type": "vespo", "vllm_importance_sampling_mode": "token_truncate", **engines.OPTIONS},
+    },
     "fsdp": {"grpo": FSDP, "grpo, lora": {**FSDP, "gradient_checkpointing": True, **LORA}},
     "deepspeed": {"grpo": ZERO_3, "grpo, lora": {**zero(2), "gradient_checkpointing": True, **LORA}},
 }
+
+
+class UnevenClient(engines.Client):
+    """A server whose answers are short on the first rank, and about as likely as the policy finds them."""
+
+    def generate(self, prompts, n, **options):
+        answer = super().generate(prompts, n, **options)
+        rows = answer["completion_ids"]
+        rows[: len(rows) // 2] = [ids[:2] for ids in rows[: len(rows) // 2]]
+        return {**answer, "logprobs": [[[-4.6]] * len(ids) for ids in rows]}
+
+
 ZERO = {"mu_peak": 0.0, "mu_valley": 0.0, "padding_free": False}
 
 
 def main(kind: str, folder: Path, names: list[str]) -> None:
     if kind != "ddp":
         pretend_accelerator()
+    engines.serve()
+    vllm_generation.VLLMClient = UnevenClient
     for name, (trainer_class, method, way) in CASES[kind].items():
         if names and name not in names:
             continue
@@ -106,6 +126,7 @@ def packed(folder: Path, way: dict) -> dict:
         found[free] = weights_of(trainer)
         found["dead"] = logged(trainer, "frac_reward_zero_std")
         found["packs"] = trainer._packs
+        found["useful", free] = logged(trainer, "efficiency/useful_tokens")
     return found
 
 

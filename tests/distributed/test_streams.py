@@ -97,6 +97,9 @@ def test_grpo_without_padding_on_two_ranks(folder, kind, name):
     found = first[name]
     assert_same(found[True], second[name][True])
     assert found["packs"] and max(found["dead"]) > 0
+    # Of all ranks: those of a padded run have prompts and completions of their own lengths.
+    assert max(found["useful", False]) < found["useful", True][-1] == 1.0
+    assert found["useful", False] == second[name]["useful", False]
     # A LoRA's start depends on the seed that its trainer was built with, the same for both.
     start = {n: p for n, p in student_of(PACKED[kind][name]).named_parameters() if n in found[True]}
     assert movement_error(found[True], found[False], start) < TOLERANCE

@@ -1,5 +1,6 @@
 """Cutting an update into other ranks and micro-batches."""
 
+import pytest
 import torch
 
 from trl_bridge.training.checkpoint.layout import reshard_rollouts, totals
@@ -23,6 +24,7 @@ def _batch(rows, prompt, completion):
         "completion_ids": ids,
         "completion_mask": torch.ones_like(ids),
         "old_per_token_logps": -ids.float(),
+        "importance_sampling_ratio": ids / 10,
         "top": torch.zeros(len(rows), completion, 3),
         "advantages": torch.tensor(rows).float(),
         "num_items_in_batch": torch.tensor(5),
@@ -41,6 +43,7 @@ def test_rows_of_an_update_stay_those_of_it_and_are_padded_alike():
     assert one[1]["completion_mask"].tolist() == [[1, 1, 0], [1, 1, 0]]
     assert one[1]["prompt_ids"].tolist() == [[99, 7], [99, 7]] and one[1]["prompt_mask"].tolist() == [[0, 1], [0, 1]]
     assert one[1]["old_per_token_logps"].tolist() == [[-20, -21, 0], [-30, -31, 0]]
+    assert one[1]["importance_sampling_ratio"].tolist() == [[2, pytest.approx(2.1), 1], [3, pytest.approx(3.1), 1]]
     assert one[1]["top"].shape == (2, 3, 3)
     assert all(batch["num_items_in_batch"] == 5 and batch["images"] is None for batch in one)
     # And back.

@@ -211,6 +211,28 @@ def test_a_wrong_pass_is_noticed_at_the_first_update(tmp_path, monkeypatch, capl
     assert logged(trainer, "efficiency/useful_tokens")[-1] < 0.9
 
 
+@pytest.mark.parametrize("changes", [{}, {"num_iterations": 2}], ids=["plain", "old scores"])
+def test_where_the_first_pass_is_wrong_nothing_is_trained_by_it(tmp_path, monkeypatch, changes):
+    plain = trained(tmp_path, PackedGRPOTrainer, padding_free=False, **changes)
+    monkeypatch.setattr(Segments, "_mask", everything)
+    trainer = trained(tmp_path, PackedGRPOTrainer, **changes)
+    # Neither old scores, which are older than the first micro-batch, nor rows that were dealt anew.
+    assert_same(weights_of(trainer), weights_of(plain))
+
+
+def test_rollouts_without_tokens_are_no_check(tmp_path, monkeypatch, caplog):
+    class TruncatedAtFirst(PackedGRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            output["completion_mask"] *= self._step > 0
+            return output
+
+    monkeypatch.setattr(Segments, "_mask", everything)
+    with caplog.at_level(logging.WARNING):
+        trained(tmp_path, TruncatedAtFirst)
+    assert "differs from the padded one" in caplog.text
+
+
 # Dealing
 
 

@@ -8,6 +8,7 @@ from accelerate.logging import get_logger
 from torch import nn
 
 from .._upstream import attend_in_segments
+from .checkpoint.layout import filler
 from .checkpoint.resume import ResumableTrainer
 from .packing import deal, disagreement, lay_out_rollouts, lay_out_rows, reason_for_padding, run, spread
 from .policy import Scores
@@ -77,6 +78,8 @@ class PackedTrainer(ResumableTrainer):
         rows = range(len(input_ids)) if live is None else live.rows.nonzero().flatten().tolist()
         inputs = (input_ids, attention_mask, logits_to_keep)
         others = any(value is not None and value is not False for value in (*args, *kwargs.values()))
+        if self._packs and self.model.training and not self._packing_is_checked and not torch.is_grad_enabled():
+            self._check_packing(inputs, batch_size)  # old and reference scores come before the first micro-batch
         if not self._packs or others or not self.model.training:
             self._count(input_ids.numel(), inputs, rows)
             return super()._get_per_token_logps_and_entropies(
@@ -210,17 +213,20 @@ class PackedTrainer(ResumableTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if not self._packs or not self.model.training:
             return inputs
+        if not self._packing_is_checked:
+            ids, mask = (
+                torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], dim=1) for part in ("ids", "mask")
+            )
+            self._check_packing((ids, mask, inputs["completion_ids"].size(1)))
         steps = self.args.steps_per_generation
-        if self._buffered_inputs is not before and self.trains_by_advantage and self._micro_batches_add_up:
+        is_new = self._packs and self._buffered_inputs is not before
+        if is_new and self.trains_by_advantage and self._micro_batches_add_up:
             window = min(steps, self.args.gradient_accumulation_steps)
             if max(steps, self.args.gradient_accumulation_steps) % window == 0:
                 buffered: Any = self._buffered_inputs
                 windows = [buffered[start : start + window] for start in range(0, steps, window)]
                 self._buffered_inputs = [batch for batches in windows for batch in self._deal(batches)]
                 inputs = self._buffered_inputs[self._step % steps]
-        if not self._packing_is_checked:
-            self._packing_is_checked = True
-            self._check_packing(inputs)
         return inputs
 
     def _deal(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -245,22 +251,21 @@ class PackedTrainer(ResumableTrainer):
         if self.accelerator.num_processes == 1:
             return value
         if value.dim() > 1:
-            value = self.accelerator.pad_across_processes(value, dim=1, pad_first=name.startswith("prompt"))
+            fill, left = filler(name, self._tokenizer.pad_token_id), name.startswith("prompt")
+            value = self.accelerator.pad_across_processes(value, dim=1, pad_index=fill, pad_first=left)
         return self.accelerator.gather(value)
 
     # Whether it is right on this model
 
-    def _check_packing(self, inputs: dict[str, Any]) -> None:
-        """Compare a packed pass with the padded one on a micro-batch, and give packing up where they differ. Collective."""
+    def _check_packing(self, inputs: Completions, batch_size: int | None = None) -> None:
+        """Compare a packed pass over rollouts with the padded one, and give packing up where they differ. Collective."""
         model: Any = self.model_wrapped
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        length = inputs["completion_ids"].size(1)
-        there = inputs["completion_mask"]
+        there, has_graph = inputs[1][:, -inputs[2] :], torch.is_grad_enabled()
+        self._packing_is_checked = True
 
         def score(packs: bool) -> torch.Tensor:
             self._packs = packs
-            return self._get_per_token_logps_and_entropies(model, ids, mask, length)[0] * there
+            return self._get_per_token_logps_and_entropies(model, *inputs, batch_size)[0] * there
 
         plain: Any = self.accelerator.unwrap_model(model)
         checkpointing: Any = self.args.gradient_checkpointing_kwargs or {}
@@ -271,11 +276,14 @@ class PackedTrainer(ResumableTrainer):
                 lambda: score(False),
                 plain.get_input_embeddings(),
                 # DeepSpeed's backward is the engine's own, and a reentrant checkpoint has no gradient but of weights.
-                with_gradient=not (self.is_deepspeed_enabled or checkpointing.get("use_reentrant")),
+                with_gradient=has_graph and not (self.is_deepspeed_enabled or checkpointing.get("use_reentrant")),
             )
         self._packs, self._work = True, work
-        worst = self.accelerator.gather(torch.tensor(error, device=self.accelerator.device)).max().item()
-        exact = self.accelerator.mixed_precision == "no" and plain.dtype == torch.float32
+        found = self.accelerator.gather(torch.tensor([[error, there.sum()]], device=self.accelerator.device))
+        worst, tokens = found.max(dim=0).values.tolist()
+        # Where all completions are truncated, there is nothing to compare.
+        self._packing_is_checked = has_graph and tokens > 0
+        exact = self.accelerator.mixed_precision == "no" and plain.dtype.itemsize >= 4
         tolerance = _TOLERANCE_FLOAT32 if exact else _TOLERANCE_16_BITS
         if not worst <= tolerance:
             self._pad(
@@ -293,8 +301,9 @@ class PackedTrainer(ResumableTrainer):
             self._work[1] += needed
 
     def record_work(self) -> None:
-        """Record the share of useful positions among those of an update's RL passes."""
-        (run_, needed), self._work = self._work, [0, 0]
+        """Record the share of useful positions among those of an update's RL passes. Collective."""
+        work, self._work = torch.tensor(self._work, device=self.accelerator.device), [0, 0]
+        run_, needed = self.accelerator.reduce(work, reduction="sum").tolist()
         if run_:
             self._metrics["train"]["efficiency/useful_tokens"].append(needed / run_)
 

@@ -59,11 +59,17 @@ def _joined(name: str, values: list[Any], pad_token_id: int) -> Any:
         return torch.cat(values)
     # Each rank has padded to its own longest row: prompts on the left, and what goes with completions on the right.
     width = max(value.size(1) for value in values)
-    filler = pad_token_id if name in ("prompt_ids", "completion_ids") else 0
-    return torch.cat([_padded(value, width, name.startswith("prompt_"), filler) for value in values])
+    fill = filler(name, pad_token_id)
+    return torch.cat([_padded(value, width, name.startswith("prompt_"), fill) for value in values])
 
 
-def _padded(value: torch.Tensor, width: int, left: bool, filler: int) -> torch.Tensor:
+def filler(name: str, pad_token_id: int) -> int:
+    """What pads a tensor of rollouts to a longer row."""
+    # VESPO multiplies the sampler's correction over all places, without a mask.
+    return {"prompt_ids": pad_token_id, "completion_ids": pad_token_id, "importance_sampling_ratio": 1}.get(name, 0)
+
+
+def _padded(value: torch.Tensor, width: int, left: bool, fill: int) -> torch.Tensor:
     missing = width - value.size(1)
     after = (0, 0) * (value.dim() - 2)
-    return functional.pad(value, (*after, missing, 0) if left else (*after, 0, missing), value=filler)
+    return functional.pad(value, (*after, missing, 0) if left else (*after, 0, missing), value=fill)
