@@ -205,7 +205,8 @@ def reason_for_padding(model: Any) -> str | None:
         "its attention is its own, not one of transformers' functions": not model._supports_attention_backend,
         f"its attention is {config._attn_implementation!r}; it is tested with 'sdpa'": config._attn_implementation
         != "sdpa",
-        "its positions are not rotary by `rope_parameters`, and others move with the padding": not ropes or getattr(config, "alibi", False),
+        "its positions are not rotary by `rope_parameters`, and others move with the padding": not ropes
+        or getattr(config, "alibi", False),
         "its rotary frequencies depend on the length": any(part["rope_type"] in _BY_LENGTH for part in ropes),
         "it has layers of other kinds than full and sliding attention": not layers <= _ATTENTION,
         "it draws dropout for each position": dropout or getattr(config, "attention_dropout", 0.0) > 0.0,
