@@ -7,7 +7,7 @@ Errors: the exact rule trains a small model; its rollouts are kept and given to 
 that the runs differ by the rule alone. Per update |g - g_exact| / |g_exact| over the gradient of w (median over the updates), and
 |w - w_exact| / |w_exact - w_0| after the last one; the same for theta_hat. The row without the gain is the yardstick.
 
-Times: as in `step_overhead.py`, taken in turns; the least of the rounds' means. On a CPU it is the process's own time, to which what else
+Times: as in `equal_lengths.py`, taken in turns; the least of the rounds' means. On a CPU it is the process's own time, to which what else
 the machine does adds little (with one thread it is the wall time of a machine to itself).
 
 Memory: the shadow's own tensors, in copies of its float32 weights, counted in the process by where they belong: on the device between
@@ -21,10 +21,10 @@ import statistics
 import tempfile
 import time
 
-import step_overhead
+import equal_lengths
 import torch
 from datasets import Dataset
-from step_overhead import VARIANTS, make, sft_alone
+from equal_lengths import VARIANTS, make, sft_alone
 
 from trl_bridge import BridgeConfig, BridgeTrainer
 from trl_bridge.models import tiny_model, tiny_tokenizer
@@ -198,7 +198,7 @@ def main():
     print(f"machine: {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"options: {vars(options)}", flush=True)
     if options.device == "cpu":
-        step_overhead.clock = time.process_time
+        equal_lengths.clock = time.process_time
     for part in options.what:
         {"errors": print_errors, "times": print_times, "memory": print_memory}[part](options)
 

@@ -16,11 +16,11 @@ import statistics
 import tempfile
 import time
 
-import step_overhead
+import equal_lengths
 import torch
 import trl.trainer.grpo_trainer
 from shadow_options import distance, run
-from step_overhead import make
+from equal_lengths import make
 
 from trl_bridge import BridgeConfig, BridgeTrainer
 
@@ -62,8 +62,8 @@ def print_errors(options):
 
 
 def print_times(options):
-    step_overhead.VARIANTS.update({
-        "grpo": (*step_overhead.VARIANTS["grpo"][:2], SERVED),
+    equal_lengths.VARIANTS.update({
+        "grpo": (*equal_lengths.VARIANTS["grpo"][:2], SERVED),
         "exact": (BridgeTrainer, BridgeConfig, SERVED),
         "overlap": (BridgeTrainer, BridgeConfig, {**SERVED, "shadow_overlap": True}),
     })  # fmt: skip
