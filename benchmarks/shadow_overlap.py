@@ -19,8 +19,8 @@ import time
 import equal_lengths
 import torch
 import trl.trainer.grpo_trainer
-from shadow_options import distance, run
 from equal_lengths import make
+from shadow_options import distance, run
 
 from trl_bridge import BridgeConfig, BridgeTrainer
 
