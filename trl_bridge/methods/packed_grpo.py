@@ -25,8 +25,8 @@ class PackedGRPOConfig(StudentConfig):
 class PackedGRPOTrainer(StudentTrainer):
     """
     TRL's GRPO for people without demonstrations, computed without padding, with a group's prompt once and without rollouts
-    whose advantage is zero. The loss, the metrics and all options are TRL's, gradients are equal up to rounding, and
-    it resumes exactly. `padding_free=False` is [`~trl.GRPOTrainer`] to the bit.
+    whose advantage is zero. Loss, metrics and options are TRL's (`docs/support.md` has those that are refused), gradients
+    are equal up to rounding, and it resumes exactly. `padding_free=False` is [`~trl.GRPOTrainer`] to the bit.
 
     Args:
         model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,

@@ -17,8 +17,9 @@ from .randomness import forked_torch_rng
 
 logger = get_logger(__name__)
 
-# Relative error from which a packed pass is taken to be wrong. Float32's own is 1e-6, and a forgotten window's 1.
-_TOLERANCE_FLOAT32, _TOLERANCE_16_BITS = 1e-3, 0.1
+# Relative error from which a packed pass is taken to be wrong. Float32's own is 1e-6, that of a deep model in 16 bits up to
+# 0.06, and a forgotten window's 1.
+_TOLERANCE_FLOAT32, _TOLERANCE_16_BITS = 1e-3, 0.3
 
 
 # Ids and mask of prompts and completions, (B, P + T), and T.
@@ -79,7 +80,7 @@ class PackedTrainer(ResumableTrainer):
         inputs = (input_ids, attention_mask, logits_to_keep)
         others = any(value is not None and value is not False for value in (*args, *kwargs.values()))
         if self._packs and self.model.training and not self._packing_is_checked and not torch.is_grad_enabled():
-            self._check_packing(inputs, batch_size)  # old and reference scores come before the first micro-batch
+            self._check_packing(inputs)  # old and reference scores come before the first micro-batch
         if not self._packs or others or not self.model.training:
             self._count(input_ids.numel(), inputs, rows)
             return super()._get_per_token_logps_and_entropies(
@@ -257,15 +258,16 @@ class PackedTrainer(ResumableTrainer):
 
     # Whether it is right on this model
 
-    def _check_packing(self, inputs: Completions, batch_size: int | None = None) -> None:
+    def _check_packing(self, inputs: Completions) -> None:
         """Compare a packed pass over rollouts with the padded one, and give packing up where they differ. Collective."""
         model: Any = self.model_wrapped
+        inputs = _a_few(*inputs)
         there, has_graph = inputs[1][:, -inputs[2] :], torch.is_grad_enabled()
         self._packing_is_checked = True
 
         def score(packs: bool) -> torch.Tensor:
             self._packs = packs
-            return self._get_per_token_logps_and_entropies(model, *inputs, batch_size)[0] * there
+            return self._get_per_token_logps_and_entropies(model, *inputs)[0] * there
 
         plain: Any = self.accelerator.unwrap_model(model)
         checkpointing: Any = self.args.gradient_checkpointing_kwargs or {}
@@ -306,6 +308,15 @@ class PackedTrainer(ResumableTrainer):
         run_, needed = self.accelerator.reduce(work, reduction="sum").tolist()
         if run_:
             self._metrics["train"]["efficiency/useful_tokens"].append(needed / run_)
+
+
+def _a_few(ids: torch.Tensor, mask: torch.Tensor, length: int, most: int = 4) -> Completions:
+    """Rollouts of one prompt: a micro-batch may fit without padding only."""
+    first = int(mask[:, -length:].any(dim=1).long().argmax())  # with tokens, where there is one
+    alike = (ids[:, :-length] == ids[first, :-length]).all(dim=1)
+    rows = alike.nonzero().flatten()
+    rows = torch.cat([rows[rows == first], rows[rows != first]])[:most]
+    return ids[rows], mask[rows], length
 
 
 def _with_advantage(inputs: dict[str, Any]) -> torch.Tensor:
