@@ -365,7 +365,11 @@ def test_variables_that_recipes_set_are_taken():
 
 
 def test_lora_keys_describe_the_coordinator(recipe):
-    default = parse_command_line(BRIDGE, ["--model_name_or_path", "m", "--use_cpu", "--bf16", "false"], launched=True)
+    default = parse_command_line(
+        BRIDGE,
+        ["--model_name_or_path", "m", "--dataset_name", "builtin:addition", "--use_cpu", "--bf16", "false"],
+        launched=True,
+    )
     assert (default.model.lora_r, default.model.lora_alpha, default.model.lora_dropout) == (16, 16, 0.0)
     assert default.model.lora_target_modules == "all-linear"
     for extra in ("use_peft: false", "use_peft: true"):

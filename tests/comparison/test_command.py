@@ -62,6 +62,6 @@ def test_a_field_that_no_config_has_is_one_line(tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 2
     shown = capsys.readouterr().err
     assert shown.splitlines()[-1] == (
-        "trl-bridge compare: error: `methods: grpo`: trl.GRPOConfig has no field `bridge_lambda`"
+        "trl-bridge compare: error: `methods: grpo`: trl_bridge.PackedGRPOConfig has no field `bridge_lambda`"
     )
     assert "Traceback" not in shown and not (tmp_path / "out" / "runs.jsonl").exists()

@@ -83,7 +83,7 @@ def test_the_coordinators_rank_is_a_key_of_a_row(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"methods": {"grpo": {"lambda": 1}}}, "`methods: grpo`: trl.GRPOConfig has no field `lambda`"),
+        ({"methods": {"grpo": {"lambda": 1}}}, "`methods: grpo`: trl_bridge.PackedGRPOConfig has no field `lambda`"),
         ({"methods": {"grpo": {"seed": 1}}}, "`methods: grpo`: `seed` is set by the comparison"),
         ({"methods": {"bridge": {"bridge_lambda": 2}}}, "`methods: bridge`: `bridge_lambda` must lie in [0, 1]"),
         ({"trainer": {"num_generation": 4}}, "`trainer`: no method has a field `num_generation`"),

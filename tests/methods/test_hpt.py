@@ -83,6 +83,8 @@ def test_update_equals_the_reference(tmp_path, changes):
         assert any((batch["expert_mask"] * (1 - batch["sft_mask"])).any() for batch in batches)
     if changes.get("expert_max_length"):
         assert max(batch["completion_ids"].size(1) for batch in batches) > trainer.args.max_completion_length
+        # Prompts that are as wide as the rollouts were do not grow with them.
+        assert all(batch["prompt_mask"][:, -1].all() for batch in batches)
     errors = replay_group(trainer, hpt_loss(changes.get("sft_loss_coef", 1.0)))
     assert max(errors) < 2e-4
     if "gate_off" in changes:  # and without the term that is meant the replay differs

@@ -93,7 +93,13 @@ def test_the_last_row_continues_a_prefix(tmp_path):
 def test_lengths_are_uniform_and_stateless(tmp_path):
     rows = Dataset.from_dict({"prompt": ["a"], "expert": ["x" * 100]})
     trainer = prefix_trainer(
-        tmp_path, train_dataset=rows, max_completion_length=120, prefix_steps=4, num_generations=2
+        tmp_path,
+        train_dataset=rows,
+        max_completion_length=120,
+        prefix_steps=4,
+        num_generations=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1,
     )
 
     def lengths(generations):

@@ -267,7 +267,8 @@ class ExpertTrainer(StudentTrainer):
         if missing > 0:
             shape = output["completion_ids"].shape
             for name, value in output.items():
-                if isinstance(value, torch.Tensor) and value.shape == shape:
+                # Prompts may be as wide as completions, and are padded on the left.
+                if isinstance(value, torch.Tensor) and value.shape == shape and not name.startswith("prompt"):
                     fill = self._tokenizer.pad_token_id if name == "completion_ids" else 0
                     output[name] = nn.functional.pad(value, (0, missing), value=fill)
         for row, trace in traces.items():
