@@ -278,7 +278,7 @@ def trained(
     tmp_path, trainer_class, model=None, reward=right_or_wrong, lora=None, callbacks=None, resume=False, **changes
 ):
     kwargs = {} if not hasattr(trainer_class, "demonstrations_due") else {"sft_dataset": sft_rows()}
-    config = GRPOConfig if trainer_class is GRPOTrainer else trainer_class.config_class
+    config = getattr(trainer_class, "config_class", GRPOConfig)
     peft = {"peft_config": small_lora() if lora is None else lora} if trainer_class is BridgeTrainer or lora else {}
     trainer = trainer_class(
         model=small_model() if model is None else model,
@@ -460,3 +460,20 @@ def test_resume_is_exact(tmp_path, changes):
     resumed = trained(tmp_path / "halves", PackedGRPOTrainer, resume=True, **options)
     assert_same(weights_of(resumed), weights_of(straight))
     assert_same(resumed.optimizer.state_dict(), straight.optimizer.state_dict())
+
+
+@pytest.mark.parametrize("changes", [{"loss_type": "bnpo"}, {"entropy_coef": 0.1}, {"top_entropy_quantile": 0.5}, {}])
+def test_rows_stay_where_the_divisor_is_the_micro_batchs(tmp_path, changes):
+    seen = {}
+
+    def recording(trainer_class):
+        class Recording(trainer_class):
+            def _compute_loss(self, model, inputs):
+                seen.setdefault(trainer_class, []).append(inputs["completion_ids"].tolist())
+                return super()._compute_loss(model, inputs)
+
+        return Recording
+
+    for trainer_class in (GRPOTrainer, PackedGRPOTrainer):
+        trained(tmp_path, recording(trainer_class), max_steps=2, **changes)
+    assert (seen[PackedGRPOTrainer] == seen[GRPOTrainer]) == bool(changes)
