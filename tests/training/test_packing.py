@@ -477,3 +477,18 @@ def test_rows_stay_where_the_divisor_is_the_micro_batchs(tmp_path, changes):
     for trainer_class in (GRPOTrainer, PackedGRPOTrainer):
         trained(tmp_path, recording(trainer_class), max_steps=2, **changes)
     assert (seen[PackedGRPOTrainer] == seen[GRPOTrainer]) == bool(changes)
+
+
+def test_the_judge_sees_the_likelihood_of_dead_rollouts_too(tmp_path):
+    options = {"preset": "selective", "sft_weighting": "judge", "max_completion_length": 48, "max_steps": 2}
+
+    def all_alike(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    seen = []
+    for free in (False, True):
+        trainer = trained(tmp_path, BridgeTrainer, reward=all_alike, padding_free=free, **options)
+        pairs = [pair for window in trainer.weighting.state_dict()["rollouts"] for pair in sorted(window.tolist())]
+        seen.append(torch.tensor(pairs))
+    assert len(seen[0]) > 4  # rollouts that have come to their end
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
