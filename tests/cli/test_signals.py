@@ -146,6 +146,7 @@ def test_a_killed_process_takes_along_what_it_has_started(through_launcher):
     process.kill()  # and not waited for: until its parent does, it is there as a zombie
     wait_for(lambda: not is_alive(started), 20)
     process.communicate()
+    assert not is_alive(started)
 
 
 def test_a_child_that_hears_nothing_is_killed_by_the_second_signal():

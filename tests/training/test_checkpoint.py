@@ -293,7 +293,7 @@ def test_a_child_of_a_dead_run_does_not_hold_its_folder(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     with lock.held(str(tmp_path)):
-        pass
+        assert f"process {os.getpid()} " in (tmp_path / lock.LOCK).read_text()
 
 
 def test_a_run_that_fails_lets_go_of_its_folder(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from ..objectives.lm_head import StudentScores, TeacherScores, student_scores, t
 from ..training.checkpoint.registry import LOCAL, Registry, attribute
 from ..training.checkpoint.resume import BufferResumable
 from ..training.options import at_least, check_options, must, one_of, options
+from ..training.policy import completions_of
 from ..training.refusals import refuse_pictures
 
 
@@ -196,11 +197,7 @@ class OPDTrainer(BufferResumable, DistillationTrainer):
         if "tool_mask" in inputs:
             mask = mask & inputs["tool_mask"].bool()
         token_ids = inputs["completion_ids"][mask]  # (N,)
-        forward = (
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            mask.size(1),
-        )
+        forward = completions_of(inputs)
         teacher = self._score_by_teacher(inputs, forward, mask, token_ids)
         hidden = self._get_last_hidden_state(unwrapped_student, *forward)[mask]  # (N, H)
         student = student_scores(hidden, token_ids, teacher.top_ids, head_of(unwrapped_student, self.temperature))

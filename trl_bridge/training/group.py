@@ -16,7 +16,7 @@ from ..objectives.sft import demonstration_loss
 from ..objectives.weights import trapo
 from .checkpoint.registry import Registry
 from .group_config import ExpertConfig
-from .policy import Scores
+from .policy import Scores, completions_of
 from .randomness import forked_torch_rng
 from .student import StudentTrainer
 
@@ -381,11 +381,8 @@ class ExpertTrainer(StudentTrainer):
 
     def _untempered_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         # GRPO's head divides by the sampling temperature, on which an SFT term must not depend: a second forward.
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        length = inputs["completion_ids"].size(1)
         with forked_torch_rng(self.accelerator.device):
-            return self.score_completions(model, ids, mask, length, demonstration_head=True)
+            return self.score_completions(model, *completions_of(inputs), demonstration_head=True)
 
     # Metrics
 

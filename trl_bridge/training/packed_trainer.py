@@ -11,7 +11,7 @@ from .._upstream import attend_in_segments
 from .checkpoint.layout import filler
 from .checkpoint.resume import ResumableTrainer
 from .packing import deal, disagreement, lay_out_rollouts, lay_out_rows, reason_for_padding, run, spread
-from .policy import Scores
+from .policy import Completions, Scores, completions_of
 from .randomness import forked_torch_rng
 
 
@@ -20,10 +20,6 @@ logger = get_logger(__name__)
 # Relative error from which a packed pass is taken to be wrong. Float32's own is 1e-6, that of a deep model in 16 bits up to
 # 0.06, and a forgotten window's 1.
 _TOLERANCE_FLOAT32, _TOLERANCE_16_BITS = 1e-3, 0.3
-
-
-# Ids and mask of prompts and completions, (B, P + T), and T.
-Completions = tuple[torch.Tensor, torch.Tensor, int]
 
 
 class _Live(NamedTuple):
@@ -215,10 +211,7 @@ class PackedTrainer(ResumableTrainer):
         if not self._packs or not self.model.training:
             return inputs
         if not self._packing_is_checked:
-            ids, mask = (
-                torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], dim=1) for part in ("ids", "mask")
-            )
-            self._check_packing((ids, mask, inputs["completion_ids"].size(1)))
+            self._check_packing(completions_of(inputs))
         steps = self.args.steps_per_generation
         is_new = self._packs and self._buffered_inputs is not before
         if is_new and self.trains_by_advantage and self._micro_batches_add_up:

@@ -192,6 +192,9 @@ def run(model: nn.Module, layout: Layout, **head: Any) -> Any:
 
 # When passes are packed
 
+_BY_LENGTH = ("dynamic", "longrope")
+_ATTENTION = {"full_attention", "sliding_attention"}
+
 
 def reason_for_padding(model: Any) -> str | None:
     """Why a model's passes cannot be packed exactly; `None` where they can."""
@@ -213,10 +216,6 @@ def reason_for_padding(model: Any) -> str | None:
         "its adapter learns a prompt": getattr(peft, "is_prompt_learning", False),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-_BY_LENGTH = ("dynamic", "longrope")
-_ATTENTION = {"full_attention", "sliding_attention"}
 
 
 def disagreement(

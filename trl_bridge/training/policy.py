@@ -12,6 +12,8 @@ from .._upstream import isolated_bookkeeping, policy_term_only, scored_by
 from .randomness import forked_torch_rng
 
 
+# Ids and mask of prompts and completions, (B, P + T), and T.
+Completions = tuple[torch.Tensor, torch.Tensor, int]
 # Log-probabilities (B, T), entropies (B, T) or None, auxiliary loss or None.
 Scores = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
@@ -31,13 +33,7 @@ class PolicyLoss:
 
     def score(self, model: nn.Module, inputs: dict[str, Any]) -> Scores:
         """The forward that the loss would run, with its graph."""
-        return self._trainer._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            inputs["completion_ids"].size(1),
-            compute_entropy=True,
-        )
+        return self._trainer._get_per_token_logps_and_entropies(model, *completions_of(inputs), compute_entropy=True)
 
     def loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Scores]:
         """The loss at a model, with its graph, and the detached scores that it was formed of."""
@@ -80,6 +76,13 @@ class PolicyLoss:
             if len(start.rng) > 1:
                 torch.cuda.set_rng_state(start.rng[1], device)
             yield
+
+
+def completions_of(inputs: dict[str, Any]) -> Completions:
+    """What a forward over a micro-batch of rollouts takes."""
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    return ids, mask, inputs["completion_ids"].size(1)
 
 
 def detached(scores: Scores) -> Scores:
