@@ -260,7 +260,8 @@ class PackedTrainer(ResumableTrainer):
 
         def score(packs: bool) -> torch.Tensor:
             self._packs = packs
-            return self._get_per_token_logps_and_entropies(model, *inputs)[0] * there
+            # This layer's own: a method's may count on the rows of its generation batch.
+            return PackedTrainer._get_per_token_logps_and_entropies(self, model, *inputs)[0] * there
 
         plain: Any = self.accelerator.unwrap_model(model)
         checkpointing: Any = self.args.gradient_checkpointing_kwargs or {}
