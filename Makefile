@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint stub mutants benchmark clean
+.PHONY: setup demo test lint stub docs mutants benchmark clean
 
 setup: $(VENV)/.done
 
@@ -28,6 +28,12 @@ test: lint
 # Names of new methods for type checkers, from the catalogue.
 stub: setup
 	$(BIN)/python -m tests.helpers.stub > trl_bridge/__init__.pyi
+
+# The site, in build/site: every link and anchor is checked, and a warning is an error.
+docs: setup
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m tests.helpers.site
+	$(BIN)/zensical build --strict
 
 mutants: setup
 	$(BIN)/python tests/mutants/run.py -j 2
