@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_every_page_is_in_the_navigation():
     project = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
-    named = [page for section in project["nav"] for pages in section.values() for page in pages]
+    named = [page for section in project["nav"] for listed in section.values() for page in listed]
     written = {path.name for path in (ROOT / "docs").glob("*.md")} | {"index.md"}
     assert written == {page for page in named if "/" not in page}
     assert {page for page in named if "/" in page} <= set(pages())

@@ -79,7 +79,6 @@ def test_a_command_that_is_stopped_before_it_starts_anything_says_so():
 
 STOPPABLE = """
 import os, sys, time
-from trl_bridge.processes import exit_code
 from trl_bridge.processes import stoppable
 with stoppable("program", lambda: ", and that is that"):
     {inside}

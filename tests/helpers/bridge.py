@@ -108,12 +108,9 @@ def distance(got, want):
 
 
 def assert_shadow_follows_trl(tmp_path, options, without, model=small_model):
-    padding = (
-        {"padding_free": False} if options.get("bf16") else {}
-    )  # 16 bits round otherwise where they add otherwise
-    bridge = bridge_trainer(
-        tmp_path, trainer_class=ShadowRecorder, model=model(), learning_rate=1e-2, **options, **padding
-    )
+    # 16 bits round otherwise where they add otherwise.
+    changes = {"padding_free": False, **options} if options.get("bf16") else options
+    bridge = bridge_trainer(tmp_path, trainer_class=ShadowRecorder, model=model(), learning_rate=1e-2, **changes)
     bridge.train()
     window = bridge.shadow_windows[-1]
     want = gradients_of_trl(grpo_trainer(tmp_path, model=model(), **options), window)

@@ -13,18 +13,14 @@ _SHARED = ["student_config.StudentConfig", "stream_config.DemonstrationConfig", 
 
 
 def _method(method: Method) -> str:
-    return "\n\n".join(
-        [
-            f"# {method.name}",
-            f"{method.summary}. It reads {FAMILIES[method.family]}. `trl-bridge {method.name} --help` lists every option with its default; "
-            "[methods](../methods.md) has the source, what is tested, and what is kept beside the student.",
-            f"::: {method.trainer}",
-            f"::: {method.config}",
-        ]
+    text = (
+        f"{method.summary}. It reads {FAMILIES[method.family]}. `trl-bridge {method.name} --help` lists every option with its default; "
+        "[methods](../methods.md) has the source, what is tested, and what is kept beside the student."
     )
+    return _page(method.name, text, [method.trainer, method.config])
 
 
-def _package(name: str, text: str, names: list[str]) -> str:
+def _page(name: str, text: str, names: list[str]) -> str:
     return "\n\n".join([f"# {name}", text, *(f"::: {path}" for path in names)])
 
 
@@ -38,11 +34,11 @@ def pages() -> dict[str, str]:
     shared = [f"trl_bridge.training.{path}" for path in _SHARED]
     lines = [f"- [`{method.name}`]({method.name}.md): {method.summary}" for method in ours]
     written["index"] = "\n\n".join(["# Trainers", "A page a method, with its options.", "\n".join(lines)])
-    written["options"] = _package("Shared options", "What the configs of several methods have in common.", shared)
+    written["options"] = _page("Shared options", "What the configs of several methods have in common.", shared)
     for module in (trl_bridge.rewards, trl_bridge.evaluation):
         name = module.__name__.rpartition(".")[2]
         names = [f"{module.__name__}.{each}" for each in sorted(module.__all__)]
-        written[name] = _package(name.capitalize(), f"`{module.__name__}`; read [{name}](../{name}.md) first.", names)
+        written[name] = _page(name.capitalize(), f"`{module.__name__}`; read [{name}](../{name}.md) first.", names)
     return {"index.md": readme, **{f"reference/{name}.md": text for name, text in written.items()}}
 
 
