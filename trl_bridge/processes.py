@@ -52,9 +52,17 @@ def stoppable(program: str, advice: Callable[[], str] = str) -> Iterator[None]:
             os.kill(os.getpid(), number)
         elif not first:
             first = time.monotonic()
+            if _keeps_exceptions(frame):
+                say(number)
+                os._exit(128 + number)
             raise Stopped(number)
         elif time.monotonic() - first > _SAME:  # it was asked before, and did not come to an end
             os._exit(128 + number)
+
+    def say(number: int) -> None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            sys.stderr.write(f"\n{program}: stopped by {signal.Signals(number).name}{advice()}\n")
+            sys.stderr.flush()
 
     before = _handle(stop)
     try:
@@ -62,8 +70,7 @@ def stoppable(program: str, advice: Callable[[], str] = str) -> Iterator[None]:
     except KeyboardInterrupt as error:
         before = {}  # the handler stays, so that the same signal again does not interrupt the end
         number = getattr(error, "number", signal.SIGINT)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            sys.stderr.write(f"\n{program}: stopped by {signal.Signals(number).name}{advice()}\n")
+        say(number)
         raise SystemExit(128 + number) from None
     finally:
         _restore(before)
@@ -125,6 +132,15 @@ def _end_after(other: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _keeps_exceptions(frame: FrameType | None) -> bool:
+    """Whether an exception may not reach us: an import may turn it into its own or abort, a finalizer drops it."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__" or frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _send(processes: list[Any], number: int) -> None:

@@ -77,6 +77,23 @@ def test_a_command_that_is_stopped_before_it_starts_anything_says_so():
     assert command.returncode == 128 + signal.SIGINT and err.strip() == "trl-bridge bridge: stopped by SIGINT"
 
 
+@pytest.mark.parametrize("inside", ["an import", "a finalizer"])
+def test_a_signal_is_not_lost_where_exceptions_are(tmp_path, inside):
+    # As lazy imports do, which make an error of their own of whatever an import raises; a finalizer drops it.
+    waits = "import time\nprint('begun', flush=True)\ntime.sleep(60)\n"
+    (tmp_path / "slow.py").write_text(waits)
+    program = {
+        "an import": f"sys.path.insert(0, {str(tmp_path)!r})\n    try:\n        import slow\n"
+        "    except BaseException:\n        raise ValueError",
+        "a finalizer": f"class Held:\n        def __del__(self): exec({waits!r})\n    held = Held()\n    del held",
+    }
+    process = start("-c", STOPPABLE.format(inside=program[inside]))
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGINT and err.strip() == "program: stopped by SIGINT, and that is that"
+
+
 STOPPABLE = """
 import os, sys, time
 from trl_bridge.processes import stoppable
