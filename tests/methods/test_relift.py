@@ -167,6 +167,21 @@ def test_autocast_reaches_the_sft_step(tmp_path):
     assert got == pytest.approx(want, rel=0.05) and got != want
 
 
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_the_step_has_no_padding(tmp_path, padding_free):
+    options = {"buffer_size": 100, "max_steps": 1, "padding_free": padding_free}
+    trainer = group_trainer(tmp_path, watch_buffer(), reward_funcs=scripted(0, 0, 0, 0), **options)
+    trainer.train()
+    demonstrations = [([5, 6, 7], [8, 9]), ([5], [6, 7, 8, 9]), ([5, 6, 7, 8], [9] * 6)]
+    seen = []
+    hook = trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    trainer.sft_step(demonstrations)
+    hook.remove()
+    assert seen == ([(1, 4 + 4 + 9)] if padding_free else [(3, 10)])
+
+
 def test_the_step_leaves_gradients_and_random_numbers_alone(tmp_path):
     model = small_model(attention_dropout=0.3)
     trainer = group_trainer(tmp_path, watch_buffer(), model=model, buffer_size=100, reward_funcs=scripted(0, 0, 0, 0))

@@ -31,6 +31,7 @@ from trl_bridge.training.packing import (
     disagreement,
     lay_out_rollouts,
     lay_out_rows,
+    positions_needed,
     reason_for_padding,
     run,
     spread,
@@ -104,6 +105,14 @@ def gradients(model, score, weights):
     log_probs, entropies = score()
     (log_probs * weights).sum().backward()
     return log_probs.detach(), entropies.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("rows", [range(6), [5, 0, 1], [2], [3], [3, 4], []], ids=str)
+def test_positions_are_counted_as_they_are_laid_out(rows):
+    ids, mask, length = rollouts()
+    for prompt in (7, 1):
+        batch = (ids[:, 7 - prompt :], mask[:, 7 - prompt :], length)
+        assert positions_needed(*batch, rows) == lay_out_rollouts(*batch, rows, True).ids.numel()
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "unshared"])

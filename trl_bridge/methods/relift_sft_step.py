@@ -34,6 +34,7 @@ class SFTPass:
         wrapped: nn.Module,
         backend: Backend,
         collator: DataCollatorForLanguageModeling,
+        score: Callable[[nn.Module, dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor, Any]],
         *,
         batch_size: int,
         max_grad_norm: float,
@@ -41,6 +42,7 @@ class SFTPass:
     ):
         self._backend = backend
         self._collator = collator
+        self._score_rows = score
         self.batch_size = batch_size
         self.max_grad_norm = max_grad_norm
         self.optimizer: torch.optim.Optimizer | None = None
@@ -112,9 +114,8 @@ class SFTPass:
         ]
         batch = dict(self._collator(features))
         inputs = {name: batch[name].to(self._backend.device) for name in ("input_ids", "attention_mask", "labels")}
-        with self._backend.accelerator.autocast():
-            outputs = model(**inputs, use_cache=False, demonstration_head=True)
-        return outputs.log_probs, outputs.label_mask
+        log_probs, mask, _ = self._score_rows(model, inputs)
+        return log_probs, mask
 
     def _loss(
         self, model: nn.Module, rows: Sequence[Demonstration], filler: Sequence[Demonstration], num_tokens: int

@@ -10,7 +10,16 @@ from torch import nn
 from .._upstream import attend_in_segments
 from .checkpoint.layout import filler
 from .checkpoint.resume import ResumableTrainer
-from .packing import deal, disagreement, lay_out_rollouts, lay_out_rows, reason_for_padding, run, spread
+from .packing import (
+    deal,
+    disagreement,
+    lay_out_rollouts,
+    lay_out_rows,
+    positions_needed,
+    reason_for_padding,
+    run,
+    spread,
+)
 from .policy import Completions, Scores, completions_of
 from .randomness import forked_torch_rng
 
@@ -293,8 +302,7 @@ class PackedTrainer(ResumableTrainer):
         if torch.is_grad_enabled() and self.model.training:
             self._work[0] += positions
             shared = self._packs and self.args.share_prompts
-            needed = positions if shared else lay_out_rollouts(*inputs, rows, True).ids.numel()
-            self._work[1] += needed
+            self._work[1] += positions if shared else positions_needed(*inputs, rows)
 
     def record_work(self) -> None:
         """Record the share of useful positions among those of an update's RL passes. Collective."""

@@ -160,6 +160,14 @@ def lay_out_rollouts(
     return built.layout(ids, device)
 
 
+def positions_needed(ids: torch.Tensor, mask: torch.Tensor, length: int, rows: Sequence[int]) -> int:
+    """How many positions `lay_out_rollouts` gives these rows where they share prompts."""
+    ids, there = ids[list(rows)], mask[list(rows)].bool()
+    completed = there[:, -length:].any(dim=1)
+    prompts = torch.where(there, ids, -1)[completed, :-length].unique(dim=0)
+    return max(1, int((prompts >= 0).sum() - len(prompts) + there[:, -length:].sum()))
+
+
 def lay_out_rows(ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> Layout:
     """
     Right-padded rows with labels for some of their own tokens.
