@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint stub docs mutants benchmark clean
+.PHONY: setup demo test test-matrix lint stub docs mutants benchmark clean
 
 setup: $(VENV)/.done
 
@@ -24,6 +24,10 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Contract and a part of the suite with the lowest and the newest releases of TRL and its kin within our ranges.
+test-matrix: setup
+	$(BIN)/python -m tests.matrix
 
 # Names of new methods for type checkers, from the catalogue.
 stub: setup

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1] / "trl_bridge"
 # is the public surface, whose names are imported on first use.
 FLOORS = {
     "_lazy": -1,
+    "contract": -1,
     "_upstream": 0,
     "_upstream_cli": 0,
     "demonstrations": 0,

@@ -15,7 +15,7 @@ from .methods.catalogue import METHODS
 
 __version__ = "0.1.0"
 
-_SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
+_SUPPORTED_TRL = SpecifierSet(">=1.16,<2")
 
 _CLASSES = [path.rpartition(".") for method in METHODS.values() for path in (method.trainer, method.config)]
 # Type checkers read `__init__.pyi`, which `make stub` writes from this.
@@ -30,7 +30,6 @@ _LAZY = {
 
 
 def _check_trl() -> None:
-    # A renamed parent method turns an override into dead code without a word, so other minor releases are refused.
     try:
         found = version("trl")
     except PackageNotFoundError:
@@ -38,7 +37,7 @@ def _check_trl() -> None:
     if found == "none" or not _SUPPORTED_TRL.contains(found, prereleases=True):
         raise ImportError(
             f"trl-bridge {__version__} works with trl{_SUPPORTED_TRL}, found {found}. "
-            "Install a supported version: pip install 'trl>=1.16,<1.17'"
+            f"Install a supported version: pip install 'trl{_SUPPORTED_TRL}'"
         )
 
 

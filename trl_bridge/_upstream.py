@@ -1,8 +1,14 @@
 """
 Names of TRL, transformers and PEFT that are private or unstable, imported in this one file.
 
-`tests/contract/` checks each of them, so that a change upstream fails there with a clear message and not in training.
+`contract/` checks each of them on import, so that a change upstream is a clear message and no wrong training.
 """
+
+# ruff: noqa: E402  the check comes before the imports that would fail
+from .contract import check
+
+
+check()
 
 import contextlib
 import copy
@@ -23,8 +29,11 @@ from transformers.integrations import deepspeed as transformers_deepspeed
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import GRPOTrainer, is_conversational
 from trl.chat_template_utils import parse_response
+from trl.models.utils import disable_gradient_checkpointing as disable_gradient_checkpointing
 from trl.trainer import utils as trl_utils
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import pad as pad
 
 
 # Set on a model's instance by TRL (fused head) and accelerate (autocast wrapper); bound to the model they were set on.
@@ -327,6 +336,7 @@ def deferred_generation(trainer: GRPOTrainer) -> Iterator[None]:
 
 def teacher_client(url: str, timeout: float) -> Any:
     """TRL's client of a vLLM server."""
+    check("trl.generation.vllm_client")
     from trl.generation.vllm_client import VLLMClient
 
     return VLLMClient(base_url=url, connection_timeout=timeout)
@@ -334,7 +344,7 @@ def teacher_client(url: str, timeout: float) -> Any:
 
 def served_log_probs(teacher: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Log-probabilities that a teacher's vLLM server gives of rollouts, by TRL's own request."""
-    # Experimental in TRL, which says so on import.
+    check("trl.experimental.server_distillation")  # experimental in TRL, which says so on import
     from trl.experimental.server_distillation import ServerDistillationTrainer
 
     mask = batch["completion_mask"].bool()

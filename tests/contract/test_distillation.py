@@ -7,17 +7,15 @@ import torch
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-from tests.helpers.contract import OWN_NAMES, assert_in_order, place_of, readers_of, source_of
+from tests.helpers.contract import place_of, readers_of, source_of
 from tests.helpers.distillation import distillation_trainer
 from trl_bridge import OPDTrainer
+from trl_bridge.contract.names import OWN_NAMES
+from trl_bridge.contract.tables import ATTRIBUTES
 from trl_bridge.distillation.teacher import logit_scale
 
 
-# What an instance of `DistillationTrainer` has, and our parts read.
-READ = (
-    "_buffered_inputs _forward_redirection _metrics _step _tokenizer _total_train_tokens accelerator chat_template model processing_class "
-    "state teacher_model temperature"
-).split()
+READ = ATTRIBUTES["trl.DistillationTrainer"].split()
 OWN = {"_clock_template", "_measured", "_train_sampler", "prompts_per_generation", "served_teacher", "template_day"}
 
 
@@ -40,33 +38,11 @@ def test_loss_is_scaled_by_the_trainer_itself():
     assert DistillationTrainer.loss_is_scaled_for_ga is True, place_of(OPDTrainer._compute_loss)
 
 
-def test_loss_is_asked_inside_the_wrapped_forward_with_a_count_for_each_process():
-    assert_in_order(
-        DistillationTrainer.compute_loss,
-        'inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes',
-        "loss, entropy_sum, num_valid_tokens = self._forward_redirection(",
-        "self._compute_loss, unwrapped_student, inputs, num_items_in_batch",
-        "gather_for_metrics",
-        ours=OPDTrainer._compute_loss,
-    )
-
-
 def test_keys_of_a_generation_batch(theirs):
     theirs.model.train()
     batch = theirs._generate_and_score_completions([{"prompt": "1+1="} for _ in range(8)])
     want = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "num_items_in_batch"}
     assert set(batch) == want, {name: readers_of(name) for name in want - set(batch)}
-
-
-def test_a_window_is_a_whole_generation_batch():
-    # `loss_aggregation="sequence"` counts on it.
-    order, ours = (
-        ("self._step % generate_every == 0", "split_tensor_dict(generation_batch, "),
-        OPDTrainer._compute_loss,
-    )
-    assert_in_order(DistillationTrainer._prepare_inputs, *order, ours=ours)
-    repeated = "repeat_count=self.args.gradient_accumulation_steps"
-    assert_in_order(DistillationTrainer._get_train_sampler, repeated, ours=ours)
 
 
 def test_every_name_of_a_logit_scale_is_known():

@@ -11,8 +11,8 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from .._upstream import DataCollatorForLanguageModeling
 from ..data.files import code_of, warn
 from ..demonstrations.rows import python_rows
 from . import scoring

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from .._upstream import add_fused_lm_head
+from .._upstream import add_fused_lm_head, teacher_client
 from ..generation.engines import HalvingBatches
 
 
@@ -68,12 +68,10 @@ class ServedTeacher:
     name = "vllm"
 
     def __init__(self, url: str, batch_size: int = 16, connection_timeout: float = 60.0):
-        from trl.generation.vllm_client import VLLMClient
-
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
         self.batch_size = batch_size
-        self.client = VLLMClient(base_url=url.rstrip("/"), connection_timeout=connection_timeout)
+        self.client = teacher_client(url.rstrip("/"), connection_timeout)
 
     @property
     def model(self) -> str:

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import pad
 
-from .._upstream import decode_completions, isolated_bookkeeping
+from .._upstream import decode_completions, disable_gradient_checkpointing, isolated_bookkeeping, pad
 from ..training.checkpoint.registry import Registry
 from ..training.group import ExpertPlan, ExpertTrainer
 from ..training.group_config import ExpertConfig

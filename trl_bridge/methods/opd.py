@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
+from ..contract import check
 from ..distillation.refusals import check_backend, check_config
 from ..distillation.teacher import TeacherServer, check_tokenizers, head_of, scores_in
 from ..objectives.distill import AGGREGATIONS, aggregate, policy_term
@@ -18,6 +19,9 @@ from ..training.checkpoint.resume import BufferResumable
 from ..training.options import at_least, check_options, must, one_of, options
 from ..training.policy import completions_of
 from ..training.refusals import refuse_pictures
+
+
+check("trl.DistillationTrainer")
 
 
 @options

@@ -8,9 +8,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 from transformers.training_args import OptimizerNames
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .._upstream import decay_groups, optimizer_for
+from .._upstream import DataCollatorForLanguageModeling, decay_groups, optimizer_for
 from ..training.checkpoint.registry import LOCAL, SHARDED, SHARED, Registry, attribute
 from ..training.group import ExpertPlan, ExpertTrainer
 from ..training.group_config import ExpertConfig

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from .._upstream import DataCollatorForLanguageModeling
 from ..objectives.sft import demonstration_loss
 from ..training.backends import Backend
 from ..training.checkpoint.sharded_state import ShardedState

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from .._upstream import DataCollatorForLanguageModeling
 from ..demonstrations.rows import prompt_key
 from ..demonstrations.stream import DemonstrationStream, PromptIndex, fingerprint
 

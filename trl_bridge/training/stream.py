@@ -15,8 +15,8 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.utils import logging
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from .._upstream import DataCollatorForLanguageModeling
 from ..demonstrations.render import render_demonstrations
 from ..demonstrations.rows import check_dataset, python_rows, split_demonstration
 from ..demonstrations.stream import window_share
