@@ -29,7 +29,9 @@ def releases(end):
     for package in PACKAGES:
         (wanted,) = (r for r in map(Requirement, project["dependencies"]) if r.name == package)
         index = [*PIP, "index", "versions", "--json", package]
-        offered = json.loads(subprocess.run(index, check=True, stdout=subprocess.PIPE).stdout)["versions"]  # newest first
+        offered = json.loads(subprocess.run(index, check=True, stdout=subprocess.PIPE).stdout)[
+            "versions"
+        ]  # newest first
         inside = [release for release in offered if release in wanted.specifier]
         yield package, inside[0] if end == "newest" else inside[-1]
 
@@ -39,7 +41,9 @@ def install(end, folder):
     found = dict(releases(end))
     other = [f"{name}=={release}" for name, release in found.items() if importlib.metadata.version(name) != release]
     if other:
-        subprocess.run([*PIP, "install", "--quiet", "--no-deps", "--upgrade", "--target", str(folder), *other], check=True)
+        subprocess.run(
+            [*PIP, "install", "--quiet", "--no-deps", "--upgrade", "--target", str(folder), *other], check=True
+        )
     return ", ".join(f"{name} {release}" for name, release in found.items())
 
 

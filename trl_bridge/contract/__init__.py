@@ -75,11 +75,11 @@ def breaches(*owners: str) -> Iterator[str]:
         if order.function not in gone and (piece := _misplaced(source_of(resolve_name(order.function)), order.pieces)):
             yield f"{order.function} has no `{piece.strip()}`, or not after what preceded it, which {order.ours} rests on"
     for name, piece, times in looked_at(COUNTS):
-        if name not in gone and (found := source_of(resolve_name(name)).count(piece)) != times:
-            yield f"{name} has `{piece}` {found} times, not {times}"
+        if name not in gone and (count := source_of(resolve_name(name)).count(piece)) != times:
+            yield f"{name} has `{piece}` {count} times, not {times}"
     for name in looked_at(ASSIGNED):
-        if name not in gone and (found := _assigned(source_of(resolve_name(name)))) != ASSIGNED[name]:
-            yield f"{name} sets {sorted(found)}, not {sorted(ASSIGNED[name])}"
+        if name not in gone and (assigned := _assigned(source_of(resolve_name(name)))) != ASSIGNED[name]:
+            yield f"{name} sets {sorted(assigned)}, not {sorted(ASSIGNED[name])}"
 
 
 def _missing(name: str) -> str | None:
