@@ -29,18 +29,20 @@ class SequentialBridgeTrainer(BridgeTrainer):
         return self._drawn
 
     def end_of_window(self):
-        if not self._moves_w:
-            self.student_gradient.clear()
-            self.shadow_gradient.clear()
-            self.shadow.step(self.rate_factor())
-            return
-        weight = self.policy_weight()
-        student, shadow = self.student_gradient.full(), self.shadow_gradient.full()
-        self._log_update(weight, student, shadow)
-        self._move_coordinator(student, shadow, weight)
-        self.shadow.clear_gradients()
-        # AdamW passes over what has no gradient: neither its moments nor theta move.
-        self.model.zero_grad(set_to_none=True)
+        super().end_of_window()
+        if self._moves_w:
+            # AdamW passes over what has no gradient: neither its moments nor theta move.
+            self.model.zero_grad(set_to_none=True)
+
+    def _move_coordinator(self, *args):
+        if self._moves_w:
+            super()._move_coordinator(*args)
+
+    def _step_shadow(self):
+        if self._moves_w:
+            self.shadow.clear_gradients()
+        else:
+            super()._step_shadow()
 
 
 METHODS["bridge-sequential"] = METHODS["bridge"]._replace(

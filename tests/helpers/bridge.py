@@ -66,9 +66,13 @@ class ShadowRecorder(RecordingTrainer):
             }
         return super().policy_pass(model, inputs)
 
-    def end_of_window(self):
+    def _shadow_part(self, weight):
+        # It has run, and not yet stepped.
         self._at["gradients"] = copies(self.shadow.gradients())
-        super().end_of_window()
+        return super()._shadow_part(weight)
+
+    def after_step(self):
+        super().after_step()
         self.shadow_windows.append({**self._at, "batches": self.windows[-1]["rl"]})
         self._at = None
 

@@ -160,6 +160,7 @@ def reference_options(trainer, **changes):
         "shadow_lr": args.learning_rate if args.shadow_learning_rate is None else args.shadow_learning_rate,
         "weight_decay": args.weight_decay,
         "decaying": decaying,
+        "decays_with_step_of_w": trainer.backend.steps_in_backward,
         "max_grad_norm": args.max_grad_norm,
         "schedule": lambda step: max(0.0, (args.max_steps - step) / args.max_steps),  # the default: linear
         "lam": lambda step: args.bridge_lambda,

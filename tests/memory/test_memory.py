@@ -53,16 +53,21 @@ def parts(shape, **changes):
     return {name: size / shape.parameters for name, size in estimate(shape, run).parts.items()}
 
 
-# Bytes for each weight, float32 AdamW on N ranks: weights, gradient and two states, 4 each.
+# Bytes for each weight, float32 AdamW on N ranks: weights, gradient and two states, 4 each. The student's gradient is gone when the
+# shadow's comes, but under DeepSpeed.
 @pytest.mark.parametrize(
     ("backend", "student", "shadow"),
     [
-        ("one-process", 16, 16),
-        ("ddp", 16 + 4, 16 / 8),  # and the reducer's buckets
-        ("fsdp2", 16 / 8, 16 / 8),
+        ("one-process", 16, 12),
+        ("ddp", 16 + 4, 12 / 8),  # and the reducer's buckets
+        ("fsdp2", 16 / 8, 12 / 8),
         ("zero1", 4 + 4 + 12 / 8 + 4, 16 / 8),  # and its bucket, which small models fill
         ("zero2", 4 + 4 / 8 + 12 / 8 + 4, 16 / 8),
-        ("zero3", 16 / 8 + 4 / 8 + 4, 16 / 8),  # DeepSpeed's float32 master is a copy
+        (
+            "zero3",
+            16 / 8 + 4 / 8 + 4,
+            12 / 8,
+        ),  # DeepSpeed's float32 master is a copy; the peak is in a pass of the student
     ],
 )
 def test_student_and_shadow_by_backend(shape, backend, student, shadow):
@@ -70,7 +75,7 @@ def test_student_and_shadow_by_backend(shape, backend, student, shadow):
     found = parts(shape, backend=backend, num_processes=n, bf16=False, shadow=True)
     mine = ("weights", "gradients", "optimizer", "reduction buffers")
     assert sum(found.get(name, 0) for name in mine) == pytest.approx(student, rel=1e-6)
-    assert found["shadow"] + found["shadow's gradients"] == pytest.approx(shadow, rel=1e-6)
+    assert found["shadow"] + found.get("shadow's gradients", 0) == pytest.approx(shadow, rel=1e-6)
 
 
 def test_options_of_the_shadow(shape):
@@ -82,18 +87,20 @@ def test_options_of_the_shadow(shape):
         "none": total - estimate(shape, replace(base, shadow=False)).total,
         "in 16 bits": total - estimate(shape, replace(base, shadow_bf16=True)).total,
     }
-    want = {"stateless": 8, "on the CPU": 12, "none": 16, "in 16 bits": -2}
+    want = {"stateless": 8, "on the CPU": 12, "none": 12, "in 16 bits": -2}
     assert {k: v / shape.parameters for k, v in per_weight.items()} == pytest.approx(want, abs=1e-3)
     # The lean mode holds no second copy of the base.
     lean = replace(base, adapter_rank=80)
     without = replace(lean, shadow=False)
     adapter = 80 * shape.adapter_width
     assert estimate(shape, lean).parts["weights"] == 4 * (shape.parameters + adapter)
-    assert estimate(shape, lean).total - estimate(shape, without).total == pytest.approx(16 * adapter)
+    assert estimate(shape, lean).total - estimate(shape, without).total == pytest.approx(12 * adapter)
+    overlapped = replace(lean, shadow_overlap=True)
+    assert estimate(shape, overlapped).total - estimate(shape, without).total == pytest.approx(16 * adapter)
     # Its base and the student's adapter are spread where the backend spreads weights, the shadow's never.
     fsdp = estimate(shape, replace(lean, backend="fsdp2", num_processes=4)).parts
     assert fsdp["weights"] == shape.parameters + adapter and fsdp["optimizer"] == 2 * adapter
-    assert fsdp["shadow"] == 12 * adapter and fsdp["shadow's gradients"] == 4 * adapter
+    assert fsdp["shadow"] == 12 * adapter
     zero = estimate(shape, replace(lean, backend="zero1", num_processes=4)).parts
     assert zero["weights"] == 4 * (shape.parameters + adapter) and zero["optimizer"] == 3 * adapter
 

@@ -160,12 +160,16 @@ class Reference:
                 metrics["bridge/shadow_ratio"] = float(counts[0] / counts[2])
                 metrics["bridge/shadow_clip_fraction"] = float(counts[1] / counts[2])
         factor = o["schedule"](step)
+        # Decay acts on the weights that the optimizer holds, theta + s B A as they are at the iterate, or with w's step.
+        held_by = [self.policy(base, self.a, self.b) for base in (self.theta, self.hat)]
         self._step_w(w_grads, factor)
+        if o.get("decays_with_step_of_w"):
+            held_by = [self.policy(base, self.a, self.b) for base in (self.theta, self.hat)]
         fused, metrics["grad_norm"] = clip(fused, o["max_grad_norm"])
-        self._step_base(self.theta, self.opt, fused, o["lr"] * factor)
+        self._step_base(self.theta, self.opt, fused, o["lr"] * factor, held_by[0])
         if o["gain"] and due:
             hat_theta, _ = clip(hat_theta, o["max_grad_norm"])
-            self._step_base(self.hat, self.opt_hat, hat_theta, o["shadow_lr"] * factor)
+            self._step_base(self.hat, self.opt_hat, hat_theta, o["shadow_lr"] * factor, held_by[1])
         if o["gain"] and o.get("reset") and (step + 1) % o["reset"] == 0:
             self.hat = {n: t.clone() for n, t in self.theta.items()}
             self.opt_hat.clear()
@@ -184,9 +188,7 @@ class Reference:
             self.a[n] = self.a[n] - rate * (next(directions) + o["weight_decay"] * self.a[n])
             self.b[n] = self.b[n] - rate * (next(directions) + o["weight_decay"] * self.b[n])
 
-    def _step_base(self, base, optimizer, gradients, rate):
-        # Decay acts on the weights that the optimizer holds, theta + s B'A'; SGD's couples it into the gradient.
-        held = self.policy(base, self.a, self.b)
+    def _step_base(self, base, optimizer, gradients, rate, held):
         for (n, t), direction in zip(list(base.items()), optimizer.directions(gradients), strict=True):
             decay = self.o["weight_decay"] if n in self.o["decaying"] else 0.0
             base[n] = t - rate * (direction + decay * held[n])

@@ -28,7 +28,7 @@ class LeanReference(Reference):
         difference = norm(hat[n] - theta[n] for n in theta)
         return difference / norm(theta.values()) if difference else 0.0
 
-    def _step_base(self, base, optimizer, gradients, rate):
+    def _step_base(self, base, optimizer, gradients, rate, held):
         # Nothing is merged: each adapter decays by itself.
         for (n, t), direction in zip(list(base.items()), optimizer.directions(gradients), strict=True):
             base[n] = t - rate * (direction + self.o["weight_decay"] * t)

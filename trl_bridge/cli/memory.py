@@ -123,6 +123,7 @@ def run_of(method: Method, values: Any, launch: list[str], options: argparse.Nam
         coordinator_rank=values.lora_r if bridge else 0,
         shadow=bridge and (values.preset == "paper" if gain is None else gain),
         shadow_offload=bool(get("shadow_offload")),
+        shadow_overlap=bool(get("shadow_overlap")),
         shadow_bf16=str(get("shadow_dtype")) in ("bfloat16", "float16"),
         adapter_rank=adapter,
         base_bytes=_base_bytes(values),

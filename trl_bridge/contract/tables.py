@@ -155,7 +155,7 @@ ORDERS = (
         f"{_RESUMABLE}._save_optimizer_and_scheduler",
     ),
     Order("transformers.Trainer._save_checkpoint", ("_get_output_dir(",), f"{_SEALED}._save_checkpoint"),
-    # The parts beside the student step before the student is clipped.
+    # F is read before the student is clipped; the parts beside the student step after it, before its rate moves on.
     Order(
         "transformers.Trainer._run_epoch",
         (

@@ -73,6 +73,7 @@ class Run:
     shadow: bool = False
     shadow_offload: bool = False
     shadow_bf16: bool = False
+    shadow_overlap: bool = False
     adapter_rank: int = 0
     base_bytes: float = 4
     generation_rows: int = 0
@@ -176,16 +177,18 @@ def _phases(shape: ModelShape, run: Run) -> list[dict[str, float]]:
     student, between = _student_gradient(trained, run), run.accumulation > 1
     shadow = trained * 4 / run.shadow_shards if run.shadow and not run.shadow_offload else 0.0
     rollouts = _pass(shape, run, run.rows, run.prompt_length + run.completion_length, run.completion_length)
-    both = {"gradients": student, "shadow's gradients": shadow}
+    # The shadow runs when the student has stepped, and its gradient is gone; under DeepSpeed before that, and with
+    # `shadow_overlap` before the student's passes.
+    waits = {"shadow's gradients": shadow if run.shadow_overlap else 0.0}
+    still = {"gradients": student if run.deepspeed else 0.0}
     # Of an update's first micro-batch there is no gradient yet.
-    first: dict[str, float] = both if between else {}
-    phases: list[dict[str, float]] = [{**first, **rollouts}, {**both, "step": _step(shape, run)}]
+    phases: list[dict[str, float]] = [{**waits, "gradients": student if between else 0.0, **rollouts}]
     if run.shadow:
         # Spread over ranks it comes layer by layer, from the CPU too.
         loaded = run.shadow_offload and run.shadow_shards == 1
         phases.append(
             {
-                "gradients": student,
+                **({} if run.shadow_overlap else still),
                 "shadow's gradients": shadow if between else 0.0,
                 "shadow, while it is on the GPU": trained * (2.0 if run.shadow_bf16 else 4.0) if loaded else 0.0,
                 **_shadow_pass(shape, run, rollouts),
@@ -193,7 +196,9 @@ def _phases(shape: ModelShape, run: Run) -> list[dict[str, float]]:
         )
     if run.demonstration_rows:
         length = run.demonstration_length
-        phases.append({**both, **_pass(shape, run, run.demonstration_rows, length, length)})
+        phases.append({**waits, "gradients": student, **_pass(shape, run, run.demonstration_rows, length, length)})
+    # The student's step, and that of the coordinator.
+    phases += [{**waits, "gradients": student}, {**still, "shadow's gradients": shadow, "step": _step(shape, run)}]
     if run.vllm_sleeps:
         phases.append({"vLLM": run.vllm_bytes})
     else:

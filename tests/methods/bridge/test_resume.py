@@ -88,6 +88,29 @@ def test_resume_after_sigkill(tmp_path):
     assert_same(state_of(resumed), state_of(straight))
 
 
+def test_an_update_that_the_shadow_has_cut_off_is_not_resumed(tmp_path):
+    straight = saving_trainer(tmp_path / "straight", max_steps=4)
+    straight.train()
+    cut = saving_trainer(tmp_path / "cut", max_steps=4, save_steps=2)
+    run = cut._run_shadow
+
+    def failing(batch):
+        if cut.state.global_step == 3:
+            raise MemoryError
+        run(batch)
+
+    # Theta has stepped then, and w has not.
+    cut._run_shadow = failing
+    with pytest.raises(MemoryError):
+        cut.train()
+    cut._save_checkpoint(cut.model, trial=None)
+    cut._sealing.wait()
+    assert (tmp_path / "cut" / "checkpoint-3").exists()
+    cut._run_shadow = run
+    cut.train(resume_from_checkpoint=True)
+    assert_same(state_of(cut), state_of(straight))
+
+
 def test_unfinished_checkpoint_is_passed_over(tmp_path, caplog, monkeypatch):
     saving_trainer(tmp_path, max_steps=3).train()
     (tmp_path / "checkpoint-3" / "bridge" / "complete.json").unlink()

@@ -95,7 +95,7 @@ class Drawing(ShadowRecorder):
         self._seen.append(Scored(clone(inputs), scores, self._pass_start))
         super().between_passes(model, inputs, scores)
 
-    def end_of_window(self):
+    def _shadow_part(self, weight):
         kept = {n: p.grad for n, p in self.shadow.model.named_parameters()}
         inside, self._gain._sums = self._gain._sums, None
         prompts = sorted({tuple(p) for batch in self._seen for p in batch.inputs["prompt_ids"].tolist()})
@@ -113,7 +113,7 @@ class Drawing(ShadowRecorder):
         for name, parameter in self.shadow.model.named_parameters():
             parameter.grad = kept[name]
         self._gain._sums, self._seen = inside, []
-        super().end_of_window()
+        return super()._shadow_part(weight)
 
 
 def test_fraction_of_one_touches_nothing(tmp_path):

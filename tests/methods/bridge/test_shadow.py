@@ -5,7 +5,9 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from tests.helpers.bridge import assert_equal, trained
+from tests.helpers.lean import LEAN
 from tests.helpers.training import sft_rows, small_lora, small_model, small_trainer
+from trl_bridge import BridgeTrainer
 from trl_bridge._upstream import plain_copy
 from trl_bridge.models import tiny_tokenizer
 
@@ -52,6 +54,31 @@ def test_a_model_that_another_trainer_has_trained(tmp_path):
     assert_equal(first.shadow_state_dict(), second.shadow_state_dict())
     last = first.state.log_history[-2]
     assert last["kl"] > 0 and last["bridge/gain"] != 0
+
+
+@pytest.mark.parametrize(
+    "options", [{}, LEAN, {"shadow_update_steps": 2}], ids=["full", "lean", "every second update"]
+)
+def test_gradients_of_student_and_shadow_are_never_there_together(tmp_path, options):
+    found = {"student": [], "shadow": []}
+
+    def there(parameters):
+        return any(p.grad is not None for p in parameters)
+
+    class Watching(BridgeTrainer):
+        def _run_shadow(self, batch):
+            found["student"].append(there(self.model.parameters()))
+            super()._run_shadow(batch)
+            assert there(self.shadow.held.parameters.values())
+
+        def demonstration_pass(self, model, window):
+            found["shadow"].append(there(self.shadow.held.parameters.values()))
+            assert there(self.model.parameters())
+            return super().demonstration_pass(model, window)
+
+    small_trainer(tmp_path, Watching, max_steps=4, **options).train()
+    updates = 2 if "shadow_update_steps" in options else 4
+    assert found == {"student": 2 * updates * [False], "shadow": 8 * [False]}
 
 
 def test_no_shadow_is_built_without_the_gain(tmp_path):

@@ -16,7 +16,7 @@ OFFLOAD = {"shadow_offload": True}
 
 
 class Watching(RecordingTrainer):
-    """Keeps what the shadow's model holds before each policy pass, where nothing but the student should be at work."""
+    """Keeps what the shadow's model holds before each window, and after each pass of its own."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -27,9 +27,9 @@ class Watching(RecordingTrainer):
             self.between.append(_bytes(self.shadow.model))
         return super().policy_pass(model, inputs)
 
-    def demonstration_pass(self, model, window):
+    def _run_shadow(self, batch):
+        super()._run_shadow(batch)
         self.inside.append((_bytes(self.shadow.model), [p.grad for p in self.shadow.model.parameters()]))
-        return super().demonstration_pass(model, window)
 
 
 def _bytes(model):

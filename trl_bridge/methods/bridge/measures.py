@@ -136,11 +136,13 @@ class GradientProbe:
         }
         if shadow is not None:
             values["bridge/gain_grad_norm"] = (rl - _flat(shadow)).norm().item()
-        if self._policy_theta is not None:
-            values.update(self._over_theta(weight, self._policy_theta))
         return values
 
-    def _over_theta(self, weight: float, policy: dict[str, torch.Tensor]) -> dict[str, float]:
+    def over_theta(self, weight: float) -> dict[str, float]:
+        """At the end of a window, where that was wanted: metrics over theta, before any clipping. Collective."""
+        policy, self._policy_theta = self._policy_theta, None
+        if policy is None:
+            return {}
         weights = self._gradient.weights
         weights.reduce_unsynced_(policy.values())
         norms = torch.zeros(3, dtype=torch.float64, device=weights.backend.device)

@@ -196,6 +196,8 @@ class BridgeTrainer(DemonstrationTrainer):
         self._overlap = ShadowOverlap(device)
         self._turns = ShadowTurns(args.shadow_update_steps, self._overlap if args.shadow_overlap else None, device)
         self._pass_start: Snapshot | None = None  # what the policy pass under way started from
+        self._scored: list[Scored] = []  # the update's micro-batches that the shadow has still to see
+        self._fused: Projection | None = None  # between F and the end of the update: F's projection
 
     def build_parts(self) -> None:
         """Optimizer of the coordinator, and the shadow."""
@@ -274,24 +276,21 @@ class BridgeTrainer(DemonstrationTrainer):
 
     def between_passes(self, model: nn.Module, inputs: dict[str, Any], scores: Scores) -> None:
         assert self._pass_start is not None
-        batch = Scored(inputs, scores, self._pass_start)
-        if self.args.shadow_overlap:
-            self._overlap.put_off(batch)
-        elif self._shadow_is_due:
-            self._run_shadow(batch)
+        if self.args.shadow_overlap or self._shadow_is_due:
+            self._scored.append(Scored(inputs, scores, self._pass_start))
 
     def end_of_window(self) -> None:
-        weight = self.policy_weight()
-        student = self.student_gradient.full()  # projection of F onto A and B: dL/dw of the fused loss
-        shadow = self._shadow_part(weight)  # projection of G_hat: dL_RL/dw at the shadow
-        self._log_update(weight, student, shadow)
-        self._move_coordinator(student, shadow, weight)
-        if self._shadow_is_due:
-            # A window without a taken rollout counts: with it the others' gradients have the full one as their mean.
-            self.shadow.step(self.rate_factor(), counts_zeros=not self._share.is_all)
-        self._overlap.end_of_update()
+        """What reads F, or the weights that it was taken at. TRL's trainer then clips F and steps theta."""
+        self._fused = self.student_gradient.full()  # projection of F onto A and B: dL/dw of the fused loss
+        self._log_student()
+        self.student_gradient.clear()
+        if self.backend.steps_in_backward:
+            # The engine brings the master's changes into the working weights in its step only, which comes next.
+            self._end_of_update()
 
     def after_step(self) -> None:
+        if not self.backend.steps_in_backward:
+            self._end_of_update()
         self.coordinator.settle(self._held)
         # Called before `global_step` counts the update that has just been made.
         every = self.args.shadow_reset_steps
@@ -313,6 +312,36 @@ class BridgeTrainer(DemonstrationTrainer):
     def _needs_policy_part(self) -> bool:
         return self.shadow is not None and self._turns.needs_policy_part(self._update)
 
+    def _end_of_update(self) -> None:
+        """
+        The shadow's passes, and the steps of w and the shadow. All of it reads what was before theta's step (theta_hat, w,
+        the student's scores), so that theta may have stepped already: F and G_hat are never there together.
+        """
+        fused, weight, is_before = self._fused, self.policy_weight(), self.backend.steps_in_backward
+        assert fused is not None
+        if self._shadow_is_due and not self.args.shadow_overlap:
+            if not is_before:
+                self.student.clear_gradients()
+            with self.compute_loss_context_manager():
+                for batch in self._scored:
+                    self._run_shadow(batch)
+        shadow = self._shadow_part(weight)  # projection of G_hat: dL_RL/dw at the shadow
+        self._log_update(weight, fused, shadow)
+        # Weight decay acts on M and M_hat: on both as they were at the iterate, or on both with the step of w.
+        if is_before:
+            self._move_coordinator(fused, shadow, weight)
+        self._step_shadow()
+        if not is_before:
+            self._move_coordinator(fused, shadow, weight)
+        if self.args.shadow_overlap:
+            self._overlap.end_of_update(self._scored)
+        self._scored, self._fused = [], None
+
+    def _step_shadow(self) -> None:
+        if self._shadow_is_due:
+            # A window without a taken rollout counts: with it the others' gradients have the full one as their mean.
+            self.shadow.step(self.rate_factor(), counts_zeros=not self._share.is_all)
+
     def _run_shadow(self, batch: Scored) -> None:
         assert self.shadow is not None
         live, weights = self.live_rollouts(batch.inputs), self._share.weight_of(batch.inputs)
@@ -333,7 +362,6 @@ class BridgeTrainer(DemonstrationTrainer):
         old = self.coordinator.snapshot()
         self._step_coordinator()
         self.coordinator.push(old, self._held)
-        self.student_gradient.clear()
 
     def _step_coordinator(self) -> None:
         if self.args.max_grad_norm > 0:
@@ -343,13 +371,18 @@ class BridgeTrainer(DemonstrationTrainer):
         self.coordinator_optimizer.step()
         self.coordinator_optimizer.zero_grad(set_to_none=True)
 
-    def _log_update(self, weight: float, student: Projection, shadow: Projection | None) -> None:
-        values = {"bridge/lambda": weight, "bridge/coordinator_norm": self.coordinator.norm()}
-        if self._shadow_is_due:
-            values.update(self._gain.finish())
+    def _log_student(self) -> None:
+        """What needs F, or M as it was when F was taken."""
+        values = {"bridge/lambda": self.policy_weight(), "bridge/coordinator_norm": self.coordinator.norm()}
         if self.is_logged_update:
             if self.shadow is not None:
                 values["bridge/shadow_distance"] = self.shadow.distance(self.student, self.coordinator)
+            values.update(self._probe.over_theta(self.policy_weight()))
+        self.record(values)
+
+    def _log_update(self, weight: float, student: Projection, shadow: Projection | None) -> None:
+        values = self._gain.finish() if self._shadow_is_due else {}
+        if self.is_logged_update:
             values.update(self._probe.metrics(weight, student, shadow))
         self._probe.clear()
         self.record(values)
@@ -365,6 +398,7 @@ class BridgeTrainer(DemonstrationTrainer):
         # An exception may have come between the coordinator's step and the student's.
         self.coordinator.settle(self._held)
         # Nothing of a window that an exception cut off in an earlier call of `train` may stay.
+        self._scored, self._fused = [], None
         self._gain.clear()
         self._probe.clear()
         self.rate_factor()  # refuses now what would fail in the first update
@@ -392,6 +426,10 @@ class BridgeTrainer(DemonstrationTrainer):
             return generate()
 
     # Saving and resuming
+
+    @property
+    def inside_update(self) -> bool:
+        return super().inside_update or self._fused is not None
 
     def register_state(self, saved: Registry) -> None:
         super().register_state(saved)

@@ -27,8 +27,7 @@ class ShadowOverlap:
     def __init__(self, device: torch.device):
         self._device = device
         self.done = False
-        # Micro-batches of the update under way, and of the one before, which the shadow has still to see.
-        self._open: list[Scored] = []
+        # Micro-batches of the update before, which the shadow has still to see.
         self._waiting: list[Scored] = []
 
     @property
@@ -36,24 +35,19 @@ class ShadowOverlap:
         """Whether the shadow has still to see micro-batches of the update before."""
         return bool(self._waiting)
 
-    def put_off(self, batch: Scored) -> None:
-        """Keep a micro-batch for the next generation."""
-        self._open.append(batch)
-
     def run(self, run: Callable[[Scored], None]) -> None:
         """During the next generation: run what was put off. Collective."""
         for batch in self._waiting:
             run(batch)
         self._waiting, self.done = [], True
 
-    def end_of_update(self) -> None:
-        """The update's rollouts wait for the next generation."""
-        self._waiting, self._open = self._open, []
-        self.done = False
+    def end_of_update(self, batches: list[Scored]) -> None:
+        """The update's micro-batches wait for the next generation."""
+        self._waiting, self.done = batches, False
 
     def clear(self) -> None:
         """Forget what an earlier call of `train` has left."""
-        self._open, self._waiting, self.done = [], [], False
+        self._waiting, self.done = [], False
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The micro-batches that wait, as they are on this rank."""
