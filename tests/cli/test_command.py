@@ -68,6 +68,14 @@ def test_help_lists_every_verb_without_torch():
         assert re.search(rf"\n    {verb}\s", shown.stdout)
 
 
+def test_help_of_bridge_imports_configs_only():
+    # Its options are TRL's and transformers' configs, which import torch.
+    code = "import sys; from trl_bridge.cli import main; main(['bridge', '--help'])"
+    heavy = "{'datasets', 'pandas', 'transformers.trainer', 'trl.trainer.grpo_trainer'}"
+    shown = command("-c", f"import atexit, sys; atexit.register(lambda: print({heavy} & set(sys.modules))); {code}")
+    assert shown.returncode == 0 and shown.stdout.strip().endswith("set()")
+
+
 def test_help_and_import_take_under_a_second_beyond_python():
     def seconds(*arguments):
         # Processor time: what the rest of the machine does must not fail a test.

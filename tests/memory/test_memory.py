@@ -1,15 +1,22 @@
 """The memory formulas: against a measured run, against what is known of each backend, and through the command."""
 
+import argparse
 import gc
 import importlib.util
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from trl_bridge import cli
+from trl_bridge.cli.memory import DEFAULTS, run_of
+from trl_bridge.cli.parsing import parse_values
 from trl_bridge.memory.formulas import BACKENDS, Run, estimate, optimizer_bytes
-from trl_bridge.memory.shapes import SIZES, config_of_size, load_config, shape_of
+from trl_bridge.memory.shapes import SIZES, load_config, shape_of
+from trl_bridge.methods.catalogue import METHODS
 
 
 ROOT = Path(__file__).parents[2]
@@ -144,10 +151,31 @@ def test_unknown_optimizers():
         optimizer_bytes("galore_adamw")
 
 
+_QWEN: dict = {"model_type": "qwen2", "vocab_size": 152064, "tie_word_embeddings": False}
+CONFIGS: dict = {
+    "1.5B": {**_QWEN, "vocab_size": 151936, "tie_word_embeddings": True, "hidden_size": 1536, "intermediate_size": 8960,
+             "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2},
+    "3B": {**_QWEN, "vocab_size": 151936, "tie_word_embeddings": True, "hidden_size": 2048, "intermediate_size": 11008,
+           "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2},
+    "7B": {**_QWEN, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+           "num_key_value_heads": 4},
+    "14B": {**_QWEN, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48,
+            "num_attention_heads": 40, "num_key_value_heads": 8},
+    "32B": {**_QWEN, "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64,
+            "num_attention_heads": 40, "num_key_value_heads": 8},
+    "70B": {"model_type": "llama", "vocab_size": 128256, "tie_word_embeddings": False, "hidden_size": 8192,
+            "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8},
+}  # fmt: skip
+
+
 def test_sizes_are_those_that_their_makers_print():
     printed = {"1.5B": 1.54, "3B": 3.09, "7B": 7.61, "14B": 14.7, "32B": 32.5, "70B": 70.6}
-    found = {size: shape_of(config_of_size(size)).parameters / 1e9 for size in SIZES}
-    assert found == pytest.approx(printed, rel=0.01)
+    assert {size: shape.parameters / 1e9 for size, shape in SIZES.items()} == pytest.approx(printed, rel=0.01)
+
+
+def test_sizes_are_counted_from_the_models():
+    made = {size: AutoConfig.for_model(**config) for size, config in CONFIGS.items()}
+    assert {size: shape_of(config) for size, config in made.items()} == SIZES
 
 
 # The command
@@ -157,6 +185,27 @@ def test_the_table_of_the_page_is_the_commands(capsys):
     assert cli.main(["memory", "--table"]) == 0
     page = (ROOT / "docs" / "scaling.md").read_text()
     assert capsys.readouterr().out in page
+
+
+@pytest.mark.parametrize("method", ["bridge", "grpo"])
+def test_defaults_are_the_parsers(method):
+    values, launch = parse_values(METHODS[method], [])
+    assert not launch and DEFAULTS.items() >= {k: v for k, v in vars(values).items() if k in DEFAULTS}.items()
+    options = argparse.Namespace(backend=None, prompt_length=None, gpu_memory=80.0)
+    assert run_of(METHODS[method], argparse.Namespace(**DEFAULTS), [], options) == run_of(
+        METHODS[method], values, [], options
+    )
+
+
+@pytest.mark.parametrize("method", ["bridge", "grpo"])
+def test_a_size_alone_needs_neither_torch_nor_trl(method):
+    code = (
+        "import sys; from trl_bridge import cli; "
+        f"cli.main(['memory', '--params', '7B', '--prompt_length', '64', '--method', {method!r}]); "
+        "print(sorted({'torch', 'transformers', 'trl', 'peft', 'datasets'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.startswith(f"{method}, 7B (7.62B)") and shown.splitlines()[-1] == "[]"
 
 
 def refusal(capsys, *arguments):

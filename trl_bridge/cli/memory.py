@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ..memory.formulas import BACKENDS, Estimate, Run, estimate, optimizer_bytes
-from ..memory.shapes import SIZES, config_of_size, load_config, shape_of
+from ..memory.shapes import SIZES, load_config, shape_of, shape_of_size
 from ..methods.catalogue import METHODS, Method
 from ..tables import markdown_table
 from .errors import ToolParser, UsageError
@@ -28,6 +28,26 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "BRIDGE, selective": _BRIDGE,
     "BRIDGE, lean, base in bf16": {**_BRIDGE, "shadow": True, "adapter_rank": 80, "base_bytes": 2},
 }
+# What memory depends on where nothing is given. To ask the parser is to import TRL, transformers and torch.
+DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(
+        (
+            "activation_checkpointing bf16 cooperative_gain max_prompt_length model_name_or_path sft_max_length "
+            "sft_per_device_train_batch_size shadow_dtype shadow_optim steps_per_generation"
+        ).split()
+    ),
+    **dict.fromkeys("fp16 lean load_in_4bit load_in_8bit shadow_offload use_peft use_vllm".split(), False),
+    "beta": 0.0,
+    "dtype": "float32",
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": True,
+    "lora_r": 16,
+    "max_completion_length": 512,
+    "num_generations": 8,
+    "optim": "adamw_torch_fused",
+    "per_device_train_batch_size": 8,
+    "preset": "paper",
+}
 _COLUMNS = (
     ("one-process", 1),
     ("ddp", 8),
@@ -43,8 +63,7 @@ def scaling_table() -> str:
     """The table, in Markdown."""
     head = ["model", "option", *(f"{backend} x {count}" if count > 1 else "1 GPU" for backend, count in _COLUMNS)]
     rows = []
-    for size in SIZES:
-        shape = shape_of(config_of_size(size))
+    for size, shape in SIZES.items():
         for option, changes in _OPTIONS.items():
             runs = [replace(_RUN, **changes, backend=backend, num_processes=count) for backend, count in _COLUMNS]
             rows.append([size, option, *(f"{estimate(shape, run).total / _GIB:.0f}" for run in runs)])
@@ -68,19 +87,26 @@ def main(argv: list[str] | None = None) -> int:
     method = _method(options, rest)
     if options.config:
         rest = ["--config", options.config, *rest]
-    # Imported late, so that --help and a wrong option answer at once.
-    from .parsing import parse_values
-
-    values, launch = parse_values(method, rest)
+    values, launch = _values(method, rest)
     name = options.params or options.model or values.model_name_or_path
     if name is None:
         raise UsageError("name a model (`--model`, or a recipe's `model_name_or_path`) or a size (`--params 7B`)")
-    shape = shape_of(config_of_size(name) if options.params else load_config(name))
+    shape = shape_of_size(name) if options.params else shape_of(load_config(name))
     run = run_of(method, values, launch, options)
     sys.stdout.write(
         _report(f"{method.name}, {name} ({shape.parameters / 1e9:.2f}B)", run, estimate(shape, run), options)
     )
     return 0
+
+
+def _values(method: Method, rest: list[str]) -> tuple[Any, list[str]]:
+    """A method's values, and the launcher's options."""
+    if not rest and method.name in ("bridge", "grpo"):
+        return argparse.Namespace(**DEFAULTS), []
+    # Imported late, so that --help and a wrong option answer at once.
+    from .parsing import parse_values
+
+    return parse_values(method, rest)
 
 
 def run_of(method: Method, values: Any, launch: list[str], options: argparse.Namespace) -> Run:

@@ -1,4 +1,4 @@
-"""Shapes of models for the memory formulas: from a config, on the meta device, without any weight."""
+"""Shapes of models for the memory formulas: by size, or from a config, on the meta device, without any weight."""
 
 from pathlib import Path
 from typing import Any
@@ -6,32 +6,23 @@ from typing import Any
 from .formulas import ModelShape
 
 
-_QWEN: dict[str, Any] = {"model_type": "qwen2", "vocab_size": 152064, "tie_word_embeddings": False}
-SIZES: dict[str, dict[str, Any]] = {
-    "1.5B": {**_QWEN, "vocab_size": 151936, "tie_word_embeddings": True, "hidden_size": 1536, "intermediate_size": 8960,
-             "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2},
-    "3B": {**_QWEN, "vocab_size": 151936, "tie_word_embeddings": True, "hidden_size": 2048, "intermediate_size": 11008,
-           "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2},
-    "7B": {**_QWEN, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-           "num_key_value_heads": 4},
-    "14B": {**_QWEN, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48,
-            "num_attention_heads": 40, "num_key_value_heads": 8},
-    "32B": {**_QWEN, "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64,
-            "num_attention_heads": 40, "num_key_value_heads": 8},
-    "70B": {"model_type": "llama", "vocab_size": 128256, "tie_word_embeddings": False, "hidden_size": 8192,
-            "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8},
-}  # fmt: skip
-"""Configs by size: those of Qwen2.5, and of Llama 3.1 70B."""
+# Counted by `shape_of`, which needs torch and transformers: seconds, for a sum.
+SIZES = {
+    "1.5B": ModelShape(1543714304, 233375232, 46797824, 28, 1536, 8960, 151936, 1536, 1154048),
+    "3B": ModelShape(3085938688, 311166976, 77076992, 36, 2048, 11008, 151936, 2048, 1870848),
+    "7B": ModelShape(7615616512, 1089998336, 233057792, 28, 3584, 18944, 152064, 3584, 2523136),
+    "14B": ModelShape(14770033664, 1557140480, 275268608, 48, 5120, 13824, 152064, 5120, 4300800),
+    "32B": ModelShape(32763876352, 1557140480, 487605248, 64, 5120, 27648, 152064, 5120, 8388608),
+    "70B": ModelShape(70553706496, 2101354496, 855654400, 80, 8192, 28672, 128256, 8192, 12943360),
+}
+"""Shapes by size: those of Qwen2.5, and of Llama 3.1 70B."""
 
 
-def config_of_size(size: str) -> Any:
-    """A config by the size of its model."""
-    from transformers import AutoConfig
-
+def shape_of_size(size: str) -> ModelShape:
+    """A shape by the size of its model."""
     if size not in SIZES:
         raise ValueError(f"there is no size {size!r}: choose from {', '.join(SIZES)}, or name a model with `--model`")
-    values = dict(SIZES[size])
-    return AutoConfig.for_model(values.pop("model_type"), **values)
+    return SIZES[size]
 
 
 def load_config(name: str) -> Any:

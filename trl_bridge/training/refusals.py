@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from datasets import Dataset
 from transformers import ProcessorMixin, SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -97,6 +96,9 @@ def _has_picture(value: Any) -> bool:
 
 def refuse_pictures(owner: str, processing_class: Any, model: Any = None, **datasets: Any) -> None:
     """Refuse models and rows with pictures or sound, which would be trained on without them."""
+    # Late: --help, which reads the rules, need not wait for pandas and Arrow.
+    from datasets import Dataset
+
     parts = [name for name in ("vision_config", "audio_config") if hasattr(getattr(model, "config", None), name)]
     if parts or isinstance(processing_class, ProcessorMixin):
         found = f"`model` has a `{parts[0]}`" if parts else "`processing_class` is a processor"
