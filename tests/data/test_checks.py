@@ -180,6 +180,20 @@ def test_many_rows_are_rendered_by_several_processes(monkeypatch):
     assert several == alone and several.lengths and found(several.unrenderable).keys() == {9}
 
 
+def test_rows_go_to_the_tokenizer_together(monkeypatch):
+    calls = []
+    encode = type(CHAT).__call__
+    monkeypatch.setattr(type(CHAT), "__call__", lambda self, *a, **k: calls.append(k["text"]) or encode(self, *a, **k))
+    rows = Dataset.from_list([spoken(f"1+{number}=", "" if number in (0, 4, 8) else "2") for number in range(9)])
+    report = check_dataset(rows, tokenizer=CHAT, golds="none")
+    assert [len(texts) for texts in calls] == [2 * 6] and len(report.lengths) == 6
+    assert found(report.unrenderable) == dict.fromkeys(
+        (0, 4, 8), "has no completion tokens: there is nothing to learn from it. Remove the row."
+    )
+    with pytest.raises(ValueError, match="`sft_dataset` row 4 has no completion tokens"):
+        render_demonstrations(rows.select([1, 2, 3, 5, 4, 8]).select([0, 1, 2, 3, 4, 5]), CHAT, eos_token_id=1)
+
+
 @pytest.mark.parametrize(
     ("shared", "around"),
     [

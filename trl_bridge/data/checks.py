@@ -164,9 +164,10 @@ def rendered_samples(
     for row in rows:
         example: dict[str, Any] = dataset[row]
         if _has_demonstrations(dataset):
-            rendered = render(example, row)
-            completion = [token for token in rendered["labels"] if token != -100]
-            prompt = rendered["input_ids"][: len(rendered["input_ids"]) - len(completion)]
+            rendered = render({column: [value] for column, value in example.items()}, [row])
+            ids, labels = rendered["input_ids"][0], rendered["labels"][0]
+            completion = [token for token in labels if token != -100]
+            prompt = ids[: len(ids) - len(completion)]
         else:
             prompt, completion = prompt_tokens(example, tokenizer, chat_template_kwargs), []
         texts = [[str(tokenizer.decode([token])) for token in ids] for ids in (prompt, completion)]
@@ -194,6 +195,7 @@ def _demonstration_lengths(dataset: Dataset, render: Renderer) -> tuple[dict[int
     """Tokens of each demonstration by row, and those that do not render."""
     measured = dataset.with_format(None).map(
         _measured,
+        batched=True,
         with_indices=True,
         fn_kwargs={"render": render, **code_of(sys.modules[_measured.__module__], sys.modules[Renderer.__module__])},
         remove_columns=dataset.column_names,
@@ -209,12 +211,15 @@ def _demonstration_lengths(dataset: Dataset, render: Renderer) -> tuple[dict[int
     return lengths, refused
 
 
-def _measured(row: dict[str, Any], index: int, render: Renderer, code: str) -> dict[str, Any]:
+def _measured(batch: Mapping[str, list], indices: list[int], render: Renderer, code: str) -> dict[str, list]:
     # Training stops at the first row that does not render; here all of them are wanted.
-    try:
-        return {"length": len(render(row, index)["input_ids"]), "fault": None}
-    except ValueError as error:
-        return {"length": None, "fault": str(error).removeprefix(f"`dataset` row {index}").lstrip(": ")}
+    lengths: list[int | None] = []
+    faults: list[str | None] = []
+    for index, row in zip(indices, render.rows(batch, indices), strict=True):
+        refused = isinstance(row, ValueError)
+        lengths.append(None if refused else len(row["input_ids"]))
+        faults.append(str(row).removeprefix(f"`dataset` row {index}").lstrip(": ") if refused else None)
+    return {"length": lengths, "fault": faults}
 
 
 def _processes(rows: int) -> int | None:

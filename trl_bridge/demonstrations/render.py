@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
@@ -12,10 +12,12 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from .rows import check_dataset, prompt_key, python_rows, split_demonstration, without_none
+from .rows import Prompt, check_dataset, prompt_key, python_rows, split_demonstration, without_none
 
 
 logger = get_logger(__name__)
+
+Made = TypeVar("Made")
 
 OVERLONG = ("drop", "truncate", "error")
 # A message's fields that a template may leave out without a word (it then trains on something else than the row says).
@@ -58,6 +60,7 @@ def render_demonstrations(
         python_rows(dataset)
         .map(
             renderer,
+            batched=True,
             with_indices=True,
             remove_columns=dataset.column_names,
             num_proc=num_proc,
@@ -71,9 +74,20 @@ def render_demonstrations(
     return _limit_length(rendered, max_length, overlong, num_proc)
 
 
+class _Written(NamedTuple):
+    """A row as texts: its prompt, and the prompt with the completion behind it. `bare` ones are strings, without a template."""
+
+    row: str
+    prompt: Prompt
+    prompt_text: str
+    text: str
+    bare: bool
+    prompt_ids: list[int] | None = None
+
+
 @dataclasses.dataclass
 class Renderer:
-    """Renders one row: `(row, index) -> {"input_ids", "labels", "row", "prompt_key"}`."""
+    """Renders rows, `{"input_ids", "labels", "row", "prompt_key"}` each."""
 
     processing_class: PreTrainedTokenizerBase | ProcessorMixin
     chat_template: str | None
@@ -82,66 +96,92 @@ class Renderer:
     source: str
     source_rows: Sequence[int] | None
 
-    def __call__(self, example: dict[str, Any], index: int) -> dict[str, Any]:
-        index = index if self.source_rows is None else self.source_rows[index]
-        row = f"`{self.source}` row {index}"
-        prompt, completion = split_demonstration(example, row)
-        if isinstance(prompt, list) and isinstance(completion, list):
-            kwargs = self._template_kwargs(example)
-            prompt_ids, completion_ids = self._conversational(prompt, completion, kwargs, row)
-        else:
-            prompt_ids, completion_ids = self._standard(str(prompt), str(completion))
-        completion_ids = self._end_once(completion_ids)
+    def __call__(self, batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
+        """A batch of `map`. The first row that cannot be rendered ends it."""
+        rows = []
+        for row in self.rows(batch, indices):
+            if isinstance(row, ValueError):
+                raise row
+            rows.append(row)
+        return {key: [row[key] for row in rows] for key in rows[0]}
+
+    def rows(self, batch: Mapping[str, list], indices: Sequence[int]) -> list[dict[str, Any] | ValueError]:
+        """The rows of a batch of columns, or why they cannot be rendered. The tokenizer, which has threads, gets all at once."""
+        examples = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        numbers = [index if self.source_rows is None else self.source_rows[index] for index in indices]
+        parts = [_or_fault(self._written, *each) for each in zip(examples, numbers, strict=True)]
+        written = [part for part in parts if isinstance(part, _Written)]
+        ids = {
+            bare: iter(
+                self._tokenize(
+                    [text for part in written if part.bare is bare for text in (part.prompt_text, part.text)], bare
+                )
+            )
+            for bare in (True, False)
+        }
+        return [
+            _or_fault(self._row, part, number, next(ids[part.bare]), next(ids[part.bare]))
+            if isinstance(part, _Written)
+            else part
+            for part, number in zip(parts, numbers, strict=True)
+        ]
+
+    def _row(self, written: _Written, number: int, prompt_ids: list[int], joint_ids: list[int]) -> dict[str, Any]:
+        prompt_ids = prompt_ids if written.prompt_ids is None else written.prompt_ids
+        completion_ids = self._end_once(self._continuation(prompt_ids, joint_ids, written))
         if not prompt_ids:
             # Nothing predicts the first token of a text.
             prompt_ids, completion_ids = completion_ids[:1], completion_ids[1:]
-        if not completion or len(completion_ids) < 2:
-            raise ValueError(f"{row} has no completion tokens: there is nothing to learn from it. Remove the row.")
+        if len(completion_ids) < 2:
+            raise _nothing_to_learn(written.row)
         return {
             "input_ids": prompt_ids + completion_ids,
             "labels": [-100] * len(prompt_ids) + completion_ids,
-            "row": index,
-            "prompt_key": prompt_key(prompt) if prompt else "",
+            "row": number,
+            "prompt_key": prompt_key(written.prompt) if written.prompt else "",
         }
 
-    def _standard(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-        prompt_ids = self._tokenize(prompt)
-        joint_ids = self._tokenize(prompt + completion)
-        return prompt_ids, self._continuation(prompt_ids, joint_ids, completion) if completion else []
+    def _written(self, example: dict[str, Any], number: int) -> _Written:
+        row = f"`{self.source}` row {number}"
+        prompt, completion = split_demonstration(example, row)
+        if isinstance(prompt, list) and isinstance(completion, list):
+            return self._conversational(prompt, completion, self._template_kwargs(example), row)
+        if not completion:
+            raise _nothing_to_learn(row)
+        return _Written(row, prompt, str(prompt), f"{prompt}{completion}", bare=True)
 
     def _conversational(
         self, prompt: list[dict], completion: list[dict], kwargs: dict[str, Any], row: str
-    ) -> tuple[list[int], list[int]]:
+    ) -> _Written:
         if self.chat_template is None and getattr(self.processing_class, "chat_template", None) is None:
             raise ValueError(
                 f"{row} is conversational, but the tokenizer has no chat template. Set "
                 "`processing_class.chat_template`, or use strings for `prompt` and `completion`."
             )
         if not any(value for message in completion for key, value in message.items() if key != "role"):
-            return [], []
+            raise _nothing_to_learn(row)
         try:
             prompt_text = self._apply_template(prompt, add_generation_prompt=True, tokenize=False, **kwargs)
             text = self._apply_template(prompt + completion, tokenize=False, **kwargs)
         except TemplateError as error:
             raise ValueError(f"{row}: the chat template refuses the conversation: {error}") from error
         _check_preserved(prompt_text, text, completion, row)
-        prompt_ids = self._prompt_ids(prompt, prompt_text, kwargs)
-        joint_ids = self._tokenize(text, add_special_tokens=False)
-        return prompt_ids, self._continuation(prompt_ids, joint_ids, text.removeprefix(prompt_text))
+        prompt_ids = self._processors_ids(prompt, kwargs)
+        return _Written(row, prompt, prompt_text, text, bare=False, prompt_ids=prompt_ids)
 
-    def _prompt_ids(self, prompt: list[dict], text: str, kwargs: dict[str, Any]) -> list[int]:
+    def _processors_ids(self, prompt: list[dict], kwargs: dict[str, Any]) -> list[int] | None:
+        """A processor's own tokens of a prompt. Those of a tokenizer are its text's."""
         if not isinstance(self.processing_class, ProcessorMixin):
-            # What `apply_chat_template` does with the text that it renders, which is here already.
-            return self._tokenize(text, add_special_tokens=False)
+            return None
         rendered = self._apply_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **kwargs)
         return rendered["input_ids"]
 
-    def _continuation(self, prompt_ids: list[int], joint_ids: list[int], completion: str) -> list[int]:
+    def _continuation(self, prompt_ids: list[int], joint_ids: list[int], written: _Written) -> list[int]:
         # Read in its place, a completion has no word-start mark of its own (SentencePiece adds one to every text);
         # where its start merges with the prompt's end, the prompt must stay as generation sees it.
         if joint_ids[: len(prompt_ids)] == prompt_ids:
             return joint_ids[len(prompt_ids) :]
-        return self._tokenize(completion, add_special_tokens=False)
+        return self._tokenize([written.text.removeprefix(written.prompt_text)], special=False)[0]
 
     def _end_once(self, ids: list[int]) -> list[int]:
         """Exactly one EOS at the end: what a template prints after the turn's last EOS goes, a missing one is added."""
@@ -160,8 +200,11 @@ class Renderer:
         processing_class = self.processing_class
         return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
-    def _tokenize(self, text: str, **kwargs: Any) -> list[int]:
-        return list(self._tokenizer(text=text, **kwargs)["input_ids"])
+    def _tokenize(self, texts: list[str], special: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self._tokenizer(text=texts, add_special_tokens=special, return_attention_mask=False)
+        return [list(ids) for ids in encoded["input_ids"]]
 
     def _template_kwargs(self, example: dict[str, Any]) -> dict[str, Any]:
         kwargs = {"chat_template": self.chat_template, **self.chat_template_kwargs}
@@ -176,6 +219,18 @@ class Renderer:
         # GRPO hands processors structured messages; what they return has a batch dimension.
         output = self.processing_class.apply_chat_template([prepare_multimodal_messages(messages)], **kwargs)
         return {key: value[0] for key, value in output.items()} if kwargs.get("return_dict") else output[0]
+
+
+def _or_fault(make: Callable[..., Made], *arguments: Any) -> Made | ValueError:
+    """What a function makes, or the error by which it refuses."""
+    try:
+        return make(*arguments)
+    except ValueError as error:
+        return error
+
+
+def _nothing_to_learn(row: str) -> ValueError:
+    return ValueError(f"{row} has no completion tokens: there is nothing to learn from it. Remove the row.")
 
 
 def _check_preserved(prompt_text: str, text: str, completion: list[dict], row: str) -> None:
