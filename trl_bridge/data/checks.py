@@ -213,13 +213,15 @@ def _demonstration_lengths(dataset: Dataset, render: Renderer) -> tuple[dict[int
 
 def _measured(batch: Mapping[str, list], indices: list[int], render: Renderer, code: str) -> dict[str, list]:
     # Training stops at the first row that does not render; here all of them are wanted.
-    lengths: list[int | None] = []
-    faults: list[str | None] = []
+    measured: dict[str, list] = {"length": [], "fault": []}
     for index, row in zip(indices, render.rows(batch, indices), strict=True):
-        refused = isinstance(row, ValueError)
-        lengths.append(None if refused else len(row["input_ids"]))
-        faults.append(str(row).removeprefix(f"`dataset` row {index}").lstrip(": ") if refused else None)
-    return {"length": lengths, "fault": faults}
+        if isinstance(row, ValueError):
+            length, fault = None, str(row).removeprefix(f"`dataset` row {index}").lstrip(": ")
+        else:
+            length, fault = len(row["input_ids"]), None
+        measured["length"].append(length)
+        measured["fault"].append(fault)
+    return measured
 
 
 def _processes(rows: int) -> int | None:
