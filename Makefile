@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-matrix lint stub docs mutants benchmark clean
+.PHONY: setup demo test test-all test-matrix lint stub docs mutants benchmark clean
 
 setup: $(VENV)/.done
 
@@ -22,8 +22,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Subprocesses of tests import the package again and again.
+unexport PYTHONDONTWRITEBYTECODE
+
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# With DeepSpeed's every stage for each method.
+test-all: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ''
 
 # Contract and a part of the suite with the lowest and the newest releases of TRL and its kin within our ranges.
 test-matrix: setup

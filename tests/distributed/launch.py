@@ -10,15 +10,37 @@ import pytest
 import torch
 
 
+# Of DeepSpeed's cases those that `make test` runs, by module: every method and stage, in full and as a LoRA. The others, other
+# pairs of a method and a stage, are for `make test-all`.
+QUICK = {
+    "run": [
+        "zero-1", "zero-2, grpo, checkpointing", "zero-2, bf16", "zero-3, reentrant", "zero-3, by name", "lean, zero-1, decay",
+        "lean, zero-2, sgd, reset", "lean, zero-3, by name", "resume zero-2", "resume lean, zero-3", "best zero-3",
+    ],
+    "run_streams": ["naive-mix", "naive-mix, lora", "alternating", "chord, lora", "resume alternating, lora", "grpo"],
+    "run_groups": [
+        "luffy, zero-1", "srft, zero-2, lora", "hpt, zero-3", "hpt apart, zero-2", "relift, zero-3, lora", "relift one, zero-1, lora",
+        "uft, zero-3, lora", "prefix-rft, zero-2", "actguide, zero-1, lora", "resume relift, zero-2",
+    ],
+    "run_two_stage": ["zero-1", "zero-2, lora", "zero-2, lora sft 2", "zero-3", "zero-3 sft 1", "zero-3 grpo 1"],
+}  # fmt: skip
 DEEPSPEED = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed (pip install 'trl-bridge[deepspeed]')"
 )
 
 
-def params_of(table):
-    """(backend, case) for each of a table's cases; those that need DeepSpeed skip where it is not installed."""
-    marks = {"deepspeed": [DEEPSPEED]}
-    return [pytest.param(kind, name, marks=marks.get(kind, [])) for kind in table for name in table[kind]]
+def params_of(table, module, prefix=""):
+    """
+    (backend, case) for each of a table's cases, which a module of this folder runs under their name behind `prefix`; those
+    that need DeepSpeed skip where it is not installed.
+    """
+
+    def marks_of(kind, name):
+        if kind != "deepspeed":
+            return []
+        return [DEEPSPEED] if prefix + name in QUICK[module] else [DEEPSPEED, pytest.mark.exhaustive]
+
+    return [pytest.param(kind, name, marks=marks_of(kind, name)) for kind in table for name in table[kind]]
 
 
 def launch(module, *arguments, ranks=2):
@@ -26,27 +48,30 @@ def launch(module, *arguments, ranks=2):
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    command += ["-m", f"tests.distributed.{module}", *map(str, arguments)]
+    command += ["-m", "tests.distributed.rank", module, *map(str, arguments)]
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
 def folder_of_runs(module):
     """
     A fixture: from a backend to the folder where the runs of a module of this folder have written what they saw.
-    One launch for all runs of a backend.
+    One launch for all runs of a backend; of DeepSpeed's only the quick ones where no test asks for others.
     """
 
     @pytest.fixture(scope="module")
-    def folder(tmp_path_factory):
+    def folder(request, tmp_path_factory):
+        here = [item for item in request.session.items if item.path == request.path]
+        exhaustive = any(item.get_closest_marker("exhaustive") for item in here)
         done = {}
 
         def folder_of(kind):
             if kind not in done:
                 done[kind] = tmp_path_factory.mktemp(f"{module}-{kind}")
-                launch(module, kind, done[kind])
+                names = QUICK[module] if kind == "deepspeed" and not exhaustive else []
+                launch(module, kind, done[kind], *names)
             return done[kind]
 
         return folder_of

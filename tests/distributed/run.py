@@ -1,10 +1,9 @@
-"""Trains recorded runs on the ranks that torchrun starts, and writes what each saw. Usage: run.py KIND FOLDER [CASE...]"""
+"""Trains recorded runs on the ranks that torchrun starts, and writes what each saw. Usage: rank.py run KIND FOLDER [CASE...]"""
 
 import copy
 import importlib
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import accelerate.state
@@ -53,7 +52,8 @@ def trainer_of(output_dir, options, trainer_class=RecordingTrainer, **more):
     return trainer
 
 
-def main(kind: str, folder: Path, names: list[str]) -> None:
+def main(kind: str, place: str, *names: str) -> None:
+    folder = Path(place)
     engines.serve()
     look_on_main_process_alone((checkpoint, "latest"))
     if kind != "ddp":
@@ -177,7 +177,3 @@ def whole_state(trainer):
         if not trainer.backend.steps_in_backward and not trainer.is_fsdp_enabled
         else state
     )
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

@@ -1,6 +1,5 @@
-"""Trains the distillation trainers on the ranks that torchrun starts, recorded. Usage: run_distillation.py FOLDER"""
+"""Trains the distillation trainers on the ranks that torchrun starts, recorded. Usage: rank.py run_distillation FOLDER"""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -42,7 +41,8 @@ def build(name, folder, recorded=False, **changes):
     return distillation_trainer(folder, trainer_class, **{**ROWS, **options, **changes})
 
 
-def main(folder: Path) -> None:
+def main(place: str) -> None:
+    folder = Path(place)
     for name in CASES:
         trainer = build(name, folder / name, recorded=True)
         trainer.train()
@@ -62,7 +62,3 @@ def main(folder: Path) -> None:
     resumed.train(resume_from_checkpoint=True)
     both = [dict(t.model.state_dict()) for t in (straight, resumed)]
     torch.save(both, folder / f"resume-{resumed.accelerator.process_index}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,8 +1,6 @@
-"""Trains the group baselines on the ranks that torchrun starts, recorded. Usage: run_groups.py KIND FOLDER [NAME...]"""
+"""Trains the group baselines on the ranks that torchrun starts, recorded. Usage: rank.py run_groups KIND FOLDER [NAME...]"""
 
-import importlib
 import os
-import sys
 from pathlib import Path
 from types import NoneType, SimpleNamespace
 
@@ -111,7 +109,8 @@ def state_of(trainer):
     }
 
 
-def main(kind: str, folder: Path, names: list[str]) -> None:
+def main(kind: str, place: str, *names: str) -> None:
+    folder = Path(place)
     if kind != "ddp":
         pretend_accelerator()
     for name in CASES[kind]:
@@ -145,8 +144,3 @@ def main(kind: str, folder: Path, names: list[str]) -> None:
         resumed.train(resume_from_checkpoint=True)
         both = [state_of(trainer) for trainer in (straight, resumed)]
         torch.save(both, folder / f"{name}-resume-{resumed.accelerator.process_index}.pt")
-
-
-if __name__ == "__main__":
-    importlib.import_module("tests.conftest")  # offline, one thread
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

@@ -1,7 +1,5 @@
-"""Trains Lightning OPD on the ranks that torchrun starts, recorded. Usage: run_lightning.py FOLDER"""
+"""Trains Lightning OPD on the ranks that torchrun starts, recorded. Usage: rank.py run_lightning FOLDER"""
 
-import importlib
-import sys
 from pathlib import Path
 
 import torch
@@ -15,7 +13,8 @@ ROWS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max
 SAVING = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-3}
 
 
-def main(folder: Path) -> None:
+def main(place: str) -> None:
+    folder = Path(place)
     for aggregation in ("sequence", "token"):
         trainer = make(folder / aggregation, cls=recording, rows=scored(12), loss_aggregation=aggregation, **ROWS)
         trainer.train()
@@ -34,8 +33,3 @@ def main(folder: Path) -> None:
     resumed.train(resume_from_checkpoint=True)
     both = [dict(each.model.state_dict()) for each in (straight, resumed)]
     torch.save(both, folder / f"resume-{rank}.pt")
-
-
-if __name__ == "__main__":
-    importlib.import_module("tests.conftest")  # offline, one thread
-    main(Path(sys.argv[1]))

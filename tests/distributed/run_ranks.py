@@ -1,12 +1,10 @@
 """
-Goes on with the checkpoints of other runs, on the ranks that it is started on. Usage: run_ranks.py KIND UPDATES FROM TO
+Goes on with the checkpoints of other runs, on the ranks that it is started on. Usage: rank.py run_ranks KIND UPDATES FROM TO
 
 FROM holds `NAME straight/checkpoint-UPDATES` for each run NAME that is resumed, and TO gets the same.
 """
 
-import importlib
 import os
-import sys
 from pathlib import Path
 
 from tests.distributed.cases import RESUMES
@@ -30,8 +28,7 @@ def go_on(kind: str, updates: int, source: Path, target: Path) -> None:
         write_seen(trainer, place)
 
 
-if __name__ == "__main__":
-    importlib.import_module("tests.conftest")  # offline, one thread
-    if sys.argv[1] != "ddp":
+def main(kind: str, updates: str, source: str, target: str) -> None:
+    if kind != "ddp":
         pretend_accelerator()
-    go_on(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))
+    go_on(kind, int(updates), Path(source), Path(target))

@@ -1,7 +1,5 @@
-"""Trains the stream baselines on the ranks that torchrun starts, recorded. Usage: run_streams.py KIND FOLDER [NAME...]"""
+"""Trains the stream baselines on the ranks that torchrun starts, recorded. Usage: rank.py run_streams KIND FOLDER [NAME...]"""
 
-import importlib
-import sys
 from pathlib import Path
 
 import torch
@@ -76,7 +74,8 @@ class UnevenClient(engines.Client):
 ZERO = {"mu_peak": 0.0, "mu_valley": 0.0, "padding_free": False}
 
 
-def main(kind: str, folder: Path, names: list[str]) -> None:
+def main(kind: str, place: str, *names: str) -> None:
+    folder = Path(place)
     if kind != "ddp":
         pretend_accelerator()
     engines.serve()
@@ -98,7 +97,7 @@ def main(kind: str, folder: Path, names: list[str]) -> None:
         }
         torch.save(record, folder / f"{name}-{trainer.accelerator.process_index}.pt")
     pairs = {} if kind != "ddp" else limits(folder)
-    for name in [name for name in RESUMES[kind] if not names or name in names]:
+    for name in [name for name in RESUMES[kind] if not names or f"resume {name}" in names]:
         pairs[name] = resume(folder / f"resume {name}", CASES[kind][name][2])
     for name in [name for name in PACKED[kind] if not names or name in names]:
         pairs[name] = packed(folder / name, PACKED[kind][name])
@@ -134,8 +133,3 @@ def limits(folder: Path) -> dict:
     """mu = 0 is GRPO, synced as GRPO is."""
     runs = ((GRPOTrainer, {}), (CHORDTrainer, ZERO))
     return {cls.__name__: weights_of(trained(cls, folder / cls.__name__, **options)) for cls, options in runs}
-
-
-if __name__ == "__main__":
-    importlib.import_module("tests.conftest")  # offline, one thread
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

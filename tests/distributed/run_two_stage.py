@@ -1,7 +1,5 @@
-"""Trains both stages of a cold start on the ranks that torchrun starts. Usage: run_two_stage.py KIND FOLDER [NAME...]"""
+"""Trains both stages of a cold start on the ranks that torchrun starts. Usage: rank.py run_two_stage KIND FOLDER [NAME...]"""
 
-import importlib
-import sys
 from pathlib import Path
 
 import torch
@@ -85,7 +83,8 @@ def options_of(args):
     return {name: value for name, value in options(args).items() if not callable(value)}
 
 
-def main(kind: str, folder: Path, names: list[str]) -> None:
+def main(kind: str, place: str, *names: str) -> None:
+    folder = Path(place)
     if kind != "ddp":
         pretend_accelerator()
     look_on_main_process_alone(
@@ -108,7 +107,9 @@ def main(kind: str, folder: Path, names: list[str]) -> None:
         torch.save(runs, folder / f"{name}-{rank}.pt")
         module._ColdStart, module._Reinforcement = stages
         for stage, step in CUTS[name]:
-            cut_off(folder / f"{name} {stage} {step}", stage, step, way)
+            cut = f"{name} {stage} {step}"
+            if not names or cut in names:
+                cut_off(folder / cut, stage, step, way)
 
 
 def build(folder: Path, way: dict, callbacks: list | None = None):
@@ -126,8 +127,3 @@ def cut_off(folder: Path, stage: str, step: int, way: dict) -> None:
         resumed.save_model()
     else:
         raise AssertionError("nothing was cut off")
-
-
-if __name__ == "__main__":
-    importlib.import_module("tests.conftest")  # offline, one thread
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

@@ -64,7 +64,7 @@ def replayed(ranks, case):
         yield {n: movement_error(got[n], want[n], start[n]) for n in names}, metrics, main["log"][step]
 
 
-@pytest.mark.parametrize(("kind", "name"), params_of(CASES))
+@pytest.mark.parametrize(("kind", "name"), params_of(CASES, "run"))
 def test_two_ranks_equal_the_reference(folder, kind, name):
     case = CASES[kind][name]
     rounded = case.get("bf16", False) or "shadow_dtype" in case
@@ -76,7 +76,7 @@ def test_two_ranks_equal_the_reference(folder, kind, name):
             assert got[key] == pytest.approx(want[key], rel=3e-3, abs=5e-6), (step, key)
 
 
-@pytest.mark.parametrize(("kind", "name"), params_of(LEAN_CASES))
+@pytest.mark.parametrize(("kind", "name"), params_of(LEAN_CASES, "run"))
 def test_lean_mode_on_two_ranks_equals_the_reference(folder, kind, name):
     ranks, case = load(folder(kind), name), LEAN_CASES[kind][name]
     main, steps = ranks[0], len(ranks[0]["states"])
@@ -110,7 +110,7 @@ def test_lean_mode_on_two_ranks_equals_the_reference(folder, kind, name):
         assert_same(ranks[0][part], ranks[1][part], part)
 
 
-@pytest.mark.parametrize(("kind", "name"), params_of(LEAN_CASES))
+@pytest.mark.parametrize(("kind", "name"), params_of(LEAN_CASES, "run"))
 def test_adapter_saved_by_lean_mode_is_the_policy(folder, kind, name, tmp_path):
     saved, student = folder(kind) / name / "final", load(folder(kind), name)[0]["student"]
     # DeepSpeed saves in the engine's precision.
@@ -126,7 +126,7 @@ def test_adapter_saved_by_lean_mode_is_the_policy(folder, kind, name, tmp_path):
     assert all(torch.allclose(got[n], want[n], atol=1e-6) for n in want)
 
 
-@pytest.mark.parametrize(("kind", "name"), params_of(CASES))
+@pytest.mark.parametrize(("kind", "name"), params_of(CASES, "run"))
 def test_ranks_agree_to_the_bit(folder, kind, name):
     first, second = load(folder(kind), name)
     for part in ("coordinator", "student", "shadow", "weighting"):
@@ -135,7 +135,7 @@ def test_ranks_agree_to_the_bit(folder, kind, name):
         assert len(first["weighting"]["verdicts"]) > 0, "no demonstration was judged"
 
 
-@pytest.mark.parametrize(("kind", "name"), params_of(CASES))
+@pytest.mark.parametrize(("kind", "name"), params_of(CASES, "run"))
 def test_saved_model_is_the_policy(folder, kind, name):
     policy = load(folder(kind), name)[0]["student"]
     # As a user would who has neither this package nor the launcher.
@@ -144,7 +144,7 @@ def test_saved_model_is_the_policy(folder, kind, name):
     assert_same({n: saved[n] for n in policy}, {n: weight.to(saved[n].dtype) for n, weight in policy.items()})
 
 
-@pytest.mark.parametrize(("kind", "name"), params_of(CASES))
+@pytest.mark.parametrize(("kind", "name"), params_of(CASES, "run"))
 def test_no_rank_holds_the_shadow_whole(folder, kind, name):
     ranks = load(folder(kind), name)
     if ranks[0]["shadow"] is None:
@@ -174,7 +174,7 @@ def test_ranks_train_on_different_demonstrations(folder):
     assert all(x["input_ids"].tolist() != y["input_ids"].tolist() for x, y in pairs)
 
 
-@pytest.mark.parametrize(("kind", "name"), params_of(RESUMES))
+@pytest.mark.parametrize(("kind", "name"), params_of(RESUMES, "run", "resume "))
 def test_resume_is_exact_on_two_ranks(folder, kind, name):
     for rank in range(2):
         both = torch.load(folder(kind) / f"resume {name}-{rank}.pt", weights_only=False)
@@ -216,7 +216,7 @@ def _joined(ranks, updates):
     return {**whole, "rows": rows, "rest": parts[0]["rows"]["rest"]}
 
 
-@pytest.mark.parametrize(("kind", "name"), params_of(CHANGING))
+@pytest.mark.parametrize(("kind", "name"), params_of(CHANGING, "run", "resume "))
 def test_another_number_of_ranks_loads_what_was_saved(chain, kind, name):
     two, one, again = chain(kind, name)
     for updates, saved, loaded in ((HANDED_ON, two, one), (AGAIN, one, again)):
@@ -241,7 +241,7 @@ def _rows(ranks, update, after):
     return sorted(prompts), sorted(shown)
 
 
-@pytest.mark.parametrize(("kind", "name"), params_of(CHANGING))
+@pytest.mark.parametrize(("kind", "name"), params_of(CHANGING, "run", "resume "))
 def test_another_number_of_ranks_goes_on_with_the_same_rows(chain, kind, name):
     two, one, again = chain(kind, name)
     buffered = "steps_per_generation" in RESUMES[kind][name]
@@ -278,7 +278,7 @@ def test_another_number_of_ranks_is_refused_under_deepspeed(folder):
         checkpoints.check(checkpoint, {}, layout, ZeroBackend.bound_to_ranks)
 
 
-@pytest.mark.parametrize(("kind", "name"), params_of(BESTS))
+@pytest.mark.parametrize(("kind", "name"), params_of(BESTS, "run", "best "))
 def test_best_model_comes_back_with_its_own_parts(folder, kind, name):
     for run in load(folder(kind), f"best {name}"):
         assert run["step"] < len(run["states"]), "the last update was the best, so nothing was brought back"

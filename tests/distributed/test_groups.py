@@ -41,7 +41,9 @@ OURS = ("expert/", "rollouts/", "sft/", "rl/", *(f"{name.replace('-', '_')}/" fo
 
 def cases_of(*methods):
     """(backend, case) of these methods."""
-    return params_of({kind: [case for case in CASES[kind] if options_of(case) in methods] for kind in CASES})
+    return params_of(
+        {kind: [case for case in CASES[kind] if options_of(case) in methods] for kind in CASES}, "run_groups"
+    )
 
 
 # By backend.
@@ -127,7 +129,7 @@ def test_actguide_on_two_ranks_equals_the_reference(folder, kind, name):
     assert max(errors) < TOLERANCE, errors
 
 
-@pytest.mark.parametrize(("kind", "name"), params_of(CASES))
+@pytest.mark.parametrize(("kind", "name"), params_of(CASES, "run_groups"))
 def test_ranks_agree_to_the_bit(folder, kind, name):
     first, second = load(folder(kind), name)
     for part in ("states", "shared"):
@@ -139,7 +141,7 @@ def test_ranks_agree_to_the_bit(folder, kind, name):
     assert logs[0] == logs[1]
 
 
-@pytest.mark.parametrize(("kind", "name"), params_of(CASES))
+@pytest.mark.parametrize(("kind", "name"), params_of(CASES, "run_groups"))
 def test_saved_model_is_the_student(folder, kind, name, tmp_path):
     trained = load(folder(kind), name)[0]["states"][-1]
     assert_saved(folder(kind) / name / "final", trained, small_model() if "lora" in name else None, tmp_path)
@@ -165,7 +167,7 @@ def test_groups_straddle_the_ranks(folder):
     assert len(prompts[0] & prompts[1]) == 1
 
 
-@pytest.mark.parametrize(("kind", "name"), params_of(RESUMED))
+@pytest.mark.parametrize(("kind", "name"), params_of(RESUMED, "run_groups", "resume "))
 def test_resume_is_exact_on_two_ranks(folder, kind, name):
     for rank in range(2):
         straight, resumed = torch.load(folder(kind) / f"{name}-resume-{rank}.pt", weights_only=False)

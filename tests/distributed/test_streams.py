@@ -45,7 +45,7 @@ def student_of(way):
 folder = folder_of_runs("run_streams")
 
 
-@pytest.mark.parametrize(("kind", "name"), params_of(CASES))
+@pytest.mark.parametrize(("kind", "name"), params_of(CASES, "run_streams"))
 def test_two_ranks_equal_the_reference(folder, kind, name):
     ranks = load(folder(kind), name)
     main = ranks[0]
@@ -68,7 +68,7 @@ def test_two_ranks_equal_the_reference(folder, kind, name):
                 assert entry[key] == pytest.approx(metrics[key], rel=3e-3, abs=5e-6), (step, key)
 
 
-@pytest.mark.parametrize(("kind", "name"), params_of(CASES))
+@pytest.mark.parametrize(("kind", "name"), params_of(CASES, "run_streams"))
 def test_ranks_agree_to_the_bit_and_train_on_different_rows(folder, kind, name):
     first, second = load(folder(kind), name)
     assert_same(first["states"], second["states"])
@@ -79,7 +79,7 @@ def test_ranks_agree_to_the_bit_and_train_on_different_rows(folder, kind, name):
     assert pairs and all(x["input_ids"].tolist() != y["input_ids"].tolist() for x, y in pairs)
 
 
-@pytest.mark.parametrize(("kind", "name"), params_of(CASES))
+@pytest.mark.parametrize(("kind", "name"), params_of(CASES, "run_streams"))
 def test_saved_model_is_the_student(folder, kind, name, tmp_path):
     trained = load(folder(kind), name)[0]["states"][-1]
     assert_saved(folder(kind) / name / "final", trained, sharp_model() if "lora" in name else None, tmp_path)
@@ -91,7 +91,7 @@ def test_mu_zero_is_grpo_on_two_ranks(folder, rank):
     assert_same(pairs["CHORDTrainer"], pairs["GRPOTrainer"])
 
 
-@pytest.mark.parametrize(("kind", "name"), params_of(PACKED))
+@pytest.mark.parametrize(("kind", "name"), params_of(PACKED, "run_streams"))
 def test_grpo_without_padding_on_two_ranks(folder, kind, name):
     first, second = load(folder(kind), "pairs")
     found = first[name]
@@ -105,7 +105,7 @@ def test_grpo_without_padding_on_two_ranks(folder, kind, name):
     assert movement_error(found[True], found[False], start) < TOLERANCE
 
 
-@pytest.mark.parametrize(("kind", "name"), params_of(RESUMES))
+@pytest.mark.parametrize(("kind", "name"), params_of(RESUMES, "run_streams", "resume "))
 def test_resume_is_exact_on_two_ranks(folder, kind, name):
     for pairs in load(folder(kind), "pairs"):
         assert_same(*pairs[name])

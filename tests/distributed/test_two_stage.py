@@ -37,7 +37,7 @@ def _rl_loss(model, weights, window, o):
     return total / 2
 
 
-@pytest.mark.parametrize(("kind", "name"), params_of(CASES))
+@pytest.mark.parametrize(("kind", "name"), params_of(CASES, "run_two_stage"))
 def test_two_ranks_equal_the_reference(folder, kind, name):
     stages = list(zip(*load(folder(kind), name), strict=True))
     assert len(stages) == 2
@@ -65,7 +65,7 @@ def test_two_ranks_equal_the_reference(folder, kind, name):
         start = {n: t.double() for n, t in first["states"][-1].items()}
 
 
-@pytest.mark.parametrize(("kind", "name"), params_of(CASES))
+@pytest.mark.parametrize(("kind", "name"), params_of(CASES, "run_two_stage"))
 def test_saved_models_are_the_stages_ends(folder, kind, name, tmp_path):
     ends = [stage["states"][-1] for stage in load(folder(kind), name)[0]]
     for place, end in zip(("sft", "."), ends, strict=True):
@@ -76,7 +76,8 @@ def test_saved_models_are_the_stages_ends(folder, kind, name, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "name"),
     params_of(
-        {kind: [f"{name} {stage} {step}" for name in CASES[kind] for stage, step in CUTS[name]] for kind in CASES}
+        {kind: [f"{name} {stage} {step}" for name in CASES[kind] for stage, step in CUTS[name]] for kind in CASES},
+        "run_two_stage",
     ),
 )
 def test_a_run_that_is_cut_off_ends_as_one_that_is_not(folder, kind, name):
