@@ -32,6 +32,7 @@ FLOORS = {
     "evaluation": 4,
     "methods": 5,
     "comparison": 6,
+    "selftest": 6,
     "cli": 7,
     "scripts": 8,
     "__main__": 8,

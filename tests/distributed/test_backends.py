@@ -14,8 +14,8 @@ from tests.distributed.run_ranks import AGAIN, go_on
 from tests.helpers.lean import replay_lean
 from tests.helpers.resume import assert_same
 from tests.helpers.training import adapters, movement_error, moves
-from tests.reference.bridge import Reference
 from trl_bridge.cli.merge import merge_adapter
+from trl_bridge.selftest.reference.bridge import Reference
 from trl_bridge.training.checkpoint import folder as checkpoints
 
 

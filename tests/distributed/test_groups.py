@@ -21,7 +21,7 @@ from tests.helpers.groups import replay_recorded
 from tests.helpers.resume import assert_same
 from tests.helpers.saved_models import assert_saved
 from tests.helpers.training import small_lora, small_model
-from tests.reference import objectives
+from trl_bridge.selftest.reference import objectives
 
 
 pytestmark = pytest.mark.distributed

@@ -10,7 +10,7 @@ from tests.helpers.resume import assert_same
 from tests.helpers.saved_models import assert_saved
 from tests.helpers.streams import sharp_model
 from tests.helpers.training import movement_error
-from tests.reference.stream import StreamReference
+from trl_bridge.selftest.reference.stream import StreamReference
 
 
 pytestmark = pytest.mark.distributed

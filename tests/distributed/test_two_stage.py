@@ -10,8 +10,8 @@ from tests.distributed.run_two_stage import CASES, CUTS, RUN
 from tests.helpers.resume import assert_same
 from tests.helpers.saved_models import assert_saved
 from tests.helpers.training import movement_error, small_lora, small_model
-from tests.reference import objectives
-from tests.reference.bridge import Optimizer, clip
+from trl_bridge.selftest.reference import objectives
+from trl_bridge.selftest.reference.bridge import Optimizer, clip
 
 
 pytestmark = pytest.mark.distributed

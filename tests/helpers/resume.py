@@ -2,20 +2,12 @@
 
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
-from tests.helpers.training import small_trainer
+from trl_bridge.selftest.runs import StopAt as StopAt
+from trl_bridge.selftest.runs import small_trainer
 
 
 TIMES = ("runtime", "per_second", "step_time")
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
 
 
 def rows_of(trainer):

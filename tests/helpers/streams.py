@@ -3,49 +3,16 @@
 import torch
 from peft import get_peft_model
 from torch.distributed.tensor import DTensor
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from tests.helpers.resume import StopAt, assert_same
-from tests.helpers.training import (
-    clone,
-    digits_reward,
-    movement_error,
-    rl_rows,
-    sft_rows,
-    small_config,
-    small_model,
-)
-from tests.reference.stream import StreamReference
-from trl_bridge.models import tiny_tokenizer
+from trl_bridge.selftest.runs import movement_error, small_model
+from trl_bridge.selftest.streams import *  # noqa: F403
+from trl_bridge.selftest.streams import make, replay_stream, weights_of
 
 
 TOLERANCE = 2e-4  # relative error of the movement, as for BRIDGE
 SGD = {"optim": "sgd", "learning_rate": 0.1}
-
-
-def sharp_model():
-    """A model whose probabilities differ from token to token, so that weights made of them count."""
-    model = small_model()
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(30)
-    return model
-
-
-def make(trainer_class, output_dir, *, model=None, callbacks=None, peft_config=None, eval_dataset=None, **changes):
-    """A small trainer of any class; demonstrations where it takes them."""
-    config_class = getattr(trainer_class, "config_class", GRPOConfig)
-    stream = {"sft_dataset": sft_rows()} if hasattr(trainer_class, "demonstrations_due") else {}
-    return trainer_class(
-        model=small_model() if model is None else model,
-        reward_funcs=digits_reward,
-        args=small_config(output_dir, config_class, **changes),
-        train_dataset=rl_rows(),
-        eval_dataset=eval_dataset,
-        processing_class=tiny_tokenizer(),
-        callbacks=callbacks,
-        peft_config=peft_config,
-        **stream,
-    )
 
 
 def trained(trainer_class, output_dir, **changes):
@@ -55,80 +22,8 @@ def trained(trainer_class, output_dir, **changes):
     return trainer
 
 
-def weights_of(trainer):
-    """Whole weights that are trained, on every rank. Collective where they are spread."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if not hasattr(trainer, "backend"):  # plain TRL, never spread here
-        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    held = trainer.backend.weights(model)
-    return {name: held.full(name).detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
 def logged(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if "loss" in entry and name in entry]
-
-
-class _Recorder:
-    """What passes through the template is kept, and nothing is changed."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.windows, self.states = [], []
-        self._open = {"rl": [], "sft": [], "weights": []}
-
-    def _prepare_for_training(self, *args, **kwargs):
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        self.start = weights_of(self)  # now alike on all ranks, whatever each of them has initialised an adapter with
-        return prepared
-
-    def policy_loss(self, model, inputs):
-        self._open["rl"].append(clone(inputs))
-        return super().policy_loss(model, inputs)
-
-    def demonstration_pass(self, model, window):
-        self._open["sft"].append(clone(self.demonstrations.batch(window.shares[window.micro_batch])))
-        return super().demonstration_pass(model, window)
-
-    def token_weights(self, log_probs, mask, weights):
-        self._open["weights"].append(None if weights is None else weights.clone())
-        return super().token_weights(log_probs, mask, weights)
-
-    def end_of_window(self):
-        super().end_of_window()
-        self.windows.append(self._open)
-        self._open = {"rl": [], "sft": [], "weights": []}
-
-    def log(self, logs, start_time=None):
-        if "loss" in logs:
-            self.states.append(weights_of(self))
-        super().log(logs, start_time)
-
-
-def recording(trainer_class):
-    return type(trainer_class.__name__, (_Recorder, trainer_class), {})
-
-
-def options_of(trainer, **method):
-    """Options of the replay, read off the configuration that the test wrote, and the method's own weights."""
-    args = trainer.args
-    return {
-        "optim": "sgd" if args.optim == "sgd" else "adamw",
-        "lr": args.learning_rate,
-        "max_grad_norm": args.max_grad_norm,
-        "schedule": lambda step: (args.max_steps - step) / args.max_steps,  # the default: linear
-        "temperature": args.temperature,
-        "loss_type": args.loss_type,
-        "level": args.importance_sampling_level,
-        "eps_low": args.epsilon,
-        "eps_high": args.epsilon,
-        "beta": args.beta,
-        "bias_corrected_kl": args.use_bias_correction_kl,
-        "steps_per_generation": args.steps_per_generation,
-        "rl_weight": lambda step: 1.0,
-        "sft_weight": lambda step: 1.0,
-        "token_weight": torch.ones_like,
-        **method,
-    }
 
 
 def replay(trainer, model=None, peft_config=None, **method):
@@ -138,19 +33,19 @@ def replay(trainer, model=None, peft_config=None, **method):
     """
     model = small_model() if model is None else model
     model = model if peft_config is None else get_peft_model(model, peft_config)
-    reference = StreamReference(model, trainer.start, options_of(trainer, **method))
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     metrics = []
-    for step, (window, state, entry) in enumerate(zip(trainer.windows, trainer.states, entries, strict=True)):
-        metrics.append(reference.update(step, window["rl"], window["sft"], window["weights"]))
-        error = movement_error(state, reference.weights, trainer.start)
+    replayed = replay_stream(trainer, model, **method)
+    for step, (state, entry, (weights, want)) in enumerate(zip(trainer.states, entries, replayed, strict=True)):
+        metrics.append(want)
+        error = movement_error(state, weights, trainer.start)
         assert error < TOLERANCE, (step, error)
         for name in ("loss", "rl/loss", "sft/loss", "sft/mean_token_accuracy"):
-            assert (name in entry) == (name in metrics[-1]), (step, name)
+            assert (name in entry) == (name in want), (step, name)
             if name in entry:
-                assert abs(entry[name] - metrics[-1][name]) <= 2e-3 * abs(metrics[-1][name]) + 2e-6, (step, name)
+                assert abs(entry[name] - want[name]) <= 2e-3 * abs(want[name]) + 2e-6, (step, name)
         if "sft/weight_mean" in entry:
-            assert abs(entry["sft/weight_mean"] / metrics[-1]["weight_mean"] - 1) < 1e-3
+            assert abs(entry["sft/weight_mean"] / want["weight_mean"] - 1) < 1e-3
     assert len(metrics) == trainer.state.global_step > 0
     return metrics
 

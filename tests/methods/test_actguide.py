@@ -15,10 +15,10 @@ from tests.helpers.groups import (
     replay_group,
 )
 from tests.helpers.training import digits_reward, movement_error, small_config, small_lora, small_model
-from tests.reference import objectives
 from trl_bridge import ActGuideConfig, ActGuideTrainer
 from trl_bridge.methods.actguide_rollouts import GuidanceSearch, guided_prompt
 from trl_bridge.models import tiny_model, tiny_tokenizer
+from trl_bridge.selftest.reference import objectives
 
 
 TOKENIZER = tiny_tokenizer()

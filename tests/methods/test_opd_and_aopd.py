@@ -13,8 +13,8 @@ from tests.helpers.distillation import (
     window_loss,
 )
 from tests.helpers.training import movement_error, small_lora
-from tests.reference.bridge import clip
 from trl_bridge import AOPDTrainer, OPDTrainer
+from trl_bridge.selftest.reference.bridge import clip
 
 
 SGD = {"optim": "sgd", "learning_rate": 5e-3}

@@ -18,8 +18,8 @@ from tests.helpers.groups import (
     sample_these,
 )
 from tests.helpers.training import small_model
-from tests.reference import objectives
 from trl_bridge import SRFTConfig, SRFTTrainer
+from trl_bridge.selftest.reference import objectives
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,10 @@ TOOLS: dict[str, tuple[str, str]] = {
     "memory": ("trl_bridge.cli.memory:main", "estimate the memory of one GPU for a run, before it is launched"),
     "merge": ("trl_bridge.cli.merge:main", "merge a LoRA adapter into its model"),
     "recipes": ("trl_bridge.cli.command:recipes", "list the shipped recipes (`ls`) or copy one (`cp NAME FILE`)"),
+    "selftest": (
+        "trl_bridge.cli.selftest:main",
+        "train each method for a few updates, and compare them with a reference, on this machine",
+    ),
 }
 """From each tool's verb to its function, `module:function` taking the verb's own arguments, and one line of help."""
 

@@ -16,7 +16,7 @@ from tests.helpers.training import (
     small_model,
     small_trainer,
 )
-from tests.reference import objectives
+from trl_bridge.selftest.reference import objectives
 
 
 def answer_reward(completions, answer, **kwargs):
