@@ -108,15 +108,19 @@ def _replaced(owner: Any, **values: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def isolated_bookkeeping(trainer: GRPOTrainer, entropy_control: tuple[float, float] | None = None) -> Iterator[None]:
+def isolated_bookkeeping(
+    trainer: GRPOTrainer, entropy_control: tuple[float, float] | None = None, micro_batches: int | None = None
+) -> Iterator[None]:
     """
     Call TRL's loss or rewards without a trace: metrics, completion logs and the adaptive-entropy controller are
-    put back as they were.
+    put back as they were. A loss that is computed later than its micro-batch came names the window's size of then.
     """
     blank: dict[str, Any] = {"_pending_extra_logs": defaultdict(list), "_pending_metrics": defaultdict(list)}
     blank["_metrics"] = {mode: defaultdict(list) for mode in trainer._metrics}
     control = entropy_control or (trainer.entropy_coef, trainer._last_world_entropy)
     blank |= {"entropy_coef": control[0], "_last_world_entropy": control[1], "_entropy_window_stats": None}
+    if micro_batches is not None:
+        blank["current_gradient_accumulation_steps"] = micro_batches
     with _replaced(trainer, **blank):
         yield
 

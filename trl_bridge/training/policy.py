@@ -23,6 +23,7 @@ class Snapshot(NamedTuple):
 
     rng: list[torch.Tensor]  # of torch's generators: the CPU's, and the device's
     entropy_control: tuple[float, float]  # coefficient, and last entropy over all ranks
+    micro_batches: int  # that TRL's loss divides by
 
 
 class PolicyLoss:
@@ -65,13 +66,14 @@ class PolicyLoss:
         rng = [torch.get_rng_state()]
         if device.type == "cuda":
             rng.append(torch.cuda.get_rng_state(device))
-        return Snapshot(rng, (self._trainer.entropy_coef, self._trainer._last_world_entropy))
+        control = (self._trainer.entropy_coef, self._trainer._last_world_entropy)
+        return Snapshot(rng, control, self._trainer.current_gradient_accumulation_steps)
 
     @contextlib.contextmanager
     def isolated(self, start: Snapshot) -> Iterator[None]:
         """A pass inside starts from a snapshot, and leaves no trace in TRL's books and random numbers."""
         device = self._trainer.accelerator.device
-        with forked_torch_rng(device), isolated_bookkeeping(self._trainer, start.entropy_control):
+        with forked_torch_rng(device), isolated_bookkeeping(self._trainer, start.entropy_control, start.micro_batches):
             torch.set_rng_state(start.rng[0])
             if len(start.rng) > 1:
                 torch.cuda.set_rng_state(start.rng[1], device)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from tests.helpers.bridge import assert_equal, trained
 from tests.helpers.lean import LEAN
-from tests.helpers.training import sft_rows, small_lora, small_model, small_trainer
+from tests.helpers.training import rl_rows, sft_rows, small_lora, small_model, small_trainer
 from trl_bridge import BridgeTrainer
 from trl_bridge._upstream import plain_copy
 from trl_bridge.models import tiny_tokenizer
@@ -79,6 +80,40 @@ def test_gradients_of_student_and_shadow_are_never_there_together(tmp_path, opti
     small_trainer(tmp_path, Watching, max_steps=4, **options).train()
     updates = 2 if "shadow_update_steps" in options else 4
     assert found == {"student": 2 * updates * [False], "shadow": 8 * [False]}
+
+
+class _Evaluating(TrainerCallback):
+    trainer = None
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("options", "evaluates"),
+    [
+        # A window's first micro-batches are an epoch's last ones, which TRL's loss divides by their own number.
+        (
+            {
+                "train_dataset": rl_rows().select(range(3)).to_iterable_dataset(),
+                "gradient_accumulation_steps": 2,
+                "steps_per_generation": 1,
+                "per_device_train_batch_size": 4,
+            },
+            False,
+        ),
+        # The window's passes are over then, and the shadow's are still to come.
+        ({"eval_dataset": rl_rows().select(range(2)), "per_device_eval_batch_size": 4}, True),
+    ],
+    ids=["an epoch ends inside a window", "a callback evaluates before the step"],
+)
+def test_without_demonstrations_the_shadow_is_the_student(tmp_path, options, evaluates):
+    callback = _Evaluating()
+    trainer = small_trainer(tmp_path, bridge_lambda=1.0, callbacks=[callback] if evaluates else None, **options)
+    callback.trainer = trainer
+    trainer.train()
+    assert_equal(trainer.shadow.weights, dict(trainer.model.named_parameters()))
+    assert all(gain == 0 for gain in (e.get("bridge/gain", 0) for e in trainer.state.log_history))
 
 
 def test_no_shadow_is_built_without_the_gain(tmp_path):

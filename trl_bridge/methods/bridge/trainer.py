@@ -322,6 +322,7 @@ class BridgeTrainer(DemonstrationTrainer):
         if self._shadow_is_due and not self.args.shadow_overlap:
             if not is_before:
                 self.student.clear_gradients()
+            self.model.train()  # a callback may have evaluated before the step, and TRL's loss asks the model
             with self.compute_loss_context_manager():
                 for batch in self._scored:
                     self._run_shadow(batch)
@@ -347,8 +348,9 @@ class BridgeTrainer(DemonstrationTrainer):
         live, weights = self.live_rollouts(batch.inputs), self._share.weight_of(batch.inputs)
         if live is not None:
             weights = weights * live
-        scores = self._shadow_pass.run(self.shadow, batch, weights)
-        self._gain.observe(batch.shared, batch.scores, scores, weights)
+        with self.policy.isolated(batch.start):
+            scores = self._shadow_pass.run(self.shadow, batch, weights)
+            self._gain.observe(batch.shared, batch.scores, scores, weights)
 
     def _shadow_part(self, weight: float) -> Projection | None:
         """What the gain gradient subtracts; `None` without a shadow. Collective."""

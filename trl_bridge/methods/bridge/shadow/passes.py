@@ -78,7 +78,7 @@ class Scored:
 
 
 class ShadowPass:
-    """Forward and backward of the shadow, beside the student's and without a trace in TRL's books."""
+    """Forward and backward of the shadow, beside the student's."""
 
     def __init__(self, policy: PolicyLoss, backend: Backend, share: RolloutShare, *, importance_sampling: bool):
         self._policy = policy
@@ -95,7 +95,7 @@ class ShadowPass:
         inputs = batch.shared if self._importance_sampling else _without_old(batch.inputs)
         shadow.model.train()
         shadow.held.onload()
-        with self._policy.isolated(batch.start), shadow.active(self._backend):
+        with shadow.active(self._backend):
             loss: torch.Tensor | None
             if self._share.is_all:
                 loss, scores = self._policy.loss(shadow.model, inputs)
