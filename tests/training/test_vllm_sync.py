@@ -3,6 +3,7 @@
 import types
 
 import pytest
+import requests
 import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -181,3 +182,28 @@ def test_vllm_takes_its_share_before_the_shadow_is_there(tmp_path, vllm):
     assert trainer.vllm_generation.llm.options["gpu_memory_utilization"] == 0.25
     trainer.train()
     assert events[:4] == ["vLLM's share", "coordinator", "shadow", "weights pushed"]
+
+
+def test_a_server_that_goes_away_is_named_and_nothing_is_lost(tmp_path, vllm):
+    options, _ = vllm
+    if options["vllm_mode"] == "colocate":
+        return
+    saving = {**options, "save_strategy": "steps", "save_steps": 1}
+    trainer = small_trainer(tmp_path, BridgeTrainer, **saving)
+    generate, asked = trainer.vllm_generation.vllm_client.generate, []
+
+    def goes_away(**request):
+        asked.append(request)
+        if len(asked) > 1:
+            sent = requests.Request("POST", "http://there:8000/v1/completions").prepare()
+            raise requests.ConnectionError("refused", request=sent)
+        return generate(**request)
+
+    trainer.vllm_generation.vllm_client.generate = goes_away
+    with pytest.raises(
+        ConnectionError, match=r"http://there:8000/.* does not answer any more\..*from .*checkpoint-1\."
+    ):
+        trainer.train()
+    resumed = small_trainer(tmp_path, BridgeTrainer, **saving)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2

@@ -32,6 +32,8 @@ OVERRIDDEN = {
     "transformers.Trainer._load_optimizer_and_scheduler": "(self, checkpoint)",
     "transformers.Trainer._load_best_model": "(self)",
     "transformers.Trainer._load_rng_state": "(self, checkpoint)",
+    "trl.generation.vllm_client.VLLMClient.init_communicator": "(self, device=0)",
+    "trl.generation.vllm_client.VLLMClient.update_named_params": "(self, metadata, named_params)",
     "transformers.TrainerCallback.on_optimizer_step": "(self, args, state, control, **kwargs)",
 }
 
@@ -115,8 +117,27 @@ _LIGHTNING = "trl_bridge.methods.lightning_opd.LightningOPDTrainer"
 _RESUMABLE = "trl_bridge.training.checkpoint.resume.Resumable"
 _SEALED = "trl_bridge.training.checkpoint.resume.Sealed"
 _OPD = "trl_bridge.methods.opd.OPDTrainer"
+_VLLM = "trl.generation.vllm_generation.VLLMGeneration"
+_FITTED = "trl_bridge.generation.vllm_training.fitted_vllm"
 
 ORDERS = (
+    # The engine and the client are built by names that stand in their module.
+    Order(
+        f"{_VLLM}._init_vllm",
+        ("self.vllm_client = VLLMClient(", ".init_communicator(device=", "self.llm = LLM("),
+        _FITTED,
+    ),
+    Order(
+        f"{_VLLM}.sync_weights",
+        ("self.vllm_client.update_named_params(self._weight_metadata, self._iter_named_params())",),
+        _FITTED,
+    ),
+    # An adapter is merged while the weights are walked through, and no longer.
+    Order(
+        f"{_VLLM}._iter_named_params",
+        ("model.merge_adapter()", "yield name, param.data", "model.unmerge_adapter()"),
+        _FITTED,
+    ),
     Order("trl.GRPOTrainer._compute_loss", ("self.beta",), "trl_bridge._upstream.policy_term_only"),
     Order("trl.GRPOTrainer._compute_loss", ("self._entropy_bonus_enabled",), "trl_bridge._upstream.policy_term_only"),
     Order("trl.GRPOTrainer._compute_loss", ("self.aux_loss_enabled",), "trl_bridge._upstream.policy_term_only"),

@@ -12,6 +12,7 @@ from trl import DistillationConfig, DistillationTrainer
 from ..contract import check
 from ..distillation.refusals import check_backend, check_config
 from ..distillation.teacher import TeacherServer, check_tokenizers, head_of, scores_in
+from ..generation.vllm_training import check_served, fitted_vllm
 from ..objectives.distill import AGGREGATIONS, aggregate, policy_term
 from ..objectives.lm_head import StudentScores, TeacherScores, student_scores, teacher_scores
 from ..training.checkpoint.registry import LOCAL, Registry, attribute
@@ -19,6 +20,7 @@ from ..training.checkpoint.resume import BufferResumable
 from ..training.options import at_least, check_options, must, one_of, options
 from ..training.policy import completions_of
 from ..training.refusals import refuse_pictures
+from ..training.student_config import VLLM_DTYPES
 
 
 check("trl.DistillationTrainer")
@@ -41,6 +43,8 @@ class OPDConfig(DistillationConfig):
     loss_aggregation: str = field(default="token", metadata=one_of(*AGGREGATIONS))
     """'token': mean over the tokens of an update; 'sequence': mean over its completions of the mean over their
     tokens."""
+    vllm_dtype: str | None = field(default=None, metadata=one_of(*VLLM_DTYPES))
+    """As in [`StudentConfig`]."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,20 +137,22 @@ class OPDTrainer(BufferResumable, DistillationTrainer):
                 f"{owner} needs a teacher: pass `teacher_model`, or set `teacher_model_name_or_path` or "
                 "`teacher_model_server_url`."
             )
-        super().__init__(
-            model=model,
-            teacher_model=teacher_model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            tools=tools,
-        )
+        with fitted_vllm(args):
+            super().__init__(
+                model=model,
+                teacher_model=teacher_model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+            )
         refuse_pictures(owner, self.processing_class, self.model)
+        check_served(args, self.model)
         check_backend(self.accelerator, owner)
         if isinstance(teacher_model, str):
             check_tokenizers(self._tokenizer, teacher_model, args.teacher_model_revision, args.trust_remote_code)

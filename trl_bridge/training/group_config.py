@@ -4,7 +4,7 @@ from dataclasses import field
 from typing import ClassVar
 
 from ..objectives.expert import LOSS_TYPES, published_sft_scale
-from .options import check_options, one_of, options, within
+from .options import one_of, options, within
 from .refusals import Rules, check_config, other_than, refuse
 from .student_config import StudentConfig
 
@@ -58,7 +58,6 @@ class ExpertConfig(StudentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_options(self)
         if self.longest_expert < 2:
             name = "max_completion_length" if self.expert_max_length is None else "expert_max_length"
             raise ValueError(

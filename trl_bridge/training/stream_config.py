@@ -2,7 +2,7 @@
 
 from dataclasses import field
 
-from .options import above, at_least, check_options, one_of, options
+from .options import above, at_least, one_of, options
 from .refusals import check_config
 from .student_config import StudentConfig
 
@@ -50,7 +50,6 @@ class DemonstrationConfig(StudentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_options(self)
         if self.sft_pairing == "prompt":
             if self.sft_per_device_train_batch_size is not None:
                 raise ValueError(

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy
 
 from .._upstream import add_demonstration_head, isolated_bookkeeping, plain_copy, without_reference_model
+from ..generation.vllm_training import check_served, fitted_vllm
 from ..rewards.by_name import check_reward_funcs
 from .backends.refusals import is_sharded, refuse_quantised, refuse_sharding
 from .packed_trainer import PackedTrainer
@@ -76,7 +77,7 @@ class StudentTrainer(PackedTrainer):
         datasets = {name: kwargs.get(name) for name in ("train_dataset", "eval_dataset")}
         refuse_pictures(owner, processing_class, model, **datasets)
         own_reference = args.beta != 0.0 and isinstance(model, PreTrainedModel) and peft_config is None
-        with without_reference_model(args) if own_reference else contextlib.nullcontext():
+        with fitted_vllm(args), without_reference_model(args) if own_reference else contextlib.nullcontext():
             super().__init__(model, args=args, processing_class=processing_class, peft_config=peft_config, **kwargs)
         refuse_pictures(owner, self.processing_class, self.model)
         if self.aux_loss_enabled:
@@ -84,6 +85,7 @@ class StudentTrainer(PackedTrainer):
                 "The load-balancing loss of Mixture-of-Experts models is not supported. Set `router_aux_loss_coef=0`."
             )
         self.backend.check(args)
+        check_served(args, self._plain_model)
         kind = self.accelerator.distributed_type
         if not self.shards:
             refuse_sharding(kind, owner)

@@ -1,8 +1,14 @@
 """Arguments that every trainer of ours on GRPO shares."""
 
+from dataclasses import field
+
 from trl import GRPOConfig
 
-from .options import options
+from .options import check_options, one_of, options
+
+
+# vLLM's `auto` is bfloat16 for a model in float32.
+VLLM_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @options
@@ -15,3 +21,10 @@ class StudentConfig(GRPOConfig):
     padded passes run."""
     share_prompts: bool = True
     """Whether the rollouts of a group share one computation of their prompt (`padding_free` only)."""
+    vllm_dtype: str | None = field(default=None, metadata=one_of(*VLLM_DTYPES))
+    """Type of the weights that vLLM samples with in colocate mode. `None` leaves it to vLLM, which takes bfloat16 for a
+    model in float32. A server is started with its own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_options(self)

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOTrainer
 
+from ..._upstream import SERVER_GONE
 from ...demonstrations.rows import check_prompts, check_size
 from ...generation.day import clock_template, stopped, today
 from ..backends import Backend, backend_for
@@ -233,6 +234,17 @@ class BufferResumable(Resumable):
                     f"The chat template prints the day: it stays {self.template_day} for the whole run, and a resumed run goes on "
                     "with the day of its first start. What `chat_template_kwargs` say (such as `date_string`) wins."
                 )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As [`Resumable.train`]; a server of rollouts or of a teacher that goes away is named."""
+        try:
+            return super().train(*args, **kwargs)
+        except SERVER_GONE as error:
+            newest = checkpoints.latest(Path(str(self.args.output_dir)))
+            go_on = f"`resume_from_checkpoint=True` goes on from {newest}" if newest else "there is no checkpoint yet"
+            request = getattr(error, "request", None)
+            where = "A server" if request is None else f"The server of {request.url}"
+            raise ConnectionError(f"{where} does not answer any more. Start it again; {go_on}.") from error
 
     @functools.cached_property
     def _rows_hash(self) -> str | None:

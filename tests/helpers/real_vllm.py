@@ -1,0 +1,182 @@
+"""vLLM itself under TRL's generation: small models that its CPU kernels take, one engine for many runs, each sync looked at."""
+
+import copy
+import importlib.util
+import pkgutil
+
+import pytest
+import torch
+from trl.generation import vllm_generation
+from trl.generation.vllm_generation import VLLMGeneration
+
+from tests.helpers.groups import group_trainer, hint_rows
+from tests.helpers.streams import make
+from tests.helpers.training import small_lora, small_trainer
+from trl_bridge.methods.catalogue import METHODS
+from trl_bridge.models import tiny_model, tiny_tokenizer
+
+
+NEEDS_VLLM = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make test-vllm`"),
+]
+
+TOLERANCE = 1e-5  # nats
+
+
+def save_model(folder, tied=False, seed=3):
+    """A model with an opinion, so that stale weights show in its log-probabilities, and its tokenizer."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer, hidden_size=64, heads=2, layers=2, seed=seed, tie_word_embeddings=tied)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(8)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+# Runs of every method
+
+
+VLLM = {
+    "use_vllm": True,
+    "learning_rate": 1e-2,
+    "max_steps": 3,
+    "max_completion_length": 10,
+    "model_init_kwargs": {"dtype": "float32"},
+}
+COLOCATE = {**VLLM, "vllm_mode": "colocate", "vllm_dtype": "float32", "vllm_max_model_length": 400}
+
+_CHANGES = {
+    "bridge": {},
+    "bridge-default-coordinator": {"peft_config": None},
+    "bridge-selective": {"preset": "selective"},
+    "bridge-lean": {"lean": True},
+    "alternating": {"first": "rl", "rl_steps": 1, "sft_steps": 1},
+    "uft": {"hint_steps": 4},
+    "hpt": {"gate": 1, "gate_off": 2},
+}
+LORA = ["grpo-lora", "chord-lora", "luffy-lora"]
+_OTHERS = ["naive-mix", "alternating", "chord", "luffy", "srft", "relift", "prefix-rft", "grpo"]
+CASES = [*_CHANGES, *(name for name in _OTHERS if name not in _CHANGES), *LORA]
+TIED = ["bridge", "bridge-default-coordinator", "bridge-selective", "bridge-lean", "uft", "hpt"]
+
+
+def build(case, folder, model, **options):
+    """A trainer of a method, or of a variant of it, on a model that is on disk."""
+    name = case.split("-lora")[0] if case in LORA else "bridge" if case.startswith("bridge") else case
+    trainer_class = pkgutil.resolve_name(METHODS[name].trainer)
+    changes = {**_CHANGES.get(case, {}), **options}
+    if case in LORA:
+        changes["peft_config"] = small_lora()
+    if name == "bridge":
+        return small_trainer(folder, trainer_class, model=model, **changes)
+    if METHODS[name].family == "group":
+        return group_trainer(folder, trainer_class, model=model, **{"train_dataset": hint_rows(), **changes})
+    return make(trainer_class, folder, model=model, **changes)
+
+
+# What the engine holds
+
+
+def policy_of(trainer):
+    """The policy's weights under the plain model's names, each under every name that it has."""
+    plain = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(plain, "merge_and_unload"):
+        # Of tensors alone: TRL's forwards are bound to the model that they were made for.
+        plain = copy.deepcopy(plain).merge_and_unload()
+    return {name: w.detach().clone() for name, w in plain.named_parameters(remove_duplicate=False)}
+
+
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def weights_of(llm):
+    """The engine's own tensors."""
+    model = llm.llm_engine.model_executor.driver_worker.model_runner.model
+    return {name: w.detach().clone() for name, w in model.named_parameters()}
+
+
+def largest_difference(engine, policy):
+    """Between an engine's weights and a policy's, each of which must have its counterpart."""
+    differences, seen = [], set()
+    for name, weight in engine.items():
+        fused = next((key for key in _FUSED if key in name), None)
+        parts = [name.replace(fused, part) for part in _FUSED[fused]] if fused else [name]
+        want = torch.cat([policy[part] for part in parts])
+        seen |= set(parts)
+        # vLLM pads the vocabulary.
+        differences.append(float((weight[: len(want)] - want).abs().max()))
+    left = set(policy) - seen
+    assert all(torch.equal(policy[n], policy["model.embed_tokens.weight"]) for n in left), left
+    return max(differences)
+
+
+def log_probs(trainer, prompts, completions):
+    """The policy's log-probabilities of each completion token, by a forward of its own."""
+    plain = trainer.accelerator.unwrap_model(trainer.model)
+    found, was_training = [], plain.training
+    plain.eval()
+    with torch.no_grad():
+        for prompt, completion in zip(prompts, completions, strict=True):
+            logits = plain(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].float()
+            chosen = torch.tensor(completion).unsqueeze(1)
+            found.append(logits.log_softmax(-1).gather(1, chosen).squeeze(1).tolist())
+    plain.train(was_training)
+    return found
+
+
+class Watched:
+    """TRL's own syncs and generations, each of which is compared with the policy right after it."""
+
+    def __init__(self, monkeypatch):
+        self.trainer = None
+        self.syncs, self.weights, self.log_probs, self.changes = 0, [], [], []
+        self._held = None
+        sync, generate = VLLMGeneration.sync_weights, VLLMGeneration.generate
+
+        def watched_sync(generation):
+            sync(generation)
+            self.syncs += 1
+            held = weights_of(generation.llm)
+            self.weights.append(largest_difference(held, policy_of(self.trainer)))
+            if self._held is not None:
+                self.changes.append(max(float((held[n] - self._held[n]).abs().max()) for n in held))
+            self._held = held
+
+        def watched_generate(generation, prompts, *args, **kwargs):
+            found = generate(generation, prompts, *args, **kwargs)
+            ids, completions, scores = found[:3]
+            self._compare(ids, completions, scores)
+            return found
+
+        monkeypatch.setattr(VLLMGeneration, "sync_weights", watched_sync)
+        monkeypatch.setattr(VLLMGeneration, "generate", watched_generate)
+
+    def _compare(self, ids, completions, scores):
+        own = log_probs(self.trainer, ids, completions)
+        pairs = ((a[0], b) for one, two in zip(scores, own, strict=True) for a, b in zip(one, two, strict=True))
+        self.log_probs.append(max(abs(a - b) for a, b in pairs))
+
+    def run(self, trainer, **train):
+        """Train, and hold every sync and every generation to the policy."""
+        self.trainer = trainer
+        trainer.train(**train)
+        assert self.syncs and len(self.log_probs) >= self.syncs
+        assert max(self.log_probs) < TOLERANCE, self.log_probs
+        assert max(self.weights) < 1e-6, self.weights
+        assert min(self.changes) > 1e-3, "a policy that stays as it was shows nothing"
+
+
+class SharedEngines:
+    """Engines by what they are built with: TRL builds one for each trainer, which takes longer than its run."""
+
+    def __init__(self):
+        self._built, self._build = {}, vllm_generation.LLM
+
+    def __call__(self, **options):
+        key = (options["model"], options.get("dtype"))
+        if key not in self._built:
+            # Without a compiler's half minute.
+            self._built[key] = self._build(**options, enforce_eager=True)
+        return self._built[key]
