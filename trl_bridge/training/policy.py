@@ -23,7 +23,7 @@ class Snapshot(NamedTuple):
 
     rng: list[torch.Tensor]  # of torch's generators: the CPU's, and the device's
     entropy_control: tuple[float, float]  # coefficient, and last entropy over all ranks
-    micro_batches: int  # that TRL's loss divides by
+    micro_batches: int | None  # that TRL's loss divides by
 
 
 class PolicyLoss:

@@ -59,7 +59,7 @@ class ShadowOverlap:
             Scored(
                 **send_to_device({name: batch[name] for name in ("inputs", "scores")}, self._device),
                 # The generators' states stay on the CPU.
-                start=Snapshot(batch["rng"], batch["entropy_control"], batch["micro_batches"]),
+                start=Snapshot(batch["rng"], batch["entropy_control"], batch.get("micro_batches")),
             )
             for batch in state
         ]
