@@ -137,6 +137,22 @@ def test_checkpoint_inside_an_update_is_not_whole(tmp_path):
         small_trainer(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+@pytest.mark.parametrize("event", ["on_pre_optimizer_step", "on_optimizer_step"])
+def test_checkpoint_between_a_step_and_its_count_is_not_whole(tmp_path, event):
+    def save(args, state, control, **kwargs):
+        if state.global_step == 2:
+            trainer._save_checkpoint(trainer.model, trial=None)
+            control.should_training_stop = True
+
+    callback = TrainerCallback()
+    setattr(callback, event, save)
+    trainer = small_trainer(tmp_path, max_steps=4, callbacks=[callback])
+    trainer.train()
+    assert trainer.state.global_step == 3 and (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
+    with pytest.raises(ValueError, match="resume_from_checkpoint"):
+        small_trainer(tmp_path, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_resume_in_the_same_process_after_an_interruption(tmp_path):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "sft_weighting": "likelihood"}
     straight = small_trainer(tmp_path / "straight", **options)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -84,6 +84,27 @@ class Sealed(Trainer):
         return super()._finalize_training(*args, **kwargs)
 
 
+class _Stepping(TrainerCallback):
+    """Notes when the optimizer has stepped and `global_step` does not count it yet."""
+
+    under_way = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.under_way = False  # an exception may have cut off an earlier call of `train`
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.under_way = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.under_way = False
+
+
 class Resumable(Sealed):
     """
     The part of an exact resume that any TRL trainer can carry: `class Mine(Resumable, SFTTrainer)`.
@@ -94,6 +115,11 @@ class Resumable(Sealed):
     """
 
     _metrics: dict[str, Any]
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._stepping = _Stepping()
+        self.callback_handler.callbacks.insert(0, self._stepping)  # before user callbacks, which may save
 
     @functools.cached_property
     def backend(self) -> Backend:
@@ -126,7 +152,7 @@ class Resumable(Sealed):
 
     @property
     def description(self) -> dict[str, Any] | None:
-        return None if self.inside_update else self.saved.description
+        return None if self._is_cut else self.saved.description
 
     def build_parts(self) -> None:
         """Build, once, what needs the student as `train` has prepared it. Called before a checkpoint is loaded."""
@@ -138,6 +164,10 @@ class Resumable(Sealed):
     def inside_update(self) -> bool:
         """Whether some micro-batches of an update are done and others are not."""
         return False
+
+    @property
+    def _is_cut(self) -> bool:
+        return self.inside_update or self._stepping.under_way
 
     # TRL's methods
 
@@ -160,7 +190,7 @@ class Resumable(Sealed):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.inside_update:
+        if self._is_cut:
             logger.warning(
                 f"{output_dir} is saved inside an update, which cannot be resumed exactly: it is not marked as "
                 "complete, and `resume_from_checkpoint=True` will pass over it."
