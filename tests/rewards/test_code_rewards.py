@@ -12,7 +12,7 @@ import time
 import psutil
 import pytest
 
-from trl_bridge.rewards import CodeReward, code_reward, sandbox
+from trl_bridge.rewards import CodeReward, code_reward, completions, sandbox
 from trl_bridge.rewards.code_rewards import CodeExecutionRefused, last_program, parse_tests, same_output
 
 
@@ -164,7 +164,8 @@ UNREADABLE = [
 ]
 
 
-def test_tests_that_cannot_be_judged(caplog):
+def test_tests_that_cannot_be_judged(caplog, monkeypatch):
+    monkeypatch.setattr(completions, "_warned", set())  # another test may have had the same rows
     reward = CodeReward(allow_execution=True, workers=2)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):

@@ -68,7 +68,7 @@ def test_every_test_named_exists():
 
 def test_every_option_called_tested_is_set_by_that_test():
     """The name of the option stands in the file of the test, in the harness that it runs on, or among the cases on two ranks."""
-    harness = (ROOT / "tests/helpers/training.py").read_text()
+    harness = (ROOT / "trl_bridge/selftest/runs.py").read_text()
     cases = (ROOT / "tests/distributed/cases.py").read_text()
     for name, (status, note, _) in support_table().items():
         if status == "tested":

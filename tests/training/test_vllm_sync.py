@@ -190,16 +190,16 @@ def test_a_server_that_goes_away_is_named_and_nothing_is_lost(tmp_path, vllm):
         return
     saving = {**options, "save_strategy": "steps", "save_steps": 1}
     trainer = small_trainer(tmp_path, BridgeTrainer, **saving)
-    generate, asked = trainer.vllm_generation.vllm_client.generate, []
+    generate, asked = trainer.vllm_generation.generate, []
 
-    def goes_away(**request):
-        asked.append(request)
+    def goes_away(*args, **kwargs):
+        asked.append(kwargs)
         if len(asked) > 1:
             sent = requests.Request("POST", "http://there:8000/v1/completions").prepare()
             raise requests.ConnectionError("refused", request=sent)
-        return generate(**request)
+        return generate(*args, **kwargs)
 
-    trainer.vllm_generation.vllm_client.generate = goes_away
+    trainer.vllm_generation.generate = goes_away
     with pytest.raises(
         ConnectionError, match=r"http://there:8000/.* does not answer any more\..*from .*checkpoint-1\."
     ):

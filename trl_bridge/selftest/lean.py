@@ -28,8 +28,10 @@ def lean_trainer(output_dir, trainer_class=RecordingTrainer, lora=None, **option
     with torch.no_grad():
         for name, weight in trainer.model.named_parameters():
             if "lora_B" in name:
-                part = weight[:, : trainer.args.lean_lora_r]
-                part.copy_(torch.randn(part.shape, generator=generator) * 0.1)
+                rank = trainer.args.lean_lora_r
+                # On the CPU, so that it is the same start on every device.
+                drawn = torch.empty(weight.shape)[:, :rank].normal_(std=0.1, generator=generator)
+                weight[:, :rank] = drawn.to(weight)
     if isinstance(trainer, RecordingTrainer):
         trainer.start = trainer.snapshot()
     return trainer
