@@ -79,6 +79,7 @@ def test_a_check_that_does_not_exist(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_whole_of_it_passes():
     run = [sys.executable, "-m", "trl_bridge", "selftest"]
     done = subprocess.run(run, capture_output=True, text=True, timeout=1200)
@@ -90,7 +91,7 @@ def test_the_whole_of_it_passes():
 @pytest.mark.distributed
 def test_two_ranks_print_one_table(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    only = ["bridge", "chord", "hpt", "relift", "opd", "lightning-opd", "exact resume"]
+    only = ["bridge", "relift", "opd", "exact resume"]
     run = ["--rdzv_endpoint", "localhost:0", "-m", "trl_bridge.cli.selftest", "--only", *only]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*launch, *run], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)
