@@ -16,7 +16,15 @@ from trl_bridge.distillation.teacher import logit_scale
 
 
 READ = ATTRIBUTES["trl.DistillationTrainer"].split()
-OWN = {"_clock_template", "_measured", "_train_sampler", "prompts_per_generation", "served_teacher", "template_day"}
+OWN = {
+    "_clock_template",
+    "_measured",
+    "_stepping",
+    "_train_sampler",
+    "prompts_per_generation",
+    "served_teacher",
+    "template_day",
+}
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ OWN_NAMES = frozenset(
     _build_shadow _build_shadow_optimizer _check_datasets _check_packing _check_sharded_adapter
     _check_verdict_columns _copy_student _count _count_items _deal _draw _draw_pieces _draw_shares _end_of_update
     _entropy _expert_term _fill _finish_window _from_all_ranks _frozen_copy _guided_log_probs _guided_rollouts
-    _guided_rows _held _load_rollouts _log_student _log_update _measure _micro_batches_add_up _move_coordinator
+    _guided_rows _held _is_cut _load_rollouts _log_student _log_update _measure _micro_batches_add_up _move_coordinator
     _needs_policy_part _observe _pad _paired_prompts _parent_scores_old_policy _plain_model _put_among_rollouts
     _record _record_guidance _record_prefixes _record_rewards _reshard_rollouts _reshard_step _reward_guided
     _rows_hash _run_passes _run_shadow _score _score_by_teacher _score_packed _sealing _set_initial_mean
@@ -29,8 +29,8 @@ OWN_NAMES = frozenset(
 OWN_ATTRIBUTES = frozenset(
     """
     _clock_template _frozen_base _fused _gain _live _meta_copy _observer _overlap _packing_is_checked _packs
-    _pass_start _probe _scored _sft_dataset _shadow_pass _share _student _train_sampler _turns _window _work backend
-    coordinator coordinator_optimizer demonstrations policy rollouts shadow shadow_gradient student_gradient
+    _pass_start _probe _scored _sft_dataset _shadow_pass _share _stepping _student _train_sampler _turns _window _work
+    backend coordinator coordinator_optimizer demonstrations policy rollouts shadow shadow_gradient student_gradient
     template_day weighting
     """.split()
 )
