@@ -3,6 +3,8 @@
 from . import rewards as rewards
 from .methods.actguide import ActGuideConfig as ActGuideConfig
 from .methods.actguide import ActGuideTrainer as ActGuideTrainer
+from .methods.ada_prefix import AdaPrefixConfig as AdaPrefixConfig
+from .methods.ada_prefix import AdaPrefixTrainer as AdaPrefixTrainer
 from .methods.alternating import AlternatingConfig as AlternatingConfig
 from .methods.alternating import AlternatingTrainer as AlternatingTrainer
 from .methods.aopd import AOPDConfig as AOPDConfig
@@ -27,6 +29,8 @@ from .methods.prefix_rft import PrefixRFTConfig as PrefixRFTConfig
 from .methods.prefix_rft import PrefixRFTTrainer as PrefixRFTTrainer
 from .methods.relift import ReLIFTConfig as ReLIFTConfig
 from .methods.relift import ReLIFTTrainer as ReLIFTTrainer
+from .methods.self_teacher import SelfTeacherConfig as SelfTeacherConfig
+from .methods.self_teacher import SelfTeacherTrainer as SelfTeacherTrainer
 from .methods.srft import SRFTConfig as SRFTConfig
 from .methods.srft import SRFTTrainer as SRFTTrainer
 from .methods.two_stage import TwoStageConfig as TwoStageConfig

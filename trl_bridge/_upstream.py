@@ -221,13 +221,18 @@ def decay_groups(
 
 @contextlib.contextmanager
 def scored_by(trainer: GRPOTrainer, score: Callable[..., Any]) -> Iterator[None]:
-    """While inside, TRL's loss asks this function for scores in place of `_get_per_token_logps_and_entropies`."""
-    attributes = vars(trainer)
-    attributes["_get_per_token_logps_and_entropies"] = score  # before the class's own
+    """
+    While inside, TRL's loss asks this function for scores in place of `_get_per_token_logps_and_entropies`; the innermost
+    one where several are.
+    """
+    attributes, name = vars(trainer), "_get_per_token_logps_and_entropies"
+    outer = {name: attributes[name]} if name in attributes else {}
+    attributes[name] = score  # before the class's own
     try:
         yield
     finally:
-        del attributes["_get_per_token_logps_and_entropies"]
+        del attributes[name]
+        attributes |= outer
 
 
 def policy_term_only(trainer: GRPOTrainer) -> AbstractContextManager[None]:

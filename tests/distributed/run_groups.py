@@ -60,13 +60,21 @@ METHOD = {
     # Hard groups on one rank, on both and on none, in different batches.
     "actguide": {"hard_threshold": 2.0, "probe_rollouts": 6, "beta": 0.1, **SGD},
 }  # fmt: skip
+# Tried on DDP alone.
+DDP_ONLY = {
+    "self-teacher": {"objective": "sdpg", "kl_weight": 0.7, "hint_template": "{prompt}{demonstration}!", **SGD},
+    "self-teacher average": {
+        "objective": "sdft", "self_teacher": "average", "self_teacher_rate": 0.3, "hint_template": "{prompt}{demonstration}!", **SGD,
+    },
+    "ada-prefix": {"success_threshold": 2.0, "prefix_rate": 0.5, **SGD},
+}  # fmt: skip
 LORA = {"peft_config": small_lora()}
 ZERO = {"zero-1": zero(1), "zero-2": zero(2), "zero-3": zero(3, stage3_param_persistence_threshold=0)}
 # Each method once: what else there is to them is tried in full.
 ONCE = [name for name in METHOD if name not in ("hpt", "relift one")]
 # By backend: method -> what the backend needs.
 CASES = {
-    "ddp": {name: {} for name in METHOD if name != "relift one"},
+    "ddp": {name: {} for name in (*METHOD, *DDP_ONLY) if name != "relift one"},
     "fsdp": {**dict.fromkeys(METHOD, FSDP), **{f"{name}, lora": {**FSDP, **LORA} for name in ONCE}},
     "deepspeed": {
         f"{name}, {stage}{kind}": {**way, **options}
@@ -95,7 +103,13 @@ def build(kind, case, folder, recorded=False, **changes):
     if recorded:
         trainer_class = WATCHING[name]() if name in WATCHING else recording(trainer_class)
     rows = hint_rows(every=2, steps=name == "actguide")
-    options = {"train_dataset": rows, **ROWS, **METHOD[options_of(case)], **CASES[kind][case], **changes}
+    options = {
+        "train_dataset": rows,
+        **ROWS,
+        **{**METHOD, **DDP_ONLY}[options_of(case)],
+        **CASES[kind][case],
+        **changes,
+    }
     return group_trainer(folder, trainer_class, **options)
 
 

@@ -21,12 +21,21 @@ NAIVE_MIX = (NaiveMixTrainer, {"sft_weight": 0.5, "sft_weighting": "likelihood",
 ALTERNATING = (AlternatingTrainer, {})
 CHORD = (CHORDTrainer, {**MU, "enable_phi_function": True, **SGD})
 LORA = {"peft_config": small_lora()}
+# A model that each rank has in full, or whose weights are spread as those of the KL reference.
+TEACHER = {"teachers": ["builtin:tiny"], "teacher_weight": 0.5}
 ABSENT = {"fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}}
 ZERO_3 = zero(3, stage3_param_persistence_threshold=0)
 # By backend: method -> trainer, what the method is tested with, and what the backend needs.
 CASES = {
-    "ddp": {"naive-mix": (*NAIVE_MIX, {}), "alternating": (*ALTERNATING, {}), "chord": (*CHORD, {})},
+    "ddp": {
+        "naive-mix": (*NAIVE_MIX, {}),
+        "alternating": (*ALTERNATING, {}),
+        "chord": (*CHORD, {}),
+        "naive-mix, teacher": (*NAIVE_MIX, TEACHER),
+        "chord, teacher": (*CHORD, {**TEACHER, "teacher_form": "loss"}),
+    },
     "fsdp": {
+        "naive-mix, teacher": (*NAIVE_MIX, {**FSDP, **TEACHER}),
         # The KL reference too has the main process's weights.
         "naive-mix": (*NAIVE_MIX, {**FSDP, **ABSENT, "beta": 0.1}),
         "alternating": (*ALTERNATING, {**FSDP, "gradient_checkpointing": True}),
@@ -35,6 +44,8 @@ CASES = {
         "chord, lora": (*CHORD, {**FSDP, "gradient_checkpointing": True, **SGD, **LORA}),
     },
     "deepspeed": {
+        "naive-mix, teacher": (*NAIVE_MIX, {**zero(2), **TEACHER}),
+        "chord, teacher": (*CHORD, {**ZERO_3, **TEACHER, "teacher_form": "loss"}),
         "naive-mix": (*NAIVE_MIX, {**zero(2), "gradient_checkpointing": True}),
         "alternating": (*ALTERNATING, ZERO_3),
         "chord": (*CHORD, zero(1)),

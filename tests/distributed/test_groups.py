@@ -7,13 +7,14 @@ import torch
 from peft import get_peft_model
 
 from tests.distributed.launch import folder_of_runs, load, params_of
-from tests.distributed.run_groups import CASES, METHOD, RESUMED, options_of
+from tests.distributed.run_groups import CASES, DDP_ONLY, METHOD, RESUMED, options_of
 from tests.helpers.group_losses import (
     guide_loss,
     hpt_loss,
     luffy_loss,
     prefix_loss,
     replay_relift,
+    self_teacher_loss,
     srft_loss,
     uft_loss,
 )
@@ -34,9 +35,10 @@ LOSSES = {
     "hpt apart": hpt_loss(),
     "uft": uft_loss,
     "prefix-rft": prefix_loss,
+    "ada-prefix": lambda p: p.policy_loss(),
 }
 # What our trainers log reduced over ranks, the same on each. TRL's own entries are the main process's.
-OURS = ("expert/", "rollouts/", "sft/", "rl/", *(f"{name.replace('-', '_')}/" for name in METHOD))
+OURS = ("expert/", "rollouts/", "sft/", "rl/", *(f"{name.replace('-', '_')}/" for name in (*METHOD, *DDP_ONLY)))
 
 
 def cases_of(*methods):
@@ -126,6 +128,24 @@ def test_actguide_on_two_ranks_equals_the_reference(folder, kind, name):
         shown = batch["completion_mask"] > 0
         assert torch.allclose(batch["ref_per_token_logps"].double()[shown], want[shown], atol=1e-5)
     errors = replay_recorded(run, run.initial_model, guide_loss(run), o)
+    assert max(errors) < TOLERANCE, errors
+
+
+@pytest.mark.parametrize(("kind", "name"), cases_of("self-teacher", "self-teacher average"))
+def test_self_teacher_on_two_ranks_equals_the_reference(folder, kind, name):
+    run = _joined(load(folder(kind), name), name)
+    steps = len(run.windows)
+    o = {**run.options, "world_size": 2, "schedule": lambda step: (steps - step) / steps}
+    for update, window in enumerate(run.windows):
+        for batch in window:
+            batch["update"] = update
+    averages = None
+    if run.args.self_teacher == "average":
+        averages = [{n: t.double() for n, t in run.start.items()}]
+        for state in run.states:
+            averages.append({n: 0.7 * t + 0.3 * state[n].double() for n, t in averages[-1].items()})
+    formula = self_teacher_loss(run.args, weight=run.args.kl_weight, gate=run.args.kl_gate, averages=averages)
+    errors = replay_recorded(run, run.initial_model, formula, o)
     assert max(errors) < TOLERANCE, errors
 
 

@@ -9,7 +9,9 @@ from tests.distributed.run_streams import CASES, PACKED, RESUMES
 from tests.helpers.resume import assert_same
 from tests.helpers.saved_models import assert_saved
 from tests.helpers.streams import sharp_model
+from tests.helpers.teachers import scored
 from tests.helpers.training import movement_error
+from trl_bridge.models import load as load_model
 from trl_bridge.selftest.reference.stream import StreamReference
 
 
@@ -57,6 +59,11 @@ def test_two_ranks_equal_the_reference(folder, kind, name):
         **ones,
         **METHODS[method_of(name)],
     }
+    if "teacher" in name:
+        form = CASES[kind][name][2].get("teacher_form", "advantage")
+        options["teacher"] = {"form": form, "kl": "k2", "weight": lambda step: 0.5}
+        for rank in ranks:
+            scored(rank["windows"], load_model("builtin:tiny", 12), options["temperature"])
     reference = StreamReference(student(kind, name), main["start"], options)
     for step, (state, entry) in enumerate(zip(main["states"], main["log"], strict=True)):
         joined = {k: [x for rank in ranks for x in rank["windows"][step][k]] for k in ("rl", "sft", "weights")}

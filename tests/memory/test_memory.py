@@ -272,5 +272,29 @@ def test_no_measured_mark_without_a_measurement():
     run = Run(bf16=False, checkpointing=False)
     marked = [b for b in BACKENDS if replace(run, backend=b).measured]
     assert marked == ["one-process", "ddp", "fsdp2"]
-    for changes in ({"shadow_offload": True}, {"adapter_rank": 8}, {"reference": True}, {"vllm_bytes": 1}):
+    for changes in (
+        {"shadow_offload": True},
+        {"adapter_rank": 8},
+        {"reference": True},
+        {"vllm_bytes": 1},
+        {"teacher_bytes": 1},
+    ):
         assert not replace(run, **changes).measured
+
+
+def test_teachers_and_what_a_self_teacher_holds(shape, capsys, tmp_path):
+    assert parts(shape, backend="fsdp2", num_processes=8, bf16=False, teacher_bytes=6e6)["teachers"] == pytest.approx(
+        6e6 / 8 / shape.parameters, abs=1e-6
+    )
+    assert parts(shape, bf16=False, averaged=True)["averaged weights"] == 4
+    run = Run(rows=2, completion_length=100, bf16=False)
+    plain, whole = (estimate(shape, replace(run, whole_logits=held)).parts["logits"] for held in (False, True))
+    assert whole == 5 * 4 * 2 * 100 * shape.vocab_size != plain
+    benchmark.make_config(SMALL).save_pretrained(tmp_path)
+    small = ("--model", str(tmp_path), "--bf16", "false")
+    total, _ = printed_total(capsys, *small, "--method", "grpo")
+    named = (f"a={tmp_path}", "b=http://host:8000", f"c={tmp_path}")
+    more, lines = printed_total(capsys, *small, "--method", "grpo", "--teachers", *named, "--teacher_dtype", "float32")
+    size = shape_of(load_config(str(tmp_path))).parameters
+    assert more - total == pytest.approx(2 * 4 * size / 2**30, abs=0.02)
+    assert any(line.startswith("teachers") for line in lines)

@@ -7,7 +7,7 @@ from tests.helpers.distillation import distillation_config, distillation_trainer
 from tests.helpers.lightning_opd import make
 from tests.helpers.training import small_model
 from trl_bridge import AOPDConfig, AOPDTrainer, OPDConfig, OPDTrainer
-from trl_bridge.distillation.refusals import REFUSED, check_config
+from trl_bridge.methods.distillation_refusals import REFUSED, check_config
 from trl_bridge.models import tiny_tokenizer
 
 

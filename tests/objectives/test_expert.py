@@ -96,7 +96,13 @@ def tokens():
 
 @pytest.mark.parametrize(
     ("loss_type", "expected"),
-    [("grpo", (1.5 + 4.0 + 0.0) / 3 / 2), ("dr_grpo", 7.0 / (3 * 10) / 2), ("dapo", 7.0 / 14)],
+    [
+        *[(kind, (1.5 + 4.0 + 0.0) / 3 / 2) for kind in ("grpo", "sapo")],
+        *[(kind, 7.0 / 14) for kind in ("dapo", "cispo", "vespo")],
+        ("dr_grpo", 7.0 / (3 * 10) / 2),
+        ("bnpo", 7.0 / 3 / 2),
+        ("luspo", 7.0 / 3 / 2),
+    ],
 )
 def test_reduction_by_hand(tokens, loss_type, expected):
     found = reduce_tokens(*tokens, loss_type, max_completion_length=10, accumulation_steps=2, num_items=14)
@@ -117,8 +123,8 @@ def test_reduction_adds_up_over_micro_batches(tokens, loss_type):
 
 
 def test_unknown_loss_type(tokens):
-    with pytest.raises(ValueError, match="`loss_type` must be one of 'grpo', 'dr_grpo', 'dapo', got 'bnpo'"):
-        reduce_tokens(*tokens, "bnpo", max_completion_length=10, accumulation_steps=1, num_items=1)
+    with pytest.raises(ValueError, match="`loss_type='ppo'` is not one of TRL's"):
+        reduce_tokens(*tokens, "ppo", max_completion_length=10, accumulation_steps=1, num_items=1)
 
 
 def test_published_scale_of_the_sft_term():

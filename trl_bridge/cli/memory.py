@@ -146,6 +146,9 @@ def run_of(method: Method, values: Any, launch: list[str], options: argparse.Nam
         unsynced=not bridge,
         checkpointing=bool(values.gradient_checkpointing if checkpointing is None else checkpointing),
         reference=bool(get("beta")),
+        teacher_bytes=_teacher_bytes(values),
+        averaged=get("self_teacher") == "average",
+        whole_logits=get("objective") in ("sdft", "sdpg"),
         coordinator_rank=values.lora_r if bridge else 0,
         shadow=bridge and (values.preset == "paper" if gain is None else gain),
         shadow_offload=bool(get("shadow_offload")),
@@ -157,6 +160,17 @@ def run_of(method: Method, values: Any, launch: list[str], options: argparse.Nam
         vllm_bytes=round(values.vllm_gpu_memory_utilization * options.gpu_memory * _GIB) if colocated else 0,
         vllm_sleeps=colocated and bool(values.vllm_enable_sleep_mode),
     )
+
+
+def _teacher_bytes(values: Any) -> float:
+    """Of teachers that are models here; those stored in an unknown precision in 16 bits."""
+    from ..training.teacher import named, place_of
+
+    if not getattr(values, "teachers", None):
+        return 0.0
+    models = [where for where in named(values.teachers).values() if place_of(where) == "model"]
+    size = 4.0 if values.teacher_dtype == "float32" else 2.0
+    return sum(shape_of(load_config(where)).parameters * size for where in models)
 
 
 def _base_bytes(values: Any) -> float:

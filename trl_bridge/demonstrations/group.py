@@ -19,6 +19,8 @@ logger = get_logger(__name__)
 
 # Told apart from the generators of the stream and of the choice among several traces, which take the same numbers.
 _USE = 1
+# Far from the purposes that methods number from 2.
+_OTHER = 1000
 
 
 class Experts:
@@ -76,6 +78,13 @@ class Experts:
             return None
         row = self._rendered[self._index.draw(key, generation, group)]
         return _completion(row)[: self.max_length]
+
+    def draw_other(self, prompt: Any, generation: int, group: int) -> list[int] | None:
+        """The trace of another prompt, for controls."""
+        key, keys = prompt_key(prompt), self._rendered["prompt_key"][:]
+        start = int(self.uniform(generation, group, _OTHER) * len(keys))
+        row = next((row for row in (*range(start, len(keys)), *range(start)) if keys[row] != key), None)
+        return None if row is None else _completion(self._rendered[row])[: self.max_length]
 
     def step_ends(self, prompt: Any, generation: int, group: int) -> list[int]:
         """Where the steps of a group's trace end."""

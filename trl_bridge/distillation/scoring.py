@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from transformers import PreTrainedModel
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._upstream import add_fused_lm_head, teacher_client
 from ..generation.engines import HalvingBatches
+from .identity import check_identity
 
 
 class Rollout(NamedTuple):
@@ -63,15 +65,17 @@ class LocalTeacher(HalvingBatches):
 
 
 class ServedTeacher:
-    """Scores with a vLLM server, through TRL's client."""
+    """Scores with a vLLM server, through TRL's client, at a temperature that the server is seen to score at."""
 
     name = "vllm"
 
-    def __init__(self, url: str, batch_size: int = 16, connection_timeout: float = 60.0):
+    def __init__(self, url: str, batch_size: int = 16, connection_timeout: float = 60.0, temperature: float = 1.0):
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
         self.batch_size = batch_size
+        self.temperature = temperature
         self.client = teacher_client(url.rstrip("/"), connection_timeout)
+        check_temperature(self.client, url, temperature)
 
     @property
     def model(self) -> str:
@@ -86,9 +90,61 @@ class ServedTeacher:
                 [len(each.prompt_ids) for each in batch],
                 # The token itself is always among the answers, whatever its rank.
                 top_logprobs=1,
-                temperature=1.0,
+                temperature=self.temperature,
             )
             yield [[value for (value,) in row] for row in answer["actual_logprobs"]]
+
+
+def check_temperature(client: Any, url: str, temperature: float) -> None:
+    """Refuse a server that scores at another temperature than it is asked: which it does depends on how it was started."""
+    if temperature == 1.0:
+        return
+    # The distance of two tokens' log-probabilities is that at temperature 1 divided by the temperature.
+    gaps = []
+    for asked in (1.0, temperature):
+        answer = client.get_sequence_logprobs([[0, 1, 2, 3]], [1], top_logprobs=2, temperature=asked)
+        gaps.append(max(first - second for first, second in answer["logprobs"][0]))
+    if abs(gaps[1] * temperature - gaps[0]) > 1e-2 * abs(gaps[0]):
+        raise ValueError(
+            f"The teacher's server at {url} scores at another temperature than {temperature}, which it was asked for. Start it "
+            "with `--logprobs-mode processed_logprobs`, or set `temperature` to 1."
+        )
+
+
+class StoredScores:
+    """Scores that rollouts were stored with (`trl-bridge data score-rollouts`), found by their tokens."""
+
+    name = "stored scores"
+
+    def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase):
+        reader = Dataset.from_parquet if path.endswith(".parquet") else Dataset.from_json
+        rows: Any = reader(path)
+        missing = [
+            name
+            for name in ("prompt_ids", "completion_ids", "teacher_logprobs", "scored_with")
+            if name not in rows.column_names
+        ]
+        if missing:
+            raise ValueError(
+                f"{path} has no column `{missing[0]}`: it must be what `trl-bridge data score-rollouts` writes."
+            )
+        check_identity(set(rows["scored_with"]), tokenizer, False, path)
+        self.path = path
+        self._scores = {
+            (tuple(row["prompt_ids"]), tuple(row["completion_ids"])): row["teacher_logprobs"] for row in rows
+        }
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Iterator[list[list[float]]]:
+        yield [self._find(rollout) for rollout in rollouts]
+
+    def _find(self, rollout: Rollout) -> list[float]:
+        key = (tuple(rollout.prompt_ids), tuple(rollout.completion_ids))
+        if key not in self._scores:
+            raise ValueError(
+                f"{self.path} has no scores of a rollout that was sampled just now. Stored scores are for rollouts that are "
+                "stored too (`rollout_func`); for fresh ones take the teacher itself."
+            )
+        return self._scores[key]
 
 
 def check_scores(rollout: Rollout, scores: Sequence[float], where: str) -> None:

@@ -69,6 +69,9 @@ class Run:
     unsynced: bool = False
     checkpointing: bool = True
     reference: bool = False
+    teacher_bytes: float = 0
+    averaged: bool = False
+    whole_logits: bool = False
     coordinator_rank: int = 0
     shadow: bool = False
     shadow_offload: bool = False
@@ -115,6 +118,7 @@ class Run:
     def measured(self) -> bool:
         """Whether `benchmarks/memory.py` measures a peak of this kind."""
         unmeasured = self.shadow_offload or self.shadow_bf16 or self.adapter_rank or self.reference or self.vllm_bytes
+        unmeasured = unmeasured or self.teacher_bytes or self.averaged or self.whole_logits
         return self.backend in _MEASURED and not self.bf16 and not self.checkpointing and not unmeasured
 
 
@@ -163,6 +167,8 @@ def _held(shape: ModelShape, run: Run) -> dict[str, float]:
     state_shards = run.num_processes if run.deepspeed else run.weight_shards
     return {
         "reference": total * working / run.weight_shards if reference else 0.0,
+        "teachers": run.teacher_bytes / run.weight_shards,
+        "averaged weights": trained * 4 if run.averaged else 0,
         "coordinator": coordinator * (4 + run.state_bytes),
         "weights": (frozen + trained * working) / run.weight_shards,
         "optimizer": trained * (master + run.state_bytes) / state_shards,
@@ -177,6 +183,9 @@ def _phases(shape: ModelShape, run: Run) -> list[dict[str, float]]:
     student, between = _student_gradient(trained, run), run.accumulation > 1
     shadow = trained * 4 / run.shadow_shards if run.shadow and not run.shadow_offload else 0.0
     rollouts = _pass(shape, run, run.rows, run.prompt_length + run.completion_length, run.completion_length)
+    if run.whole_logits:
+        # Of student and teacher, of the tokens chosen among them, and the student's gradient, in float32.
+        rollouts["logits"] = 5.0 * 4 * run.rows * run.completion_length * shape.vocab_size
     # The shadow runs when the student has stepped, and its gradient is gone; under DeepSpeed before that, and with
     # `shadow_overlap` before the student's passes.
     waits = {"shadow's gradients": shadow if run.shadow_overlap else 0.0}

@@ -53,11 +53,12 @@ class GuidanceSearch:
         return self._high if self._high <= self.longest else None
 
 
-def guided_prompt(prompt: Any, steps: str, template: str) -> Any:
-    """A prompt with guidance in it."""
+def guided_prompt(prompt: Any, guidance: str, template: str, name: str = "steps") -> Any:
+    """A prompt with guidance in it: a template with {prompt} and {`name`}."""
 
     def fill(text: str) -> str:
-        return re.sub(r"\{(prompt|steps)\}", lambda found: text if found[1] == "prompt" else steps, template)
+        pattern = rf"\{{(prompt|{name})\}}"
+        return re.sub(pattern, lambda found: text if found[1] == "prompt" else guidance, template)
 
     if isinstance(prompt, str):
         return fill(prompt)

@@ -11,13 +11,13 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from .._upstream import add_fused_lm_head
-from ..distillation.refusals import check_backend
 from ..distillation.scored_rows import SCORES, ScoredCollator, check_tokens, rows_hash, scored_rows
 from ..objectives.distill import AGGREGATIONS, reference_weights, stored_teacher_terms
 from ..training.checkpoint.registry import LOCAL, Registry, attribute
 from ..training.checkpoint.resume import Resumable
 from ..training.options import check_options, must, one_of, options
 from ..training.refusals import Rules, check_best_model, other_than, refuse, refuse_pictures
+from .distillation_refusals import check_backend
 
 
 _REFUSED: Rules = {

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl import DistillationConfig, DistillationTrainer
 
 from ..contract import check
-from ..distillation.refusals import check_backend, check_config
 from ..distillation.teacher import TeacherServer, check_tokenizers, head_of, scores_in
 from ..generation.vllm_training import check_served, fitted_vllm
 from ..objectives.distill import AGGREGATIONS, aggregate, policy_term
@@ -21,6 +20,7 @@ from ..training.options import at_least, check_options, must, one_of, options
 from ..training.policy import completions_of
 from ..training.refusals import refuse_pictures
 from ..training.student_config import VLLM_DTYPES
+from .distillation_refusals import check_backend, check_config
 
 
 check("trl.DistillationTrainer")

@@ -6,6 +6,8 @@ import torch
 
 
 AGGREGATIONS = ("token", "sequence")
+# Estimators of a KL divergence from sampled tokens, in Schulman's names.
+ESTIMATORS = ("k2", "k3")
 
 
 class PolicyTerm(NamedTuple):
@@ -34,6 +36,23 @@ def policy_term(
     advantages = teacher_log_probs - student_log_probs.detach()
     used = advantages if clip is None else advantages.clamp(-clip, clip)
     return PolicyTerm(-used * student_log_probs, advantages, used != advantages)
+
+
+def sampled_kl(log_ratio: torch.Tensor, estimator: str) -> torch.Tensor:
+    """
+    `KL(P_S || P_T)` at tokens that the student sampled, as a loss, of `log P_S - log P_T`.
+
+    `"k2"` is half of its square, whose expected gradient is that of the divergence (KDRL, arXiv 2506.02208, compares it
+    with the other); `"k3"` is GRPO's own estimate, `P_T / P_S - log(P_T / P_S) - 1`, whose value is unbiased and whose
+    gradient is not.
+
+    Shapes: `log_ratio` (B, T), returns (B, T).
+    """
+    if estimator == "k2":
+        return 0.5 * log_ratio.square()
+    if estimator == "k3":
+        return torch.exp(-log_ratio) + log_ratio - 1
+    raise ValueError(f"`teacher_kl` must be one of {', '.join(map(repr, ESTIMATORS))}, got {estimator!r}.")
 
 
 def imitation_term(

@@ -76,13 +76,19 @@ def reduce_tokens(
     Shapes: `per_token` (B, T), `mask` (B, T).
     """
     masked = per_token.masked_fill(mask == 0, 0.0)  # what is not counted may be infinite
-    if loss_type == "grpo":
-        return (masked.sum(-1) / mask.sum(-1).clamp(min=1)).mean() / accumulation_steps
-    if loss_type == "dr_grpo":
-        return masked.sum() / (per_token.size(0) * max_completion_length) / accumulation_steps
-    if loss_type == "dapo":
+    if loss_type in ("dapo", "cispo", "vespo"):
         return masked.sum() / num_items
-    raise ValueError(f"`loss_type` must be one of {', '.join(map(repr, LOSS_TYPES))}, got {loss_type!r}.")
+    if loss_type in ("grpo", "sapo"):
+        total = (masked.sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+    elif loss_type == "dr_grpo":
+        total = masked.sum() / (per_token.size(0) * max_completion_length)
+    elif loss_type == "bnpo":
+        total = masked.sum() / mask.sum().clamp(min=1)
+    elif loss_type == "luspo":
+        total = masked.sum(-1).mean()
+    else:
+        raise ValueError(f"`loss_type={loss_type!r}` is not one of TRL's.")
+    return total / accumulation_steps
 
 
 def published_sft_scale(max_completion_length: int) -> float:

@@ -9,7 +9,7 @@ from trl.trainer.utils import pad
 from ..methods.actguide import ActGuideTrainer
 from ..methods.relift import ReLIFTTrainer
 from ..models import tiny_tokenizer
-from .groups import Pass, options, recording, sft_sum, token_sum
+from .groups import Pass, hint_rows, options, recording, sft_sum, token_sum
 from .reference import objectives
 from .reference.bridge import Optimizer, clip
 from .runs import movement_error
@@ -165,6 +165,54 @@ def guide_loss(run):
             gap = batch["ref_per_token_logps"].double() - p.log_p
             per_token = per_token + o["beta"] * (gap.exp() - gap - 1) * (ratio if o["bias_corrected_kl"] else 1)
         return token_sum(per_token, batch["completion_mask"].double(), batch, o, p.window)
+
+    return loss
+
+
+def distributions(p, weights, **prompt):
+    """Log-probabilities over the vocabulary at each completion token, (B, T, V)."""
+    batch = {**p.batch, **prompt}
+    ids, mask = (torch.cat([batch[f"prompt_{what}"], batch[f"completion_{what}"]], 1) for what in ("ids", "mask"))
+    logits = torch.func.functional_call(p.model, weights, (), {"input_ids": ids, "attention_mask": mask}).logits
+    length = batch["completion_ids"].size(1)
+    return torch.log_softmax(logits[:, -length - 1 : -1] / p.o["temperature"], -1)
+
+
+def self_teacher_loss(args, weight=1.0, gate=False, direction="reverse", clip=torch.inf, share=None, averages=None):
+    """Of rows of `hint_rows(every=2)` with `{prompt}{demonstration}!`; the teacher's prompts are rendered anew."""
+    tokenizer = tiny_tokenizer()
+    traces = {row["prompt"]: row["expert"] for row in hint_rows(every=2)}
+
+    def hints(p):
+        rows = []
+        for ids, mask in zip(p.batch["prompt_ids"], p.batch["prompt_mask"], strict=True):
+            prompt = tokenizer.decode(ids[mask.bool()]).replace(" ", "")
+            rows.append((prompt, traces[prompt]))
+        texts = [prompt if trace is None else f"{prompt}{trace}!" for prompt, trace in rows]
+        made = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+        there = torch.tensor([[trace is not None] for _, trace in rows])
+        return {"prompt_ids": made["input_ids"], "prompt_mask": made["attention_mask"]}, there
+
+    def loss(p):
+        prompt, hinted = hints(p)
+        own = {n: t.detach() for n, t in p.weights.items()} if averages is None else averages[p.batch["update"]]
+        mask = p.batch["completion_mask"].double()
+        with torch.no_grad():
+            log_q = distributions(p, own, **prompt)
+        if args.objective == "rlsd":
+            ids = p.batch["completion_ids"].unsqueeze(2)
+            ratio = log_q.gather(2, ids).squeeze(2) - p.log_p.detach()
+            a = p.advantages.unsqueeze(1)
+            evidence = torch.where(a > 0, ratio.exp(), torch.where(a < 0, (-ratio).exp(), 1.0)).clamp(0.8, 1.2)
+            c = share(p.batch["update"])
+            return p.policy_loss(advantages=torch.where(hinted, a * (1 - c + c * evidence), a))
+        log_p = distributions(p, p.weights)
+        terms = log_p.exp() * (log_p - log_q) if direction == "reverse" else log_q.exp() * (log_q - log_p)
+        kl = terms.clamp(max=clip).sum(-1) * hinted
+        if gate:
+            kl = kl * (p.advantages > 0).unsqueeze(1)
+        total = weight * token_sum(kl, mask, p.batch, p.o, p.window)
+        return total + (p.policy_loss() if args.objective == "sdpg" else 0.0)
 
     return loss
 

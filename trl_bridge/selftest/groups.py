@@ -134,7 +134,7 @@ class Pass:
     """What a method's reference loss sees of one micro-batch: float64 scores with graph, and the batch."""
 
     def __init__(self, model, weights, batch, o, window):
-        self.batch, self.o, self.window = batch, o, window
+        self.model, self.weights, self.batch, self.o, self.window = model, weights, batch, o, window
         self.log_p, self.entropy = objectives.scores(model, weights, batch, o["temperature"])
         self.plain_log_p, _ = objectives.scores(model, weights, batch)
         self.expert = (batch["expert_mask"] * batch["completion_mask"]).double()

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..demonstrations.group import Experts
-from ..objectives.expert import reduce_tokens
 from ..objectives.sft import demonstration_loss
 from ..objectives.weights import trapo
 from .checkpoint.registry import Registry
@@ -327,22 +326,6 @@ class ExpertTrainer(StudentTrainer):
         )
         return loss
 
-    def _window_share(self, items: torch.Tensor) -> torch.Tensor:
-        """Items of one window on one rank, on average, from the count over the generation batch (as for DAPO)."""
-        steps = self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        return items.clamp(min=1.0) / self.accelerator.num_processes * steps
-
-    def reduce(self, per_token: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-        """Sum of token losses, scaled as TRL's trainer scales its own and as it enters the window's sum."""
-        return reduce_tokens(
-            per_token,
-            mask,
-            self.loss_type,
-            max_completion_length=int(self.max_completion_length or 0),
-            accumulation_steps=self.current_gradient_accumulation_steps,
-            num_items=self._window_share(inputs["num_items_in_batch"]),
-        )
-
     def _expert_term(self, inputs: dict[str, Any], scores: Scores) -> torch.Tensor:
         log_probs, entropies = scores[0], scores[1]
         assert entropies is not None
@@ -372,7 +355,7 @@ class ExpertTrainer(StudentTrainer):
         """
         steps, generation_steps = self.current_gradient_accumulation_steps, self.args.steps_per_generation
         if generation_steps % steps:
-            return self._window_share(inputs["num_sft_items_in_batch"])
+            return self.window_share(inputs["num_sft_items_in_batch"])
         if self._sft_items is None:
             buffered: Any = self._buffered_inputs
             batches = [buffered[(self._step + i) % generation_steps] for i in range(steps)]

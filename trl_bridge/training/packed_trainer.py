@@ -22,6 +22,7 @@ from .packing import (
 )
 from .policy import Completions, Scores, completions_of
 from .randomness import forked_torch_rng
+from .teacher import SCORES
 
 
 logger = get_logger(__name__)
@@ -239,7 +240,7 @@ class PackedTrainer(ResumableTrainer):
         ids, mask = whole["prompt_ids"].tolist(), whole["prompt_mask"].tolist()
         keys = [tuple(i for i, there in zip(*row, strict=True) if there) for row in zip(ids, mask, strict=True)]
         costs = whole["completion_mask"].sum(dim=1)
-        if self.beta == 0.0:
+        if self.beta == 0.0 and SCORES not in whole:
             costs = costs * _with_advantage(whole)
         size, ranks = len(batches[0]["prompt_ids"]), self.accelerator.num_processes
         dealt = deal(keys, costs.tolist(), [len(key) for key in keys], len(batches) * ranks, size)

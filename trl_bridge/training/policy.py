@@ -10,6 +10,7 @@ from trl import GRPOTrainer
 
 from .._upstream import isolated_bookkeeping, policy_term_only, scored_by
 from .randomness import forked_torch_rng
+from .teacher import SCORES
 
 
 # Ids and mask of prompts and completions, (B, P + T), and T.
@@ -56,9 +57,10 @@ class PolicyLoss:
             return self._trainer._compute_loss(self._trainer.model, inputs)
 
     def objective(self, inputs: dict[str, Any], scores: Scores) -> torch.Tensor:
-        """Value of the RL term only, without KL, entropy and auxiliary terms: no gradient, no trace in TRL's books."""
+        """Value of the RL term only, without KL, teacher, entropy and auxiliary terms: no gradient, no trace in TRL's books."""
+        alone = {name: value for name, value in inputs.items() if name != SCORES}
         with torch.no_grad(), isolated_bookkeeping(self._trainer), policy_term_only(self._trainer):
-            return self.loss_of(scores, inputs)
+            return self.loss_of(scores, alone)
 
     def snapshot(self) -> Snapshot:
         """What the pass that comes next starts from."""

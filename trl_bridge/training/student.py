@@ -1,7 +1,8 @@
 """What every trainer of ours adds to GRPO's plain student, whatever its objective."""
 
 import contextlib
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,15 +18,31 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_utils import IntervalStrategy
+from trl import GRPOTrainer
 
-from .._upstream import add_demonstration_head, isolated_bookkeeping, plain_copy, without_reference_model
+from .._upstream import (
+    add_demonstration_head,
+    add_fused_lm_head,
+    isolated_bookkeeping,
+    plain_copy,
+    scored_by,
+    without_reference_model,
+)
+from ..distillation.scoring import Scorer, ServedTeacher, StoredScores
+from ..distillation.teacher import check_tokenizers
 from ..generation.vllm_training import check_served, fitted_vllm
+from ..models import check_found, check_name, is_builtin, load
+from ..objectives.distill import sampled_kl
+from ..objectives.expert import reduce_tokens
 from ..rewards.by_name import check_reward_funcs
 from .backends.refusals import is_sharded, refuse_quantised, refuse_sharding
+from .checkpoint.registry import Registry
 from .packed_trainer import PackedTrainer
-from .policy import PolicyLoss
+from .packing import reason_for_padding
+from .policy import PolicyLoss, Scores, completions_of
 from .refusals import refuse_pictures
 from .student_config import StudentConfig
+from .teacher import SCORES, WEIGHT, Teachers, log_ratio, named, place_of
 from .verdicts import RolloutRewards
 
 
@@ -100,6 +117,7 @@ class StudentTrainer(PackedTrainer):
         self.policy = PolicyLoss(self)
         self.rollouts = RolloutRewards()
         self._set_up_packing()
+        self.teachers = self._build_teachers()
         # First in the list, so that user callbacks and saving see the parts as `after_step` leaves them.
         self.callback_handler.callbacks.insert(0, _AfterStep(self))
 
@@ -135,6 +153,108 @@ class StudentTrainer(PackedTrainer):
         # TRL's own reference comes fresh from `from_pretrained`, without dropout.
         copy.requires_grad_(False).eval()
         return self.backend.prepare_reference(copy)
+
+    # A teacher beside the reward
+
+    def _build_teachers(self) -> Teachers | None:
+        """The teachers of the run; `None` where their weight is zero throughout."""
+        args = self.args
+        if args.teachers is None or not (args.teacher_weight or args.teacher_weight_end):
+            return None
+        kinds: dict[str, dict[str, Any]] = {"model": {}, "server": {}, "scores": {}}
+        for name, where in named(args.teachers).items():
+            kinds[place_of(where)][name] = where
+        models = {name: self._local_teacher(where) for name, where in kinds["model"].items()}
+        asked: dict[str, Scorer] = {
+            name: ServedTeacher(where, temperature=self.temperature) for name, where in kinds["server"].items()
+        }
+        asked |= {name: StoredScores(where, self._tokenizer) for name, where in kinds["scores"].items()}
+        teachers = Teachers(models, asked, args.teacher_column)
+        teachers.check(self.train_dataset)
+        return teachers
+
+    def _local_teacher(self, where: str) -> Callable[[dict[str, Any]], torch.Tensor]:
+        """A model, with its weights spread as those of TRL's KL reference are, as a function of rollouts. Collective."""
+        args = self.args
+        name = check_name(where, "teachers")
+        options = {"dtype": args.teacher_dtype, "trust_remote_code": args.trust_remote_code}
+        if not is_builtin(name):
+            check_found(name, "teachers", None, args.trust_remote_code)
+            check_tokenizers(self._tokenizer, name, None, args.trust_remote_code)
+        teacher = load(name, args.seed + 1, **options)  # a tiny one has the seed after the student's
+        add_fused_lm_head(teacher, temperature=self.temperature, cast_lm_head_to_fp32=False, outputs=("log_probs",))
+        teacher.requires_grad_(False).eval()
+        score: Any = PackedTrainer if reason_for_padding(teacher) is None else GRPOTrainer
+        prepared = self.backend.prepare_reference(teacher)
+        return functools.partial(self._score_with, score._get_per_token_logps_and_entropies, prepared)
+
+    def _score_with(self, score: Callable[..., Scores], model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+        with torch.no_grad():
+            size = self.args.per_device_train_batch_size
+            return score(self, model, *completions_of(batch), batch_size=size)[0]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        # Scored where one of the updates that the batch serves reads it.
+        updates = -(-self.generation_cycle // self.args.gradient_accumulation_steps)
+        if self.model.training and self.teachers is not None and any(map(self._teacher_weight, range(updates))):
+            output[SCORES] = self.teachers.score(output, inputs)
+        return output
+
+    def _teacher_weight(self, ahead: int = 0) -> float:
+        return self.args.teacher_weight_at(self.state.global_step + ahead, self.state.max_steps)
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        inputs = super()._prepare_inputs(generation_batch)
+        if SCORES not in inputs:
+            return inputs
+        # It goes with the micro-batch, which a pass may read after the update.
+        weight = self._teacher_weight()
+        return {**inputs, WEIGHT: weight} if weight else {n: v for n, v in inputs.items() if n != SCORES}
+
+    def live_rollouts(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        # A teacher says something of rollouts without an advantage too.
+        return None if SCORES in inputs else super().live_rollouts(inputs)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        if SCORES not in inputs:
+            return super()._compute_loss(model, inputs)
+        scores = self._get_per_token_logps_and_entropies(model, *completions_of(inputs), compute_entropy=True)
+        ratio, there = log_ratio(inputs, scores[0])
+        self._record_teacher(ratio.detach(), there, inputs[WEIGHT])
+        by_advantage, clip = self.args.teacher_form == "advantage", self.args.teacher_clip
+        if by_advantage:
+            gap = ratio.detach() if clip is None else ratio.detach().clamp(-clip, clip)
+            advantages = inputs["advantages"]
+            advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+            inputs = {**inputs, "advantages": advantages - inputs[WEIGHT] * gap}
+        with scored_by(self, lambda *args, **kwargs: scores):
+            loss = super()._compute_loss(model, inputs)
+        if by_advantage:
+            return loss
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        return loss + inputs[WEIGHT] * self.reduce(sampled_kl(ratio, self.args.teacher_kl), mask, inputs)
+
+    def _record_teacher(self, ratio: torch.Tensor, there: torch.Tensor, weight: float) -> None:
+        sums = torch.stack([ratio.sum().double(), there.sum().double()])
+        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        self.record({"teacher/weight": weight, **({"teacher/reverse_kl": total / count} if count else {})})
+
+    def window_share(self, items: torch.Tensor) -> torch.Tensor:
+        """Items of one window on one rank, on average, from the count over the generation batch (as for DAPO)."""
+        steps = self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        return items.clamp(min=1.0) / self.accelerator.num_processes * steps
+
+    def reduce(self, per_token: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """Sum of token losses, scaled as TRL's trainer scales its own and as it enters the window's sum."""
+        return reduce_tokens(
+            per_token,
+            mask,
+            self.loss_type,
+            max_completion_length=int(self.max_completion_length or 0),
+            accumulation_steps=self.current_gradient_accumulation_steps,
+            num_items=self.window_share(inputs["num_items_in_batch"]),
+        )
 
     def _sum_over_ranks(self, value: float) -> float:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
@@ -205,6 +325,12 @@ class StudentTrainer(PackedTrainer):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self.rollouts.keep(rewards_per_func, self.reward_weights)
         return rewards_per_func
+
+    def register_state(self, saved: Registry) -> None:
+        super().register_state(saved)
+        if self.teachers is not None:
+            saved.must_match("teachers", "teacher_column", "teacher_form", "teacher_kl", "teacher_clip")
+            saved.must_match("teacher_weight", "teacher_weight_end", "teacher_weight_steps")
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(

@@ -2,9 +2,8 @@
 
 from dataclasses import field
 
-from trl import GRPOConfig
-
 from .options import check_options, one_of, options
+from .teacher_config import TeacherConfig
 
 
 # vLLM's `auto` is bfloat16 for a model in float32.
@@ -12,8 +11,8 @@ VLLM_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @options
-class StudentConfig(GRPOConfig):
-    """Configuration of GRPO whose passes may be packed."""
+class StudentConfig(TeacherConfig):
+    """Configuration of GRPO whose passes may be packed, and which may have a teacher."""
 
     padding_free: bool = True
     """Whether the passes of training run without padding, and without rollouts whose advantage is exactly zero where

@@ -98,7 +98,7 @@ class Reference:
         shadow_base, shadow_a, shadow_b = self.leaves(self.hat)
         shadow = self.policy(shadow_base, shadow_a, shadow_b)
         rl, rl_hat, gain, counts = 0.0, 0.0, 0.0, torch.zeros(3, dtype=torch.float64)
-        scored, plain = [], {"beta": 0.0, "entropy_coef": 0.0}
+        scored, plain = [], {"beta": 0.0, "entropy_coef": 0.0, "teacher": None}
         for batch in micro_batches:
             log_p, entropy = objectives.scores(self.model, policy, batch, o["temperature"])
             old = batch["old_per_token_logps"].double() if "old_per_token_logps" in batch else log_p.detach()

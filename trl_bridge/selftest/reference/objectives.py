@@ -18,7 +18,9 @@ def policy_loss(log_p, entropy, old_log_p, batch, o, window):
     """
     GRPO's loss of one micro-batch, as it enters the window's sum.
 
-    `batch["row_weight"]`, (B,), multiplies what each row adds, and leaves every divisor as it is.
+    `batch["row_weight"]`, (B,), multiplies what each row adds, and leaves every divisor as it is. With
+    `batch["teacher_log_p"]`, (B, C), and `batch["update"]`, its number, `o["teacher"]` (form, kl, clip, weight of an update's
+    number) adds a teacher's term.
     `o`: options (loss_type, level, eps_low, eps_high, beta, entropy_coef, max_completion_length);
     `window`: number of micro-batches, and generation batch's steps.
     """
@@ -28,6 +30,15 @@ def policy_loss(log_p, entropy, old_log_p, batch, o, window):
     counted = mask * batch["row_weight"].double().unsqueeze(1) if "row_weight" in batch else mask
     advantages = batch["advantages"].double()
     advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+    teacher = o.get("teacher") if "teacher_log_p" in batch else None
+    if teacher:
+        there = mask.bool() & ~batch["teacher_log_p"].isnan()
+        if "expert_mask" in batch:
+            there = there & (batch["expert_mask"] == 0)
+        gap = torch.where(there, log_p - batch["teacher_log_p"], 0.0)
+        if teacher["form"] == "advantage":
+            limit = teacher.get("clip") or torch.inf
+            advantages = advantages - teacher["weight"](batch["update"]) * gap.detach().clamp(-limit, limit)
     log_ratio = log_p - old_log_p
     if o["level"] == "sequence":
         log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1).clamp(min=1)).unsqueeze(1)
@@ -50,6 +61,9 @@ def policy_loss(log_p, entropy, old_log_p, batch, o, window):
     if o.get("beta"):
         delta = batch["ref_per_token_logps"].double() - log_p
         per_token = per_token + o["beta"] * (delta.exp() - delta - 1) * (ratio if o["bias_corrected_kl"] else 1)
+    if teacher and teacher["form"] == "loss":
+        kl = gap**2 / 2 if teacher["kl"] == "k2" else (-gap).exp() + gap - 1
+        per_token = per_token + teacher["weight"](batch["update"]) * kl
     steps, generation_steps = window
     if kind in ("grpo", "sapo"):
         loss = ((per_token * counted).sum(1) / mask.sum(1).clamp(min=1)).mean() / steps

@@ -1,0 +1,128 @@
+"""A teacher beside the reward: which one scores a rollout, and how far the policy is from it at each sampled token."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
+
+from ..distillation.scoring import Rollout, Scorer, check_scores
+
+
+# Of a generation batch, (B, T): NaN in rows without a teacher. Of a micro-batch: the weight in the update under way.
+SCORES, WEIGHT = "teacher_per_token_logps", "teacher_weight"
+
+Batch = dict[str, Any]
+_ROLLOUT = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+
+
+def named(entries: Sequence[str]) -> dict[str, str]:
+    """Teachers by name, as `teachers` has them; one alone may be without, and is named ''."""
+    pairs = [entry.partition("=")[::2] if _has_name(entry) else ("", entry) for entry in entries]
+    names = [name for name, _ in pairs]
+    double = next((name for name in names if names.count(name) > 1), None)
+    if not entries or double is not None or ("" in names and len(names) > 1):
+        raise ValueError(
+            f"`teachers`: {list(entries)} must be one teacher, or several with a name of its own each, as `name=teacher`."
+        )
+    return dict(pairs)
+
+
+def _has_name(entry: str) -> bool:
+    name = entry.partition("=")[0]
+    return name != entry and not any(sign in name for sign in "/:.")  # an address may hold "=" too
+
+
+def place_of(where: str) -> str:
+    """Where a teacher is: on a 'server', in 'scores' that are stored, or a 'model' here."""
+    if where.startswith(("http://", "https://")):
+        return "server"
+    return "scores" if where.endswith((".parquet", ".jsonl")) else "model"
+
+
+class Teachers:
+    """The teachers of a run, and which row has which."""
+
+    def __init__(
+        self,
+        models: Mapping[str, Callable[[Batch], torch.Tensor]],
+        asked: Mapping[str, Scorer],
+        column: str,
+    ):
+        self._models, self._asked, self._column = models, asked, column
+        self._names = sorted({*models, *asked})
+
+    def check(self, dataset: Any) -> None:
+        """Refuse RL rows whose teacher there is not."""
+        if self._names == [""] or not isinstance(dataset, Dataset):
+            return
+        if self._column not in dataset.column_names:
+            raise ValueError(
+                f"`train_dataset` has no column `{self._column}` (`teacher_column`), which says which of `teachers` a row has: "
+                f"{', '.join(map(repr, self._names))}."
+            )
+        for row, name in enumerate(dataset[self._column]):
+            self._known(name, f" (row {row} of `train_dataset`)")
+
+    def _known(self, name: str | None, where: str = "") -> str | None:
+        if name and name not in self._names:
+            raise ValueError(
+                f"`{self._column}`: there is no teacher {name!r}{where}. `teachers` has {', '.join(map(repr, self._names))}; "
+                "an empty cell is a row without one."
+            )
+        return name or None
+
+    def score(self, batch: Batch, rows: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+        """
+        Each row's log-probabilities by its own teacher; NaN where it has none. Collective.
+
+        Shapes: returns (B, T).
+        """
+        alone = self._names == [""]
+        names = ["" if alone else self._known(row.get(self._column)) for row in rows]
+        scores = torch.full(batch["completion_ids"].shape, torch.nan, device=batch["completion_ids"].device)
+        for name in self._names:
+            mine = [row for row, each in enumerate(names) if each == name]
+            # A model may be sharded: every rank runs the same passes.
+            count = max(gather_object([len(mine)])) if name in self._models else len(mine)
+            if not count:
+                continue
+            taken = (mine + [0] * count)[:count]
+            part = {key: batch[key][taken] for key in _ROLLOUT}
+            found = self._models[name](part) if name in self._models else _ask(self._asked[name], part)
+            scores[mine] = found[: len(mine)].to(scores)
+        return scores
+
+
+def _ask(scorer: Scorer, batch: Batch) -> torch.Tensor:
+    ids, there = ({part: batch[f"{part}_{what}"] for part in ("prompt", "completion")} for what in ("ids", "mask"))
+    lists = {part: [row[m.bool()].tolist() for row, m in zip(ids[part], there[part], strict=True)] for part in ids}
+    # A completion that was cut may be masked as a whole.
+    rollouts = [Rollout(*pair) for pair in zip(lists["prompt"], lists["completion"], strict=True) if pair[1]]
+    answers = [row for answer in scorer(rollouts) for row in answer]
+    for rollout, scores in zip(rollouts, answers, strict=True):
+        check_scores(rollout, scores, f"`teachers` ({scorer.name}): a rollout")
+    left = iter(answers)
+    rows = [torch.tensor(next(left) if completion else []) for completion in lists["completion"]]
+    width = ids["completion"].size(1)
+    return pad_sequence([*rows, torch.zeros(width)], batch_first=True)[:-1]
+
+
+def sampled(inputs: Batch) -> torch.Tensor:
+    """Tokens of a micro-batch that the policy has sampled and is trained on, (B, T)."""
+    mask = inputs["completion_mask"].bool()
+    if "tool_mask" in inputs:
+        mask = mask & inputs["tool_mask"].bool()
+    return mask & ~inputs["expert_mask"].bool() if "expert_mask" in inputs else mask
+
+
+def log_ratio(inputs: Batch, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `log pi - log pi_T` at sampled tokens of rows with a teacher, zero elsewhere; and which tokens those are.
+
+    Shapes: log_probs (B, T), with graph or without; returns (B, T) twice.
+    """
+    there = sampled(inputs) & ~inputs[SCORES].isnan()
+    return torch.where(there, log_probs - inputs[SCORES], 0.0), there

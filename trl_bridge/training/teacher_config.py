@@ -1,0 +1,59 @@
+"""Arguments of a teacher beside the reward, which every trainer of ours on GRPO has."""
+
+from dataclasses import field
+
+from trl import GRPOConfig
+
+from ..objectives.distill import ESTIMATORS
+from ..objectives.schedules import linear_ramp
+from .options import above, at_least, check_options, one_of, options
+from .refusals import other_than, refuse
+from .teacher import named, place_of
+
+
+@options
+class TeacherConfig(GRPOConfig):
+    """Configuration of GRPO with a teacher's term in its loss."""
+
+    teachers: list[str] | None = None
+    """Teachers whose term is added to the RL loss: each a model (a directory, a name on the hub), the address of a vLLM
+    server (`http://...`), or a file of scored rollouts (`.parquet`, `.jsonl`). One alone has all rows. Several are named,
+    `name=teacher`, and `teacher_column` says which one a row has."""
+    teacher_column: str = "teacher"
+    """Column with the name of a row's teacher, where teachers are named. An empty cell is a row without one."""
+    teacher_form: str = field(default="advantage", metadata=one_of("advantage", "loss"))
+    """'advantage' subtracts `weight * (log pi - log pi_T)`, detached, from each sampled token's advantage; 'loss' adds
+    `weight * KL(pi || pi_T)`."""
+    teacher_weight: float = field(default=1.0, metadata=at_least(0))
+    """Weight of the teacher's term. At exactly 0 it is left out."""
+    teacher_weight_end: float | None = field(default=None, metadata=at_least(0))
+    """What the weight goes to, linearly. `None` keeps it constant."""
+    teacher_weight_steps: int | None = field(default=None, metadata=at_least(1))
+    """Updates until the weight is at `teacher_weight_end`. `None` is the whole run."""
+    teacher_clip: float | None = field(default=None, metadata=above(0))
+    """The log-ratio of 'advantage' is clamped to `[-teacher_clip, teacher_clip]`. `None` leaves it."""
+    teacher_kl: str = field(default="k2", metadata=one_of(*ESTIMATORS))
+    """Estimate of the KL of 'loss' from the sampled tokens: 'k2' (half the square of the log-ratio) or 'k3' (GRPO's)."""
+    teacher_dtype: str = "auto"
+    """Precision of a teacher that is a model here: 'auto' (as it is stored), 'bfloat16', 'float32', ..."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teachers is None:
+            return
+        check_options(self)
+        kinds = {place_of(where) for where in named(self.teachers).values()}
+        if "scores" in kinds and self.temperature != 1.0:
+            raise ValueError(
+                f"`temperature={self.temperature}`: the stored scores of `teachers` are at temperature 1, and the policy's "
+                "would be at another one. Set it to 1, or take the teacher itself."
+            )
+        if self.teacher_form == "advantage":
+            reason = "with `teachers` an advantage belongs to a token, and this mask to a sequence. Set it to None"
+            refuse(self, {"off_policy_mask_threshold": (other_than(None), reason)})
+
+    def teacher_weight_at(self, step: int, max_steps: int) -> float:
+        """Weight of the teacher's term in an update."""
+        if self.teachers is None or self.teacher_weight_end is None:
+            return 0.0 if self.teachers is None else self.teacher_weight
+        return linear_ramp(step, self.teacher_weight, self.teacher_weight_end, self.teacher_weight_steps or max_steps)
