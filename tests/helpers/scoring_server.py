@@ -9,12 +9,12 @@ import torch
 
 
 @contextlib.contextmanager
-def vllm_server(model, name="the-teacher", keeps_sampled_token=True, most=20, granted=None, first_id=0):
+def vllm_server(model, name="the-teacher", keeps_sampled_token=True, most=20, granted=None, first_id=0, deaf=False):
     """
     Serve a model. Yields the address and the list of requests for scores.
 
     `most` is vLLM's `--max-logprobs`; a broken server names `granted` tokens whatever is asked, or counts its tokens from
-    `first_id`.
+    `first_id`; a `deaf` one scores at temperature 1 (vLLM's `raw_logprobs`).
     """
     requests = []
 
@@ -44,7 +44,8 @@ def vllm_server(model, name="the-teacher", keeps_sampled_token=True, most=20, gr
 
     def scored(ids, request):
         with torch.no_grad():
-            table = (model(torch.tensor([ids])).logits[0] / request["temperature"]).log_softmax(-1)
+            temperature = 1.0 if deaf else request["temperature"]
+            table = (model(torch.tensor([ids])).logits[0] / temperature).log_softmax(-1)
         places = [None]
         for place, token in enumerate(ids[1:]):
             wanted = table[place].topk(granted or request["prompt_logprobs"]).indices.tolist()

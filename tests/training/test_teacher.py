@@ -7,7 +7,6 @@ import pytest
 import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
-from trl.generation.vllm_client import VLLMClient
 
 from tests.helpers import groups, streams, teachers
 from tests.helpers.group_losses import luffy_loss
@@ -80,8 +79,10 @@ def replay(trainer, form, **more):
     "changes", [{}, {"temperature": 0.7, "num_iterations": 2, "loss_type": "grpo"}], ids=["", "twice"]
 )
 def test_grpo_with_a_teacher_equals_the_reference(tmp_path, teacher, form, changes):
+    # On rollouts that the student has moved away from, k3 grows exponentially: no run survives a longer step.
+    sgd = {**SGD, "learning_rate": 1e-3} if "k3" in form and changes else SGD
     trainer = trained(
-        teachers.recording(PackedGRPOTrainer), tmp_path, model=sharp_model(), teachers=[teacher], **FORMS[form], **SGD, **ALIKE, **changes
+        teachers.recording(PackedGRPOTrainer), tmp_path, model=sharp_model(), teachers=[teacher], **FORMS[form], **sgd, **ALIKE, **changes
     )  # fmt: skip
     assert max(replay(trainer, form)) < TOLERANCE
     weights = map(reference_of(form, 3)["weight"], range(3))
@@ -110,6 +111,7 @@ def test_every_loss_type(tmp_path, teacher, loss_type, form):
         "sapo_pos": args.sapo_temperature_pos,
         "sapo_neg": args.sapo_temperature_neg,
         "eps_high": options["epsilon_high"],
+        "max_completion_length": args.max_completion_length,
     }
     assert max(replay(trainer, form, **o)) < TOLERANCE
 
@@ -299,12 +301,10 @@ def test_a_served_teacher_is_the_local_one(tmp_path, teacher, client, temperatur
     assert movement_error(weights_of(served), weights_of(local), start) < 1e-4
 
 
-def test_a_server_that_ignores_the_temperature_is_refused(tmp_path, client, monkeypatch):
-    ask = VLLMClient.get_sequence_logprobs
-    deaf = lambda self, *args, temperature=1.0, **kwargs: ask(self, *args, **kwargs)  # noqa: E731
+def test_a_server_that_ignores_the_temperature_is_refused(tmp_path, client):
     with vllm_server(teachers.sharp()) as (url, _):
         build(tmp_path, teachers=[url], temperature=0.7)
-        monkeypatch.setattr(VLLMClient, "get_sequence_logprobs", deaf)
+    with vllm_server(teachers.sharp(), deaf=True) as (url, _):
         with pytest.raises(ValueError, match=r"scores at another temperature than 0.7.*processed_logprobs"):
             build(tmp_path, teachers=[url], temperature=0.7)
         build(tmp_path, teachers=[url])

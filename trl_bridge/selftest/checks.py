@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from ..contract import LATE, breaches
+from ..methods.ada_prefix import AdaPrefixTrainer
 from ..methods.alternating import AlternatingTrainer
 from ..methods.aopd import AOPDTrainer
 from ..methods.bridge.trainer import BridgeTrainer
@@ -22,6 +23,7 @@ from ..methods.naive_mix import NaiveMixTrainer
 from ..methods.opd import OPDTrainer
 from ..methods.packed_grpo import PackedGRPOTrainer
 from ..methods.prefix_rft import PrefixRFTTrainer
+from ..methods.self_teacher import SelfTeacherTrainer
 from ..methods.srft import SRFTTrainer
 from ..methods.two_stage import TwoStageConfig, TwoStageTrainer
 from ..methods.uft import UFTTrainer
@@ -289,6 +291,13 @@ def _expert(cls: Any) -> Callable[[], Any]:
 
 _HINTS = {"train_dataset": groups.hint_rows(), "max_completion_length": 10}
 _HALF = {"train_dataset": groups.expert_rows(every=2), "success_threshold": 1.0}
+_TRACES = {"train_dataset": groups.trace_rows(), "max_completion_length": 14}
+_TAUGHT = {
+    "train_dataset": groups.hint_rows(every=2),
+    "hint_template": "{prompt}{demonstration}!",
+    "kl_weight": 5.0,
+    "max_completion_length": 10,
+}
 _GUIDED = {"train_dataset": groups.hint_rows(steps=True), "hard_threshold": 1.0, "expert_max_length": 20}
 
 CHECKS: dict[str, Check] = {
@@ -311,12 +320,18 @@ CHECKS: dict[str, Check] = {
     ),
     "prefix-rft": _group(
         _expert(PrefixRFTTrainer), lambda trainer: group_losses.prefix_loss,
-        lambda args: {"share": args.prefix_entropy_quantile, "delta": args.delta},
-        train_dataset=groups.trace_rows(), max_completion_length=14,
+        lambda args: {"share": args.prefix_entropy_quantile, "delta": args.delta}, **_TRACES,
+    ),
+    "ada-prefix": _group(
+        _expert(AdaPrefixTrainer), lambda trainer: lambda p: p.policy_loss(), success_threshold=1.0, **_TRACES,
     ),
     "actguide": _group(
         group_losses.watch_guidance, group_losses.guide_loss,
         lambda args: {"delta": args.delta, "gamma": args.shaping_gamma}, **_GUIDED,
+    ),
+    "self-teacher": _group(
+        _expert(SelfTeacherTrainer),
+        lambda trainer: group_losses.self_teacher_loss(trainer.args, weight=trainer.args.kl_weight, gate=True), **_TAUGHT,
     ),
     "opd": _distilled(OPDTrainer),
     "aopd": _distilled(AOPDTrainer),

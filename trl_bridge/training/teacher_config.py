@@ -33,7 +33,8 @@ class TeacherConfig(GRPOConfig):
     teacher_clip: float | None = field(default=None, metadata=above(0))
     """The log-ratio of 'advantage' is clamped to `[-teacher_clip, teacher_clip]`. `None` leaves it."""
     teacher_kl: str = field(default="k2", metadata=one_of(*ESTIMATORS))
-    """Estimate of the KL of 'loss' from the sampled tokens: 'k2' (half the square of the log-ratio) or 'k3' (GRPO's)."""
+    """Estimate of the KL of 'loss' from the sampled tokens: 'k2' (half the square of the log-ratio) or 'k3' (GRPO's, which
+    grows exponentially where the teacher finds a token likelier)."""
     teacher_dtype: str = "auto"
     """Precision of a teacher that is a model here: 'auto' (as it is stored), 'bfloat16', 'float32', ..."""
 
