@@ -117,9 +117,10 @@ class Run:
     @property
     def measured(self) -> bool:
         """Whether `benchmarks/memory.py` measures a peak of this kind."""
-        unmeasured = self.shadow_offload or self.shadow_bf16 or self.adapter_rank or self.reference or self.vllm_bytes
-        unmeasured = unmeasured or self.teacher_bytes or self.averaged or self.whole_logits
-        return self.backend in _MEASURED and not self.bf16 and not self.checkpointing and not unmeasured
+        offloaded = self.shadow_offload or self.shadow_bf16 or self.adapter_rank or self.vllm_bytes
+        others = self.reference or self.teacher_bytes or self.averaged or self.whole_logits
+        plain = not self.bf16 and not self.checkpointing and not offloaded and not others
+        return self.backend in _MEASURED and plain
 
 
 @dataclass
