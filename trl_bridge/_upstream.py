@@ -129,6 +129,13 @@ def isolated_bookkeeping(
 
 
 @contextlib.contextmanager
+def isolated_generation(trainer: GRPOTrainer) -> Iterator[None]:
+    """Let TRL generate and score without a trace in metrics and in the completions' table. Tokens are counted all the same."""
+    with _replaced(trainer, _logs=copy.deepcopy(trainer._logs)), isolated_bookkeeping(trainer):
+        yield
+
+
+@contextlib.contextmanager
 def compact_head() -> Iterator[None]:
     """
     While inside, TRL's fused head scores labelled positions only, as it does on CUDA. Elsewhere it scores all of them.

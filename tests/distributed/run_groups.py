@@ -34,6 +34,24 @@ def right_on_the_second_rank(completions, **kwargs):
     return [float(os.environ["RANK"] == "1" and row % 4 < 2) for row in range(len(completions))]
 
 
+class ByTurns:
+    """
+    Of three groups of four the first alone has a signal where a generation batch begins, and in fresh prompts the first two:
+    the second of them, which lies on both ranks, moves to the second rank.
+    """
+
+    __name__ = "by_turns"
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, completions, **kwargs):
+        self.calls += 1
+        first = int(os.environ["RANK"]) * len(completions)
+        alive = (1, 2)[(self.calls + 1) % 2]
+        return [float(row % 4) if row // 4 < alive else 1.0 for row in range(first, first + len(completions))]
+
+
 # What is trained: a method, whose name comes first, with its options.
 METHOD = {
     "luffy": {"loss_type": "dapo", "preset": "code", **SGD},
@@ -69,6 +87,7 @@ DDP_ONLY = {
         "temperature": 0.1, **SGD,
     },
     "ada-prefix": {"success_threshold": 2.0, "prefix_rate": 0.5, **SGD},
+    "luffy dynamic": {"dynamic_sampling": True, "loss_type": "dapo", "reward_funcs": ByTurns(), **SGD},
 }  # fmt: skip
 LORA = {"peft_config": small_lora()}
 ZERO = {"zero-1": zero(1), "zero-2": zero(2), "zero-3": zero(3, stage3_param_persistence_threshold=0)}

@@ -1,5 +1,6 @@
 """The group baselines on two gloo processes, launched as a user would, against the float64 reference."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -18,11 +19,13 @@ from tests.helpers.group_losses import (
     srft_loss,
     uft_loss,
 )
-from tests.helpers.groups import replay_recorded
+from tests.helpers.groups import hint_rows, replay_recorded
 from tests.helpers.resume import assert_same
 from tests.helpers.saved_models import assert_saved
 from tests.helpers.training import small_lora, small_model
+from trl_bridge.models import tiny_tokenizer
 from trl_bridge.selftest.reference import objectives
+from trl_bridge.training.dynamic_sampling import FreshPrompts
 
 
 pytestmark = pytest.mark.distributed
@@ -30,6 +33,7 @@ TOLERANCE = 2e-4
 
 LOSSES = {
     "luffy": luffy_loss(),
+    "luffy dynamic": luffy_loss(),
     "srft": srft_loss(),
     "hpt": hpt_loss(),
     "hpt apart": hpt_loss(),
@@ -38,7 +42,14 @@ LOSSES = {
     "ada-prefix": lambda p: p.policy_loss(),
 }
 # What our trainers log reduced over ranks, the same on each. TRL's own entries are the main process's.
-OURS = ("expert/", "rollouts/", "sft/", "rl/", *(f"{name.replace('-', '_')}/" for name in (*METHOD, *DDP_ONLY)))
+OURS = (
+    "expert/",
+    "rollouts/",
+    "sft/",
+    "rl/",
+    "dynamic_sampling/",
+    *(f"{name.replace('-', '_')}/" for name in (*METHOD, *DDP_ONLY)),
+)
 
 
 def cases_of(*methods):
@@ -66,7 +77,7 @@ def _generation_batches(ranks):
 
 def _rl_mask(name, batch):
     """Tokens in the RL loss: own ones, and the expert's where the method has a loss of them there."""
-    if options_of(name) in ("luffy", "srft", "prefix-rft"):
+    if options_of(name) in ("luffy", "luffy dynamic", "srft", "prefix-rft"):
         return batch["tool_mask"] | batch["expert_mask"]
     if options_of(name) == "hpt":  # of the second gate
         return batch["tool_mask"] | batch["expert_mask"] * (1 - batch["sft_mask"])
@@ -185,6 +196,28 @@ def test_groups_straddle_the_ranks(folder):
         for rank in (first, second)
     ]
     assert len(prompts[0] & prompts[1]) == 1
+
+
+def test_dead_groups_give_way_on_two_ranks(folder):
+    """The second and the third group to the first two of fresh prompts: the rows of either come from, or go to, both ranks."""
+    ranks = load(folder("ddp"), "luffy dynamic")
+    seed, tokenizer, rows = ranks[0]["args"].seed, tiny_tokenizer(), hint_rows(every=2)
+    fresh = FreshPrompts(len(rows), seed)
+    for batches in _generation_batches(ranks):
+        prompts = [
+            [tokenizer.decode(ids[there > 0]) for ids, there in zip(b["prompt_ids"], b["prompt_mask"], strict=True)]
+            for b in batches
+        ]
+        second, third = (rows[number]["prompt"] for number in fresh.draw(3)[:2])
+        (first,) = set(prompts[0]) - {second} or {second}
+        assert Counter(prompts[0]) == Counter([first] * 4) + Counter([second] * 2)
+        assert Counter(prompts[1]) == Counter([second] * 2) + Counter([third] * 4)
+        # Each group has the advantages of 0, 1, 2 and 3, two of them on either rank where it straddles.
+        values = [value for batch in batches for value in batch["advantages"].tolist()]
+        assert Counter(round(v, 3) for v in values) == dict.fromkeys((-1.162, -0.387, 0.387, 1.162), 3)
+    for entry in ranks[0]["log"]:
+        assert entry["dynamic_sampling/generations"] == 2.0 and entry["dynamic_sampling/dead_groups"] == 0.0
+    assert ranks[0]["shared"]["fresh_prompts"] == {**fresh.state_dict(), "rollouts": 12 * 2 * 6}
 
 
 @pytest.mark.parametrize(("kind", "name"), params_of(RESUMED, "run_groups", "resume "))

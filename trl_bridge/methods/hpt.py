@@ -13,24 +13,12 @@ from ..training.group import ExpertPlan
 from ..training.options import at_least, one_of, options
 from ..training.paper import arxiv
 from ..training.randomness import forked_python_rng, forked_torch_rng
-from ..training.refusals import Rules, other_than, refuse
+from ..training.refusals import SCALED_BY_GROUP, refuse
 from ..training.shaping import SHAPING_FIELDS, UNCLIPPED, ShapedConfig, ShapedTrainer
 
 
 # SuperRL calls a rollout right from any reward that is not zero.
 _ANY_REWARD = 1e-8
-
-
-_SCALED_BY_GROUP: Rules = {
-    "scale_rewards": (
-        other_than("group", "none"),
-        "groups that leave the RL loss would still change the advantages of the others. Set it to 'none' or 'group'",
-    ),
-    "multi_objective_aggregation": (
-        other_than("sum_then_normalize"),
-        "groups that leave the RL loss would still change the advantages of the others. Set it to 'sum_then_normalize'",
-    ),
-}
 
 
 @options
@@ -73,7 +61,7 @@ class HPTConfig(ShapedConfig):
                 f"{self.gate_off}. Set it to None to switch it off."
             )
         if self.gate >= 0 or self.gate_off is not None:
-            refuse(self, _SCALED_BY_GROUP)
+            refuse(self, SCALED_BY_GROUP)
         if self.gate_off is None:
             self._refuse_shaping()
 
@@ -136,6 +124,11 @@ class HPTTrainer(ShapedTrainer):
         2025,
     )
 
+    def with_signal(self, output: dict[str, Any]) -> torch.Tensor:
+        return super().with_signal(output) | output["sft_mask"].any(
+            dim=1
+        )  # what no rollout solves is not lost, but imitated
+
     def assign(self, output: dict[str, Any], plan: ExpertPlan) -> None:
         args = self.args
         size: Any = self.num_generations
@@ -195,11 +188,11 @@ class HPTTrainer(ShapedTrainer):
     def has_expert_loss(self) -> bool:
         return self.args.gate_off is not None
 
-    def _count_items(self, output: dict[str, Any]) -> None:
+    def count_items(self, output: dict[str, Any]) -> None:
         # Traces of the first gate are trained by SFT: they are not among the tokens of the RL loss.
         expert_mask = output["expert_mask"]
         output["expert_mask"] = expert_mask * (1 - output["sft_mask"])
-        super()._count_items(output)
+        super().count_items(output)
         output["expert_mask"] = expert_mask
 
     def sft_coefficient(self) -> float:

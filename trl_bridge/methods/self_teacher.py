@@ -78,6 +78,10 @@ class SelfTeacherConfig(ExpertConfig):
                 raise ValueError(f"`hint_template` must contain {part} once, got {self.hint_template!r}.")
         if self.objective == "sdft" and self.kl_weight == 0.0:
             raise ValueError("`kl_weight=0` leaves `objective='sdft'` nothing to learn. Set it above 0.")
+        if self.objective == "sdft" and self.dynamic_sampling:
+            raise ValueError(
+                "`dynamic_sampling` looks for rewards, and `objective='sdft'` trains on none. Set it to False."
+            )
         if self.objective == "sdft" and self.teachers is not None:
             raise ValueError(
                 "`teachers` belong to an RL loss, and `objective='sdft'` has none. Take 'sdpg' or 'rlsd'."

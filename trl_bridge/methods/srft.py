@@ -40,7 +40,10 @@ class SRFTConfig(LUFFYConfig):
         if self.sft_entropy_sign is None:
             self.sft_entropy_sign = -1 if self.preset == "paper" else 1
         super().__post_init__()
-        refuse(self, {"delta": (other_than(None), "own tokens have no ratio. Set it to None")})
+        reason = "each rollout is trained on by its own verdict, and its trace imitated, in groups without an advantage too. Set it to False"
+        refuse(
+            self, {"delta": (other_than(None), "own tokens have no ratio. Set it to None"), "dynamic_sampling": reason}
+        )
         if self.beta and self.use_bias_correction_kl and self._rollouts_get_stale():
             raise NotImplementedError(
                 "`use_bias_correction_kl=True` is not supported by SRFTConfig where rollouts outlive an update "

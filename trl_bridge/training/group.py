@@ -197,13 +197,13 @@ class ExpertTrainer(StudentTrainer):
 
     # The generation batch
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    def sample_groups(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:
-            return super()._generate_and_score_completions(inputs)
+            return super().sample_groups(inputs)
         plan = self._draw(inputs)
         self._plan = plan
         try:
-            output = super()._generate_and_score_completions(inputs)
+            output = super().sample_groups(inputs)
         finally:
             self._plan = None
         positions = torch.arange(output["completion_ids"].size(1), device=output["completion_ids"].device)
@@ -213,7 +213,7 @@ class ExpertTrainer(StudentTrainer):
         output["sft_mask"] = torch.zeros_like(output["expert_mask"])
         self._record_rewards(plan)
         self.assign(output, plan)
-        self._count_items(output)
+        self.count_items(output)
         return output
 
     def _draw(self, inputs: list[dict[str, Any]]) -> ExpertPlan:
@@ -286,7 +286,7 @@ class ExpertTrainer(StudentTrainer):
         """Whether the method has an SFT term on tokens of the rollout group."""
         return type(self).sft_coefficient is not ExpertTrainer.sft_coefficient
 
-    def _count_items(self, output: dict[str, Any]) -> None:
+    def count_items(self, output: dict[str, Any]) -> None:
         trained = output["tool_mask"] | output["expert_mask"] if self.has_expert_loss() else output["tool_mask"]
         gather = self.accelerator.gather
         output["num_items_in_batch"] = gather((output["completion_mask"] * trained).sum()).sum()

@@ -87,6 +87,19 @@ REFUSED: Rules = {
 }
 
 
+# Where a group may leave the RL loss.
+SCALED_BY_GROUP: Rules = {
+    "scale_rewards": (
+        other_than("group", "none"),
+        "groups that leave the RL loss would still change the advantages of the others. Set it to 'none' or 'group'",
+    ),
+    "multi_objective_aggregation": (
+        other_than("sum_then_normalize"),
+        "groups that leave the RL loss would still change the advantages of the others. Set it to 'sum_then_normalize'",
+    ),
+}
+
+
 def _has_picture(value: Any) -> bool:
     """Whether a row holds a part of a message that is no text."""
     if isinstance(value, dict):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, gather_object, is_peft_model
+from datasets import IterableDataset
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -24,6 +25,7 @@ from .._upstream import (
     add_demonstration_head,
     add_fused_lm_head,
     isolated_bookkeeping,
+    isolated_generation,
     plain_copy,
     scored_by,
     without_reference_model,
@@ -36,7 +38,9 @@ from ..objectives.distill import sampled_kl
 from ..objectives.expert import reduce_tokens
 from ..rewards.by_name import check_reward_funcs
 from .backends.refusals import is_sharded, refuse_quantised, refuse_sharding
-from .checkpoint.registry import Registry
+from .checkpoint.layout import has_rows
+from .checkpoint.registry import SHARED, Registry
+from .dynamic_sampling import FreshPrompts, alike, exchanged, moved_by_advantage
 from .packed_trainer import PackedTrainer
 from .packing import reason_for_padding
 from .policy import PolicyLoss, Scores, completions_of
@@ -91,6 +95,11 @@ class StudentTrainer(PackedTrainer):
                 "tool schemas."
             )
         check_reward_funcs(kwargs.get("reward_funcs"))
+        if args.dynamic_sampling and isinstance(kwargs.get("train_dataset"), IterableDataset):
+            raise NotImplementedError(
+                "`dynamic_sampling` draws fresh prompts from `train_dataset` by their number, which an iterable one has not. "
+                "Take a `Dataset`, or set it to False."
+            )
         datasets = {name: kwargs.get(name) for name in ("train_dataset", "eval_dataset")}
         refuse_pictures(owner, processing_class, model, **datasets)
         own_reference = args.beta != 0.0 and isinstance(model, PreTrainedModel) and peft_config is None
@@ -118,6 +127,8 @@ class StudentTrainer(PackedTrainer):
         self.rollouts = RolloutRewards()
         self._set_up_packing()
         self.teachers = self._build_teachers()
+        dataset: Any = self.train_dataset
+        self.fresh_prompts = FreshPrompts(len(dataset), args.seed) if args.dynamic_sampling else None
         # First in the list, so that user callbacks and saving see the parts as `after_step` leaves them.
         self.callback_handler.callbacks.insert(0, _AfterStep(self))
 
@@ -194,7 +205,9 @@ class StudentTrainer(PackedTrainer):
             return score(self, model, *completions_of(batch), batch_size=size)[0]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
+        output = self.sample_groups(inputs)
+        if self.model.training and self.fresh_prompts is not None:
+            output = self._replace_dead_groups(output, inputs, self.fresh_prompts)
         # Scored where one of the updates that the batch serves reads it.
         updates = -(-self.generation_cycle // self.args.gradient_accumulation_steps)
         if self.model.training and self.teachers is not None and any(map(self._teacher_weight, range(updates))):
@@ -239,6 +252,75 @@ class StudentTrainer(PackedTrainer):
         sums = torch.stack([ratio.sum().double(), there.sum().double()])
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         self.record({"teacher/weight": weight, **({"teacher/reverse_kl": total / count} if count else {})})
+
+    # Dynamic sampling
+
+    def sample_groups(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """A generation batch as TRL samples and scores it. Collective."""
+        output = super()._generate_and_score_completions(inputs)
+        if self.model.training and self.fresh_prompts is not None:
+            # TRL's mean of equal rewards may round, and what is left would be scaled up.
+            equal = alike(self.rollouts.total_rewards().view(-1, int(self.num_generations or 0))).tolist()
+            output["advantages"][[equal[group] for group, _ in self.places(len(inputs))]] = 0.0
+        return output
+
+    def with_signal(self, output: dict[str, Any]) -> torch.Tensor:
+        """Which rows of a generation batch keep their group from being replaced, (B,)."""
+        return moved_by_advantage(output)
+
+    def _dead_groups(self, output: dict[str, Any]) -> list[int]:
+        """Groups over all ranks that have no row with a signal. Collective."""
+        signal = self.accelerator.gather(self.with_signal(output).int()).view(-1, int(self.num_generations or 0))
+        return (~signal.any(dim=1)).nonzero().flatten().tolist()
+
+    def _replace_dead_groups(
+        self, output: dict[str, Any], inputs: list[dict[str, Any]], prompts: FreshPrompts
+    ) -> dict[str, Any]:
+        """The batch with groups of fresh prompts in the place of those without a signal; `inputs` change with it. Collective."""
+        rollouts = len(inputs) * self.accelerator.num_processes
+        dead, generations = self._dead_groups(output), 1
+        while dead and generations <= self.args.max_resample_times:
+            generations += 1
+            drawn = prompts.draw(rollouts // int(self.num_generations or 0))
+            output, dead = self._fill_places(dead, output, inputs, drawn)
+        prompts.rollouts += generations * rollouts
+        self.record({"dynamic_sampling/generations": generations, "dynamic_sampling/dead_groups": len(dead)})
+        # Counts of the run so far; TRL's of tokens has gone on.
+        totals = {"dynamic_sampling/rollouts": prompts.rollouts, "num_tokens": self.state.num_input_tokens_seen}
+        self._metrics["train"].update({name: [total] for name, total in totals.items()})
+        return output
+
+    def _fill_places(
+        self, dead: list[int], output: dict[str, Any], inputs: list[dict[str, Any]], drawn: list[int]
+    ) -> tuple[dict[str, Any], list[int]]:
+        """One more generation, of the rows drawn: the batch, and the groups that are without a signal still. Collective."""
+        size, places = int(self.num_generations or 0), self.places(len(inputs))
+        rows = [self._example(drawn[group], inputs[0]) for group, _ in places]
+        with isolated_generation(self), self.rollouts.set_aside():
+            fresh = self.sample_groups(rows)
+            rewards = self.rollouts.total_rewards()
+        empty = self._dead_groups(fresh)
+        moves = dict(zip(dead, (group for group in range(len(drawn)) if group not in empty), strict=False))
+        if not moves:
+            return output, dead
+        taken = {row: moves[group] * size + member for row, (group, member) in enumerate(places) if group in moves}
+        whole = {name: self._from_all_ranks(name, value) for name, value in fresh.items() if has_rows(value)}
+        output = exchanged(output, whole, taken, self._tokenizer.pad_token_id)
+        self.count_items(output)
+        for row in taken:
+            inputs[row] = self._example(drawn[moves[places[row][0]]], inputs[row])
+        self.rollouts.replace(moves, rewards, size)
+        return output, dead[len(moves) :]
+
+    def _example(self, number: int, like: dict[str, Any]) -> dict[str, Any]:
+        """A row of the RL dataset, with the columns that reach TRL's trainer."""
+        dataset: Any = self.train_dataset
+        return {name: value for name, value in dataset[number].items() if name in like}
+
+    def count_items(self, output: dict[str, Any]) -> None:
+        """Count the trained tokens of a generation batch over all ranks, in place. Collective."""
+        trained = output["completion_mask"] * output.get("tool_mask", 1)
+        output["num_items_in_batch"] = self.accelerator.gather(trained.sum()).sum()
 
     def window_share(self, items: torch.Tensor) -> torch.Tensor:
         """Items of one window on one rank, on average, from the count over the generation batch (as for DAPO)."""
@@ -328,6 +410,9 @@ class StudentTrainer(PackedTrainer):
 
     def register_state(self, saved: Registry) -> None:
         super().register_state(saved)
+        if self.fresh_prompts is not None:
+            saved.must_match("dynamic_sampling", "max_resample_times")
+            saved.add("fresh_prompts", self.fresh_prompts, SHARED)
         if self.teachers is not None:
             saved.must_match("teachers", "teacher_column", "teacher_form", "teacher_kl", "teacher_clip")
             saved.must_match("teacher_weight", "teacher_weight_end", "teacher_weight_steps")

@@ -2,7 +2,8 @@
 
 from dataclasses import field
 
-from .options import check_options, one_of, options
+from .options import at_least, check_options, one_of, options
+from .refusals import SCALED_BY_GROUP, refuse
 from .teacher_config import TeacherConfig
 
 
@@ -23,7 +24,15 @@ class StudentConfig(TeacherConfig):
     vllm_dtype: str | None = field(default=None, metadata=one_of(*VLLM_DTYPES))
     """Type of the weights that vLLM samples with in colocate mode. `None` leaves it to vLLM, which takes bfloat16 for a
     model in float32. A server is started with its own."""
+    dynamic_sampling: bool = False
+    """Whether groups without a signal (every rollout's advantage is exactly zero) give way to groups of fresh prompts, as in
+    DAPO."""
+    max_resample_times: int = field(default=3, metadata=at_least(1))
+    """Generations of fresh prompts for a generation batch at most (`dynamic_sampling` only). Groups without a signal that are
+    left then stay."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_options(self)
+        if self.dynamic_sampling:
+            refuse(self, SCALED_BY_GROUP)

@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +47,12 @@ class RolloutRewards:
             yield
         finally:
             self._total = kept
+
+    def replace(self, moves: Mapping[int, int], rewards: torch.Tensor, size: int) -> None:
+        """Take the rewards of other groups, of `size` rows each: from each group to the one in its place."""
+        total = self.total_rewards().clone().view(-1, size)
+        total[list(moves)] = rewards.view(-1, size)[list(moves.values())]
+        self._total = total.flatten()
 
     def total_rewards(self) -> torch.Tensor:
         """

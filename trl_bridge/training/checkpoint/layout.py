@@ -36,22 +36,24 @@ def reshard_rollouts(
     update stay those of that update.
     """
     pieces = [batch for batches in zip(*buffers, strict=True) for batch in batches]
-    joined = {name: _joined(name, [piece[name] for piece in pieces], pad_token_id) for name in pieces[0]}
-    rows = len(joined["completion_ids"])
+    whole = {name: joined(name, [piece[name] for piece in pieces], pad_token_id) for name in pieces[0]}
+    rows = len(whole["completion_ids"])
     size = rows // (micro_batches * world_size)
     starts = [(micro_batch * world_size + rank) * size for micro_batch in range(micro_batches)]
     return [
-        {name: value[start : start + size] if _has_rows(value) else value for name, value in joined.items()}
+        {name: value[start : start + size] if has_rows(value) else value for name, value in whole.items()}
         for start in starts
     ]
 
 
-def _has_rows(value: Any) -> bool:
+def has_rows(value: Any) -> bool:
+    """Whether a part of a batch of rollouts holds something of each row."""
     return isinstance(value, list) or (isinstance(value, torch.Tensor) and value.dim() > 0)
 
 
-def _joined(name: str, values: list[Any], pad_token_id: int) -> Any:
-    if not _has_rows(values[0]):
+def joined(name: str, values: list[Any], pad_token_id: int) -> Any:
+    """One part of several batches of rollouts, their rows one after the other."""
+    if not has_rows(values[0]):
         return values[0]  # nothing, or a number of the whole generation batch
     if isinstance(values[0], list):
         return [row for value in values for row in value]
