@@ -203,7 +203,8 @@ def test_dead_groups_give_way_on_two_ranks(folder):
     ranks = load(folder("ddp"), "luffy dynamic")
     seed, tokenizer, rows = ranks[0]["args"].seed, tiny_tokenizer(), hint_rows(every=2)
     fresh = FreshPrompts(len(rows), seed)
-    for batches in _generation_batches(ranks):
+    generations = _generation_batches(ranks)
+    for batches in generations:
         prompts = [
             [tokenizer.decode(ids[there > 0]) for ids, there in zip(b["prompt_ids"], b["prompt_mask"], strict=True)]
             for b in batches
@@ -217,7 +218,7 @@ def test_dead_groups_give_way_on_two_ranks(folder):
         assert Counter(round(v, 3) for v in values) == dict.fromkeys((-1.162, -0.387, 0.387, 1.162), 3)
     for entry in ranks[0]["log"]:
         assert entry["dynamic_sampling/generations"] == 2.0 and entry["dynamic_sampling/dead_groups"] == 0.0
-    assert ranks[0]["shared"]["fresh_prompts"] == {**fresh.state_dict(), "rollouts": 12 * 2 * 6}
+    assert ranks[0]["shared"]["fresh_prompts"] == {**fresh.state_dict(), "rollouts": 2 * 12 * len(generations)}
 
 
 @pytest.mark.parametrize(("kind", "name"), params_of(RESUMED, "run_groups", "resume "))
