@@ -40,7 +40,7 @@ def copy(tmp_path):
     page = tmp_path / "docs" / "methods.md"
     insert(page, "| `lightning-opd` | tested", ways)
     insert(page, "| `lightning-opd` | `LightningOPDTrainer`", listed)
-    page.write_text(page.read_text().replace("`prefix-rft`, `actguide`", "`prefix-rft`, `actguide`, `dft`"))
+    page.write_text(page.read_text().replace("`ada-prefix`, `actguide`", "`ada-prefix`, `actguide`, `dft`"))
     return tmp_path
 
 
