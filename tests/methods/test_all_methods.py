@@ -30,6 +30,7 @@ from tests.helpers.training import (
     small_model,
     small_trainer,
 )
+from trl_bridge import __version__
 from trl_bridge.methods.catalogue import METHODS
 from trl_bridge.models import tiny_tokenizer
 
@@ -183,6 +184,7 @@ def test_model_card_names_the_paper(tmp_path, name):
     trainer.create_model_card(model_name="student")
     card = (tmp_path / "README.md").read_text()
     assert trainer_class._paper["id"] in card and trainer_class._paper["title"] in card and trainer._name in card
+    assert f"- Method: {trainer._name}, by trl-bridge {__version__}\n" in card
 
 
 # vLLM

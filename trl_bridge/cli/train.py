@@ -52,17 +52,44 @@ def main(method: Method, line: "CommandLine") -> None:
         checkpoint = _resume_from(line.training)
         _check_reporters(line.training.report_to)
         trainer = build_trainer(method, line)
+        trainer.card_lines = _card_lines(method, line)
     with user_errors(program, only_ours=True):
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.print("✅ Training completed.")
 
     trainer.save_model(line.training.output_dir)
+    trainer.save_state()  # its log: `trl-bridge plot`
+    trainer.create_model_card()
     trainer.accelerator.print(f"💾 Model saved to {line.training.output_dir}.")
 
     if line.training.push_to_hub:
         trainer.push_to_hub(dataset_name=line.script.dataset_name)
         trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
     trainer.end()
+
+
+def _card_lines(method: Method, line: "CommandLine") -> list[str]:
+    """What the model card says of the command that has trained it."""
+    from ..recipes import recipe_folder
+    from ..training.card import shown_command
+
+    paths, folder = [Path(token) for token in line.forwarded], recipe_folder()
+    tokens = [
+        path.relative_to(folder).with_suffix("").as_posix() if path.is_relative_to(folder) else token
+        for path, token in zip(paths, line.forwarded, strict=True)
+    ]
+    given = vars(line.script)
+    keys = (
+        "dataset_name",
+        "dataset_config",
+        "sft_dataset_name",
+        "sft_dataset_config",
+        "prompt_template",
+        "reward_funcs",
+    )
+    named = {"model_name_or_path": line.model.model_name_or_path, **{key: given.get(key) for key in keys}}
+    command = shown_command(f"trl-bridge {method.name}", tokens)
+    return [f"Command: `{command}`", *(f"`{key}`: `{value}`" for key, value in named.items() if value)]
 
 
 def build_trainer(method: Method, line: "CommandLine") -> Any:

@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from .._upstream import add_fused_lm_head
 from ..distillation.scored_rows import SCORES, ScoredCollator, check_tokens, rows_hash, scored_rows
 from ..objectives.distill import AGGREGATIONS, reference_weights, stored_teacher_terms
+from ..training.card import Carded
 from ..training.checkpoint.registry import LOCAL, Registry, attribute
 from ..training.checkpoint.resume import Resumable
 from ..training.options import check_options, must, one_of, options
@@ -82,7 +83,7 @@ class LightningOPDConfig(SFTConfig):
         check_best_model(self)
 
 
-class LightningOPDTrainer(Resumable, SFTTrainer):
+class LightningOPDTrainer(Carded, Resumable, SFTTrainer):
     r"""
     Lightning OPD (arXiv 2604.13010) on TRL's `SFTTrainer`.
 

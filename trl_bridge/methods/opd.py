@@ -14,6 +14,7 @@ from ..distillation.teacher import TeacherServer, check_tokenizers, head_of, sco
 from ..generation.vllm_training import check_served, fitted_vllm
 from ..objectives.distill import AGGREGATIONS, aggregate, policy_term
 from ..objectives.lm_head import StudentScores, TeacherScores, student_scores, teacher_scores
+from ..training.card import Carded
 from ..training.checkpoint.registry import LOCAL, Registry, attribute
 from ..training.checkpoint.resume import BufferResumable
 from ..training.options import at_least, check_options, must, one_of, options
@@ -65,7 +66,7 @@ class OPDConfig(DistillationConfig):
             )
 
 
-class OPDTrainer(BufferResumable, DistillationTrainer):
+class OPDTrainer(Carded, BufferResumable, DistillationTrainer):
     """
     On-policy distillation by sampled tokens, on TRL's stable `DistillationTrainer`.
 

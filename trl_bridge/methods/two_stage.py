@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,7 @@ class _Reinforcement(PackedGRPOTrainer):
     """The second stage, whose arguments are those of both."""
 
     config_class = StudentConfig
+    _name = "a cold start (SFT, then GRPO)"
 
     def register_state(self, saved: Registry) -> None:
         super().register_state(saved)
@@ -196,6 +198,8 @@ class TwoStageTrainer:
     Raises:
         ValueError, TypeError, NotImplementedError: an argument cannot be used; the message names it and what to do.
     """
+
+    card_lines: Sequence[str] = ()
 
     def __init__(
         self,
@@ -386,6 +390,18 @@ class TwoStageTrainer:
     def save_model(self, output_dir: str | None = None) -> None:
         """Save the final policy; at the top of `output_dir` unless told otherwise."""
         self.trainer.save_model(output_dir or str(self.args.output_dir))
+
+    def create_model_card(self, **kwargs: Any) -> None:
+        """As TRL's trainers, in the second stage's folder and at the top of `output_dir`."""
+        self.trainer.card_lines = self.card_lines
+        self.trainer.create_model_card(**kwargs)
+        if self.trainer.is_world_process_zero():
+            shutil.copyfile(Path(self.trainer.args.output_dir) / "README.md", Path(self.args.output_dir) / "README.md")
+
+    def save_state(self) -> None:
+        """As [`~transformers.Trainer.save_state`], of the second stage, at the top of `output_dir`."""
+        if self.trainer.args.should_save:
+            self.trainer.state.save_to_json(str(Path(self.args.output_dir) / TRAINER_STATE_NAME))
 
     def push_to_hub(self, **kwargs: Any) -> Any:
         """As [`~transformers.Trainer.push_to_hub`]."""

@@ -38,6 +38,7 @@ from ..objectives.distill import sampled_kl
 from ..objectives.expert import reduce_tokens
 from ..rewards.by_name import check_reward_funcs
 from .backends.refusals import is_sharded, refuse_quantised, refuse_sharding
+from .card import Carded
 from .checkpoint.layout import has_rows
 from .checkpoint.registry import SHARED, Registry
 from .dynamic_sampling import FreshPrompts, alike, exchanged, moved_by_advantage
@@ -63,7 +64,7 @@ class _AfterStep(TrainerCallback):
         self.trainer.record_work()
 
 
-class StudentTrainer(PackedTrainer):
+class StudentTrainer(Carded, PackedTrainer):
     """
     GRPO whose student can also be scored on demonstrations: the base of all our trainers.
 
