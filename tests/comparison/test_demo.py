@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_bridge import cli
 from trl_bridge.cli import demo
-from trl_bridge.comparison import pictures
+from trl_bridge.comparison import figures
 from trl_bridge.comparison.demo import Curve, demo_comparison, draw
 from trl_bridge.comparison.file import load_comparison
 
@@ -48,7 +48,7 @@ def test_the_commands_defaults_are_those_of_the_file():
     assert (setting.task.base_steps, setting.task.wrong_share) == (9, 0.25)
 
 
-def test_the_picture_tells_lines_apart_without_colour(tmp_path, monkeypatch):
+def test_the_picture_tells_lines_apart_by_colour_and_without(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     drawn = []
@@ -58,6 +58,7 @@ def test_the_picture_tells_lines_apart_without_colour(tmp_path, monkeypatch):
     (axes,) = drawn[0].axes
     lines = axes.get_lines()[1:]
     assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == len(METHODS)
+    assert len({line.get_color() for line in lines}) == len(METHODS)
     assert list(lines[0].get_xdata()) == [0, 320] and list(lines[0].get_ydata()) == [0.1, 0.5]
     assert axes.get_xlabel().startswith("rollouts") and "accuracy" in axes.get_ylabel()
 
@@ -70,7 +71,7 @@ def test_its_help_needs_no_torch():
 
 
 def test_missing_matplotlib_is_said_before_training(monkeypatch):
-    monkeypatch.setattr(pictures.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install 'trl-bridge\\[demo\\]'"):
         demo.main(["--steps", "1"])
 

@@ -159,7 +159,7 @@ def test_published_tables_are_those_of_the_published_runs(folder):
     assert not [record["commit"] for record in records.values() if record["commit"].endswith("+")]
 
 
-def test_pictures_are_labelled_and_told_apart_without_colour(given, tmp_path, monkeypatch):
+def test_pictures_are_labelled_and_told_apart_by_colour_and_without(given, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     comparison, records = given
@@ -173,6 +173,7 @@ def test_pictures_are_labelled_and_told_apart_without_colour(given, tmp_path, mo
     axes = drawn["curves.png"].axes[0]
     lines = axes.get_lines()
     assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == len(lines) == 3
+    assert len({line.get_color() for line in lines}) == 3
     assert list(lines[0].get_xdata()) == [0, 0.5, 1] and lines[0].get_ydata()[-1] == pytest.approx(0.5)
     assert len(axes.collections) == 3  # bands
     assert {text.get_text() for text in drawn["cost.png"].axes[0].texts} == {"grpo", "bridge", "sft"}

@@ -31,8 +31,10 @@ TOOLS: dict[str, tuple[str, str]] = {
         "trl_bridge.cli.evaluate:main",
         "accuracy and pass@k of a model on the usual benchmarks or your rows",
     ),
+    "init": ("trl_bridge.cli.init:main", "write a commented recipe and rows to replace into a folder"),
     "memory": ("trl_bridge.cli.memory:main", "estimate the memory of one GPU for a run, before it is launched"),
     "merge": ("trl_bridge.cli.merge:main", "merge a LoRA adapter into its model"),
+    "plot": ("trl_bridge.cli.plot:main", "draw reward, gain, weights and efficiency of a run"),
     "recipes": ("trl_bridge.cli.command:recipes", "list the shipped recipes (`ls`) or copy one (`cp NAME FILE`)"),
     "selftest": (
         "trl_bridge.cli.selftest:main",

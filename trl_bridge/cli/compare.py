@@ -3,8 +3,9 @@
 import sys
 from pathlib import Path
 
+from ..comparison.figures import check_matplotlib
 from ..comparison.file import load_comparison
-from ..comparison.pictures import check_matplotlib, draw_all
+from ..comparison.pictures import draw_all
 from ..comparison.plan import all_runs
 from ..comparison.report import report
 from ..comparison.workers import read_records, run_all

@@ -13,8 +13,8 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
+from .figures import check_matplotlib, new_figure, style
 from .file import Comparison, parse_comparison, read_values
-from .pictures import check_matplotlib, new_figure, style
 from .plan import Run, runs_of
 from .recorder import Recorder, Stopwatch
 from .run import policy_of
@@ -127,7 +127,7 @@ def draw(curves: list[Curve], base: Scores, title: str, path: Path) -> None:
     for index, curve in enumerate(curves):
         rollouts = [point["rollouts"] for point in curve.points]
         accuracy = [point["accuracy"] for point in curve.points]
-        axes.plot(rollouts, accuracy, label=curve.name, **style(index, len(curves)))
+        axes.plot(rollouts, accuracy, label=curve.name, **style(index))
     axes.set_xlabel("rollouts (a cold start's SFT stage comes before its first one)")
     axes.set_ylabel("accuracy on held-out sums (greedy)")
     axes.set_title(title)

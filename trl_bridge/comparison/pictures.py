@@ -1,45 +1,21 @@
-"""The pictures of a comparison, to be read in black and white: learning curves, gain and cosine, cost against score."""
+"""The pictures of a comparison, in colour and readable without: learning curves, gain and cosine, cost against score."""
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from .figures import new_figure, style
 from .file import Comparison, Setting
 from .plan import Records
 from .report import Results, results_of
 
 
-# Told apart by line and marker, so that a print in black and white can be read.
-STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1)), "v"), ((0, (1, 1)), "x"), ("--", "+"))
 _SERIES = {
     "bridge/gain": "gain: the shadow's RL loss minus the student's",
     "bridge/grad_cosine": "cosine of SFT and RL gradient",
 }
-
-
-def check_matplotlib() -> None:
-    """Look for matplotlib before time is spent on training."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("curves are drawn with matplotlib: pip install 'trl-bridge[demo]'")
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure. Without pyplot: no window system is asked for, and no global state is changed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def style(index: int, number: int) -> dict[str, Any]:
-    """Line, marker and shade of one line among several."""
-    line, marker = STYLES[index % len(STYLES)]
-    return {"linestyle": line, "marker": marker, "color": str(0.55 * index / max(1, number - 1)), "markersize": 4}
 
 
 def draw_all(comparison: Comparison, records: Records, folder: Path) -> list[Path]:
@@ -91,7 +67,7 @@ def _curves(names: Sequence[str], setting: Setting, results: Results, axes: Any)
         x = [at[0]["step"] / last for at in points]
         means = [fmean(point[metric] for point in at) for at in points]
         bands = [stdev(point[metric] for point in at) if len(at) > 1 else 0.0 for at in points]
-        look = style(index, len(drawn))
+        look = style(index)
         axes.plot(x, means, label=name, **look)
         low, high = ([m + sign * b for m, b in zip(means, bands, strict=True)] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
@@ -105,7 +81,7 @@ def _costs(setting: Setting, results: Results, axes: Any) -> None:
         values = list(result.values("accuracy").values())
         if values:
             seconds, accuracy = result.mean("cpu_seconds"), fmean(values)
-            axes.plot([seconds], [accuracy], marker=STYLES[index % len(STYLES)][1], color="0", linestyle="")
+            axes.plot([seconds], [accuracy], **{**style(index), "linestyle": ""})
             axes.annotate(name, (seconds, accuracy), xytext=(4, 3), textcoords="offset points", fontsize=8)
     axes.margins(x=0.15)
     axes.set_title(setting.name)
@@ -122,7 +98,7 @@ def _series(setting: Setting, results: Results, key: str, axes: Any) -> None:
     for index, (name, series) in enumerate(drawn.items()):
         parts = list(zip(*series, strict=False))
         x = [(part + 0.5) / len(parts) for part in range(len(parts))]
-        axes.plot(x, [fmean(values) for values in parts], label=name, **style(index, len(drawn)))
+        axes.plot(x, [fmean(values) for values in parts], label=name, **style(index))
     axes.axhline(0, color="0.6", linewidth=1)
     axes.set_title(setting.name)
     axes.set_xlabel("share of the updates")
