@@ -28,8 +28,10 @@ def pages() -> dict[str, str]:
     """Markdown by file name."""
     ours = [method for method in METHODS.values() if method.trainer.startswith("trl_bridge.")]
     readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
-    # Folders of the repository have no page.
-    readme = re.sub(r"\[([^]]+)\]\((?:examples|recipes|findings)\)", r"`\1`", readme).replace("](docs/", "](")
+    # Folders and files at the top of the repository have no page.
+    readme = re.sub(r"\[([^]]+)\]\((?:examples|recipes|findings|[A-Z]+\.md)\)", r"`\1`", readme).replace(
+        "](docs/", "]("
+    )
     written = {method.name: _method(method) for method in ours}
     shared = [f"trl_bridge.training.{path}" for path in _SHARED]
     lines = [f"- [`{method.name}`]({method.name}.md): {method.summary}" for method in ours]
