@@ -80,7 +80,8 @@ def test_the_longest_log_is_read(tmp_path):
 
 
 def test_metrics_that_were_not_logged_are_left_out():
-    assert series(LOG, ["reward", "chord/mu"]) == {"reward": ([1, 2], [0.25, 0.75])}
+    log = [*LOG, {"step": 3, "reward": None, "chord/mu": None}]
+    assert series(log, ["reward", "chord/mu"]) == {"reward": ([1, 2], [0.25, 0.75])}
 
 
 @pytest.mark.parametrize(

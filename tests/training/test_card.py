@@ -81,7 +81,7 @@ def test_figures_are_the_last_ones_logged():
     log = [
         {"reward": 0.1, "sft/loss": 2.0},
         {"reward": 0.2, "clip_ratio/low_mean": 0.0, "step": 2},
-        {"eval_reward": 0.5, "epoch": 1.0},
+        {"eval_reward": 0.5, "epoch": 1.0, "sft/loss": None},
     ]
     assert last_figures(log) == {"reward": 0.2, "sft/loss": 2.0, "eval_reward": 0.5}
 

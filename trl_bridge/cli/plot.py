@@ -66,7 +66,7 @@ def _log_of(path: Path) -> list[dict[str, Any]]:
 
 def series(log: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, tuple[list[float], list[float]]]:
     """From each of some metrics that were logged to its steps and values."""
-    found = {key: [(entry["step"], entry[key]) for entry in log if key in entry] for key in keys}
+    found = {key: [(entry["step"], entry[key]) for entry in log if entry.get(key) is not None] for key in keys}
     return {
         key: ([step for step, _ in points], [value for _, value in points]) for key, points in found.items() if points
     }

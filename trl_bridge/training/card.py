@@ -70,8 +70,8 @@ def changed_options(args: Any) -> list[tuple[str, Any]]:
 
 
 def last_figures(log: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The last value of each metric that says how a run went."""
-    return {name: value for entry in log for name, value in entry.items() if _FIGURES.match(name)}
+    """The last value of each metric that says how a run went; transformers logs None where there was none."""
+    return {k: v for entry in log for k, v in entry.items() if _FIGURES.match(k) and v is not None}
 
 
 def shown_command(program: str, tokens: Iterable[str]) -> str:
