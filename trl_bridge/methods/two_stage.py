@@ -396,7 +396,8 @@ class TwoStageTrainer:
         self.trainer.card_lines = self.card_lines
         self.trainer.create_model_card(**kwargs)
         if self.trainer.is_world_process_zero():
-            shutil.copyfile(Path(self.trainer.args.output_dir) / "README.md", Path(self.args.output_dir) / "README.md")
+            last, top = (Path(str(args.output_dir)) / "README.md" for args in (self.trainer.args, self.args))
+            shutil.copyfile(last, top)
 
     def save_state(self) -> None:
         """As [`~transformers.Trainer.save_state`], of the second stage, at the top of `output_dir`."""

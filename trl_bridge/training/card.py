@@ -58,8 +58,8 @@ def changed_options(args: Any) -> list[tuple[str, Any]]:
     """Options of a config that differ from its defaults, the preset always, and nothing that should not be published."""
     values, found = args.to_dict(), []
     for field in dataclasses.fields(args):
-        made = field.default_factory is not dataclasses.MISSING
-        default: Any = field.default_factory() if made else field.default
+        make: Any = field.default_factory
+        default: Any = field.default if make is dataclasses.MISSING else make()
         if (
             field.init
             and not _PRIVATE.search(field.name)
