@@ -396,13 +396,13 @@ class TwoStageTrainer:
         self.trainer.card_lines = self.card_lines
         self.trainer.create_model_card(**kwargs)
         if self.trainer.is_world_process_zero():
-            last, top = (Path(str(args.output_dir)) / "README.md" for args in (self.trainer.args, self.args))
+            last, top = (f"{args.output_dir}/README.md" for args in (self.trainer.args, self.args))
             shutil.copyfile(last, top)
 
     def save_state(self) -> None:
         """As [`~transformers.Trainer.save_state`], of the second stage, at the top of `output_dir`."""
         if self.trainer.args.should_save:
-            self.trainer.state.save_to_json(str(Path(self.args.output_dir) / TRAINER_STATE_NAME))
+            self.trainer.state.save_to_json(str(Path(str(self.args.output_dir)) / TRAINER_STATE_NAME))
 
     def push_to_hub(self, **kwargs: Any) -> Any:
         """As [`~transformers.Trainer.push_to_hub`]."""
