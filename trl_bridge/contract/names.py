@@ -5,7 +5,7 @@ OWN_NAMES = frozenset(
     """
     _add_up _advance_sampler _as_rollout _begin_window _build_coordinator _build_measures _build_sft_optimizer
     _build_shadow _build_shadow_optimizer _build_teachers _check_datasets _check_packing _check_sharded_adapter
-    _check_verdict_columns _copy_student _count _count_items _dead_groups _deal _draw _draw_pieces _draw_shares
+    _check_verdict_columns _copy_student _count _dead_groups _deal _draw _draw_pieces _draw_shares
     _end_of_update _entropy _example _expert_term _fill _fill_places _finish_window _from_all_ranks _frozen_copy
     _guided_log_probs _guided_rollouts _guided_rows _held _is_cut _load_rollouts _local_teacher _log_student
     _log_update _measure _micro_batches_add_up _move_coordinator _needs_policy_part _observe _pad _paired_prompts
@@ -14,7 +14,7 @@ OWN_NAMES = frozenset(
     _run_passes _run_shadow _score _score_by_teacher _score_packed _score_with _sealing _set_initial_mean
     _set_up_packing _sft_share _sft_term _shadow_is_due _shadow_part _step_coordinator _step_shadow _stop_clock
     _sum_over_ranks _teacher_weight _tempered_sequence_log_probs _terms _untempered_log_probs _update
-    _warn_of_two_formats _weights _window_share after_step ask_rewards assign backend between_passes buffer
+    _warn_of_two_formats _weights after_step ask_rewards assign backend between_passes buffer
     build_parts config_class config_or_default coordinator_state_dict count_items demonstration_pass
     demonstration_weight demonstrations_due description end_of_window expert_heads expert_loss generation
     generation_cycle has_expert_loss has_sft_term hint_probability inside_update is_logged_update live_rollouts
