@@ -28,7 +28,7 @@ from trl_bridge import (
 from trl_bridge.distillation.identity import tokenizer_hash
 from trl_bridge.distillation.scoring import LocalTeacher, Rollout
 from trl_bridge.selftest.reference.stream import StreamReference
-from trl_bridge.training.teacher import named, place_of
+from trl_bridge.training.teacher_config import named, place_of
 
 
 TOLERANCE = 2e-4

@@ -166,7 +166,7 @@ def _teacher_bytes(values: Any) -> float:
     """Of teachers that are models here; those stored in an unknown precision in 16 bits."""
     if not getattr(values, "teachers", None):
         return 0.0
-    from ..training.teacher import named, place_of
+    from ..training.teacher_config import named, place_of
 
     models = [where for where in named(values.teachers).values() if place_of(where) == "model"]
     size = 4.0 if values.teacher_dtype == "float32" else 2.0

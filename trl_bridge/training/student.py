@@ -47,7 +47,8 @@ from .packing import reason_for_padding
 from .policy import PolicyLoss, Scores, completions_of
 from .refusals import refuse_pictures
 from .student_config import StudentConfig
-from .teacher import SCORES, WEIGHT, Teachers, log_ratio, named, place_of
+from .teacher import SCORES, WEIGHT, Teachers, log_ratio
+from .teacher_config import named, place_of
 from .verdicts import RolloutRewards
 
 

@@ -18,30 +18,6 @@ Batch = dict[str, Any]
 _ROLLOUT = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 
 
-def named(entries: Sequence[str]) -> dict[str, str]:
-    """Teachers by name, as `teachers` has them; one alone may be without, and is named ''."""
-    pairs = [entry.partition("=")[::2] if _has_name(entry) else ("", entry) for entry in entries]
-    names = [name for name, _ in pairs]
-    double = next((name for name in names if names.count(name) > 1), None)
-    if not entries or double is not None or ("" in names and len(names) > 1):
-        raise ValueError(
-            f"`teachers`: {list(entries)} must be one teacher, or several with a name of its own each, as `name=teacher`."
-        )
-    return dict(pairs)
-
-
-def _has_name(entry: str) -> bool:
-    name = entry.partition("=")[0]
-    return name != entry and not any(sign in name for sign in "/:.")  # an address may hold "=" too
-
-
-def place_of(where: str) -> str:
-    """Where a teacher is: on a 'server', in 'scores' that are stored, or a 'model' here."""
-    if where.startswith(("http://", "https://")):
-        return "server"
-    return "scores" if where.endswith((".parquet", ".jsonl")) else "model"
-
-
 class Teachers:
     """The teachers of a run, and which row has which."""
 
