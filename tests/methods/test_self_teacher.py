@@ -242,6 +242,22 @@ def test_resume_is_exact(tmp_path, options):
         other.train(resume_from_checkpoint=str(tmp_path / "halves" / "checkpoint-3"))
 
 
+def test_the_average_of_16_bit_weights_does_not_round_away_what_an_update_adds(tmp_path):
+    trainer = build(tmp_path, model=sharp(3).bfloat16(), self_teacher="average", self_teacher_rate=0.01)
+    trainer.build_parts()
+    want = {name: p.detach().double() for name, p in trainer._trained.items()}
+    with torch.no_grad():
+        for parameter in trainer._trained.values():
+            parameter.mul_(1.02)
+    for _ in range(50):
+        trainer.after_step()
+        want = {name: 0.99 * want[name] + 0.01 * p.detach().double() for name, p in trainer._trained.items()}
+    for name, average in trainer._average.items():
+        torch.testing.assert_close(average.double(), want[name], rtol=1e-5, atol=1e-7)
+    with trainer._as_teacher():
+        assert all(p.dtype is torch.bfloat16 for p in trainer._trained.values())
+
+
 # What is refused
 
 
@@ -252,7 +268,10 @@ def test_resume_is_exact(tmp_path, options):
         ({"hint_template": "{prompt}"}, "{demonstration} once"),
         ({"hint_template": "{prompt}{prompt}{demonstration}"}, "{prompt} once"),
         ({"objective": "sdft", "kl_weight": 0.0}, "nothing to learn"),
-        ({"objective": "sdft", "teachers": ["a"]}, "`teachers` belong to an RL loss"),
+        ({"objective": "sdft", "teachers": ["a"]}, "`teachers` belongs to an RL loss"),
+        ({"objective": "sdft", "beta": 0.1}, "`beta` belongs to an RL loss"),
+        ({"objective": "sdft", "entropy_coef": 0.1}, "`entropy_coef` belongs to an RL loss"),
+        ({"objective": "rlsd", "kl_weight": 0.1}, "`kl_weight` has no effect"),
         ({"objective": "rlsd", "kl_gate": True}, "kl_gate"),
         ({"kl_clip": 0.0}, "kl_clip"),
         ({"kl_direction": "both"}, "kl_direction"),

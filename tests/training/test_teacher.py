@@ -97,7 +97,7 @@ def test_grpo_with_a_teacher_equals_the_reference(tmp_path, teacher, form, chang
 @pytest.mark.parametrize("form", ["advantage", "k2"])
 def test_every_loss_type(tmp_path, teacher, loss_type, form):
     options = {"loss_type": loss_type, "max_steps": 1, "epsilon_high": 5.0 if loss_type == "cispo" else 0.2}
-    if loss_type == "luspo":
+    if loss_type == "luspo" and form != "advantage":
         options["importance_sampling_level"] = "sequence"
     trainer = trained(
         teachers.recording(PackedGRPOTrainer), tmp_path, model=sharp_model(), teachers=[teacher], **FORMS[form], **SGD, **ALIKE, **options
@@ -391,6 +391,8 @@ def test_names_and_places():
         ({"teachers": ["a"], "teacher_form": "both"}, "teacher_form"),
         ({"teachers": ["a"], "teacher_kl": "k1", "teacher_form": "loss"}, "teacher_kl"),
         ({"teachers": ["a.parquet"], "temperature": 0.7}, "stored scores of `teachers` are at temperature 1"),
+        ({"teachers": ["m=a", "n=b"], "remove_unused_columns": True}, "remove_unused_columns"),
+        ({"teachers": ["a"], "teacher_weight_steps": 5}, "no effect without `teacher_weight_end`"),
     ],
 )
 @pytest.mark.parametrize("config", [PackedGRPOConfig, NaiveMixConfig])
@@ -399,11 +401,38 @@ def test_options_are_refused(tmp_path, options, message, config):
         config(str(tmp_path), use_cpu=True, bf16=False, **options)
 
 
-def test_a_sequence_mask_is_refused_with_advantages_of_tokens(tmp_path):
-    options = {"teachers": ["a"], "off_policy_mask_threshold": 0.5, "use_cpu": True, "bf16": False}
-    with pytest.raises(NotImplementedError, match="off_policy_mask_threshold"):
-        PackedGRPOConfig(str(tmp_path), **options)
-    PackedGRPOConfig(str(tmp_path), teacher_form="loss", **options)
+@pytest.mark.parametrize(
+    ("option", "form"),
+    [
+        ({"off_policy_mask_threshold": 0.5}, "loss"),
+        ({"importance_sampling_level": "sequence"}, "loss"),
+        ({"teacher_kl": "k3"}, "loss"),
+        ({"teacher_clip": 0.5}, "advantage"),
+    ],
+)
+def test_options_of_one_form_are_refused_with_the_other(tmp_path, option, form):
+    options = {"teachers": ["a"], "use_cpu": True, "bf16": False, **option}
+    other = "advantage" if form == "loss" else "loss"
+    with pytest.raises(NotImplementedError, match=next(iter(option))):
+        PackedGRPOConfig(str(tmp_path), teacher_form=other, **options)
+    PackedGRPOConfig(str(tmp_path), teacher_form=form, **options)
+
+
+def test_no_micro_batch_of_a_weighted_update_is_without_scores(tmp_path, teacher):
+    # The second generation batch begins in the first update, whose weight is zero, and ends in the next.
+    ramp = {"teacher_weight": 0.0, "teacher_weight_end": 1.0, "teacher_weight_steps": 1}
+    batches = {"gradient_accumulation_steps": 3, "steps_per_generation": 2, "max_steps": 3}
+    trainer = trained(
+        teachers.recording(PackedGRPOTrainer),
+        tmp_path,
+        model=sharp_model(),
+        teachers=[teacher],
+        **ramp,
+        **batches,
+        **SGD,
+    )
+    scored = [["teacher_per_token_logps" in batch for batch in window["rl"]] for window in trainer.windows]
+    assert scored == [[False] * 3, [True] * 3, [True] * 2]  # the epoch ends inside the third
 
 
 def test_rows_and_teachers_that_there_are_not(tmp_path, teacher):

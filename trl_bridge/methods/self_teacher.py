@@ -68,6 +68,8 @@ class SelfTeacherConfig(ExpertConfig):
     reads_success_threshold = False
 
     def __post_init__(self) -> None:
+        if self.objective == "rlsd" and self.kl_weight is not None:
+            raise ValueError("`kl_weight` has no effect with `objective='rlsd'`. Remove it.")
         if self.kl_weight is None:
             self.kl_weight = 1.0 if self.objective == "sdft" else 0.001
         if self.kl_gate is None:
@@ -82,10 +84,11 @@ class SelfTeacherConfig(ExpertConfig):
             raise ValueError(
                 "`dynamic_sampling` looks for rewards, and `objective='sdft'` trains on none. Set it to False."
             )
-        if self.objective == "sdft" and self.teachers is not None:
-            raise ValueError(
-                "`teachers` belong to an RL loss, and `objective='sdft'` has none. Take 'sdpg' or 'rlsd'."
-            )
+        for name in ("teachers", "beta", "entropy_coef") if self.objective == "sdft" else ():
+            if getattr(self, name):
+                raise ValueError(
+                    f"`{name}` belongs to an RL loss, and `objective='sdft'` has none. Remove it, or take 'sdpg' or 'rlsd'."
+                )
         if self.kl_gate and self.objective != "sdpg":
             raise ValueError(f"`kl_gate` has no effect with `objective={self.objective!r}`. Remove it.")
 
@@ -156,12 +159,17 @@ class SelfTeacherTrainer(ExpertTrainer):
     def build_parts(self) -> None:
         super().build_parts()
         if self.args.self_teacher == "average" and self._average is None:
-            self._average = {name: p.detach().clone() for name, p in self._trained.items()}
+            # In float32 at least: in 16 bits what an update adds is rounded away.
+            self._average = {
+                name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+                for name, p in self._trained.items()
+            }
 
     def after_step(self) -> None:
         super().after_step()
         for name, parameter in self._trained.items() if self._average is not None else ():
-            self._average[name].lerp_(parameter.detach(), self.args.self_teacher_rate)  # type: ignore[index]
+            average = self._average[name]  # type: ignore[index]
+            average.lerp_(parameter.detach().to(average), self.args.self_teacher_rate)
 
     @contextlib.contextmanager
     def _as_teacher(self) -> Iterator[None]:
@@ -171,7 +179,7 @@ class SelfTeacherTrainer(ExpertTrainer):
         model, checkpointing = cast("tuple[Any, Any]", (self.model, self.args.gradient_checkpointing_kwargs))
         try:
             for name, value in average.items():
-                parameters[name].data = value
+                parameters[name].data = value.to(own[name])
             with (
                 torch.no_grad(),
                 forked_torch_rng(self.accelerator.device),

@@ -211,7 +211,8 @@ class StudentTrainer(Carded, PackedTrainer):
         if self.model.training and self.fresh_prompts is not None:
             output = self._replace_dead_groups(output, inputs, self.fresh_prompts)
         # Scored where one of the updates that the batch serves reads it.
-        updates = -(-self.generation_cycle // self.args.gradient_accumulation_steps)
+        steps = self.args.gradient_accumulation_steps
+        updates = -(-(self._step % steps + self.generation_cycle) // steps)
         if self.model.training and self.teachers is not None and any(map(self._teacher_weight, range(updates))):
             output[SCORES] = self.teachers.score(output, inputs)
         return output

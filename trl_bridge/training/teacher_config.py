@@ -73,9 +73,28 @@ class TeacherConfig(GRPOConfig):
                 f"`temperature={self.temperature}`: the stored scores of `teachers` are at temperature 1, and the policy's "
                 "would be at another one. Set it to 1, or take the teacher itself."
             )
-        if self.teacher_form == "advantage":
-            reason = "with `teachers` an advantage belongs to a token, and this mask to a sequence. Set it to None"
-            refuse(self, {"off_policy_mask_threshold": (other_than(None), reason)})
+        if self.remove_unused_columns and list(named(self.teachers)) != [""]:
+            raise ValueError(
+                f"`remove_unused_columns=True` would remove the column `{self.teacher_column}` (`teacher_column`), which says which "
+                "of `teachers` a row has. Set it to False (GRPO's default)."
+            )
+        if self.teacher_weight_steps is not None and self.teacher_weight_end is None:
+            raise ValueError(
+                "`teacher_weight_steps` has no effect without `teacher_weight_end`. Set that, or remove it."
+            )
+        if self.teacher_form == "loss":
+            refuse(self, {"teacher_clip": "it clamps the log-ratio of `teacher_form='advantage'` only. Remove it"})
+            return
+        reason = "with `teachers` an advantage belongs to a token, and this to a sequence. Set it to {}, or `teacher_form='loss'`"
+        kl = "it is the estimate of `teacher_form='loss'` only. Remove it"
+        refuse(
+            self,
+            {
+                "off_policy_mask_threshold": (other_than(None), reason.format("None")),
+                "importance_sampling_level": (other_than("token"), reason.format("'token'")),
+                "teacher_kl": (other_than("k2"), kl),
+            },
+        )
 
     def teacher_weight_at(self, step: int, max_steps: int) -> float:
         """Weight of the teacher's term in an update."""
