@@ -1,17 +1,25 @@
 """vLLM itself under TRL's generation: small models that its CPU kernels take, one engine for many runs, each sync looked at."""
 
+import contextlib
 import copy
 import importlib.util
+import os
 import pkgutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 
 import pytest
 import torch
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 
+from tests.helpers.distillation import distillation_config
 from tests.helpers.groups import group_trainer, hint_rows
 from tests.helpers.streams import make
-from tests.helpers.training import small_lora, small_trainer
+from tests.helpers.training import digits_reward, rl_rows, sft_rows, small_config, small_lora, small_trainer
 from trl_bridge.methods.catalogue import METHODS
 from trl_bridge.models import tiny_model, tiny_tokenizer
 
@@ -45,6 +53,7 @@ VLLM = {
     "max_completion_length": 10,
     "model_init_kwargs": {"dtype": "float32"},
 }
+SERVER = {**VLLM, "vllm_mode": "server", "vllm_server_timeout": 60.0}
 COLOCATE = {**VLLM, "vllm_mode": "colocate", "vllm_dtype": "float32", "vllm_max_model_length": 400}
 
 _CHANGES = {
@@ -52,13 +61,18 @@ _CHANGES = {
     "bridge-default-coordinator": {"peft_config": None},
     "bridge-selective": {"preset": "selective"},
     "bridge-lean": {"lean": True},
+    "bridge-overlap": {"shadow_overlap": True},
+    "bridge-lean-overlap": {"lean": True, "shadow_overlap": True},
     "alternating": {"first": "rl", "rl_steps": 1, "sft_steps": 1},
     "uft": {"hint_steps": 4},
     "hpt": {"gate": 1, "gate_off": 2},
+    "actguide": {"train_dataset": hint_rows(steps=True), "hard_threshold": 1.0, "expert_max_length": 20},
 }
-LORA = ["grpo-lora", "chord-lora", "luffy-lora"]
-_OTHERS = ["naive-mix", "alternating", "chord", "luffy", "srft", "relift", "prefix-rft", "grpo"]
-CASES = [*_CHANGES, *(name for name in _OTHERS if name not in _CHANGES), *LORA]
+LORA = ["grpo-lora", "chord-lora", "luffy-lora", "opd-lora"]
+CASES = [*_CHANGES, *(n for n, m in METHODS.items() if m.family in ("stream", "group") and n not in _CHANGES)]
+CASES += ["grpo", "opd", "aopd", *LORA]  # of the others one has no rollouts, and the other is TRL's SFT
+SERVED_ALONE = ["bridge-overlap", "bridge-lean-overlap"]
+# A tied head that is as sharp makes the rollouts of a group alike: these have demonstrations to move by.
 TIED = ["bridge", "bridge-default-coordinator", "bridge-selective", "bridge-lean", "uft", "hpt"]
 
 
@@ -71,9 +85,38 @@ def build(case, folder, model, **options):
         changes["peft_config"] = small_lora()
     if name == "bridge":
         return small_trainer(folder, trainer_class, model=model, **changes)
+    if name in ("opd", "aopd"):
+        return _distillation(folder, trainer_class, model, **changes)
     if METHODS[name].family == "group":
         return group_trainer(folder, trainer_class, model=model, **{"train_dataset": hint_rows(), **changes})
+    if name == "two-stage":
+        return _two_stage(folder, trainer_class, model, **changes)
     return make(trainer_class, folder, model=model, **changes)
+
+
+def _two_stage(folder, trainer_class, model, **changes):
+    return trainer_class(
+        model=model,
+        reward_funcs=digits_reward,
+        args=small_config(folder, pkgutil.resolve_name(METHODS["two-stage"].config), sft_max_steps=1, **changes),
+        train_dataset=rl_rows(),
+        sft_dataset=sft_rows(),
+        processing_class=tiny_tokenizer(),
+    )
+
+
+def _distillation(folder, trainer_class, model, peft_config=None, teacher_model=None, **changes):
+    teacher = teacher_model
+    if teacher is None and "teacher_model_server_url" not in changes:
+        teacher = tiny_model(tiny_tokenizer(), hidden_size=48, layers=2, seed=5)
+    return trainer_class(
+        model=model,
+        teacher_model=teacher,
+        args=distillation_config(folder, trainer_class.config_class, **changes),
+        train_dataset=rl_rows(),
+        processing_class=tiny_tokenizer(),
+        peft_config=peft_config,
+    )
 
 
 # What the engine holds
@@ -126,32 +169,53 @@ def log_probs(trainer, prompts, completions):
     return found
 
 
+SEQUENCE = list(range(3, 40, 2))
+
+
 class Watched:
     """TRL's own syncs and generations, each of which is compared with the policy right after it."""
 
     def __init__(self, monkeypatch):
-        self.trainer = None
+        self._trained = None
         self.syncs, self.weights, self.log_probs, self.changes = 0, [], [], []
         self._held = None
         sync, generate = VLLMGeneration.sync_weights, VLLMGeneration.generate
 
         def watched_sync(generation):
+            served = generation.mode == "server"
+            if served and self.syncs:
+                self.changes.append(self._off_the_server(generation.vllm_client))
             sync(generation)
             self.syncs += 1
-            held = weights_of(generation.llm)
-            self.weights.append(largest_difference(held, policy_of(self.trainer)))
-            if self._held is not None:
-                self.changes.append(max(float((held[n] - self._held[n]).abs().max()) for n in held))
-            self._held = held
+            if served:
+                self.log_probs.append(self._off_the_server(generation.vllm_client))
+            else:
+                held = weights_of(generation.llm)
+                self.weights.append(largest_difference(held, policy_of(self.trainer)))
+                if self._held is not None:
+                    self.changes.append(max(float((held[n] - self._held[n]).abs().max()) for n in held))
+                self._held = held
 
         def watched_generate(generation, prompts, *args, **kwargs):
             found = generate(generation, prompts, *args, **kwargs)
             ids, completions, scores = found[:3]
-            self._compare(ids, completions, scores)
+            if scores is not None and not _is_a_stand_in(scores):
+                self._compare(ids, completions, scores)
             return found
 
         monkeypatch.setattr(VLLMGeneration, "sync_weights", watched_sync)
         monkeypatch.setattr(VLLMGeneration, "generate", watched_generate)
+
+    @property
+    def trainer(self):
+        """The trainer whose policy is sampled from; of two stages the second."""
+        return getattr(self._trained, "_second", self._trained)
+
+    def _off_the_server(self, client):
+        """How far the server is off the policy on one sequence."""
+        found = client.get_sequence_logprobs([SEQUENCE], [1], top_logprobs=1)["actual_logprobs"][0]
+        own = log_probs(self.trainer, [SEQUENCE[:1]], [SEQUENCE[1:]])[0]
+        return max(abs(a - b) for (a,), b in zip(found, own, strict=True))
 
     def _compare(self, ids, completions, scores):
         own = log_probs(self.trainer, ids, completions)
@@ -160,12 +224,19 @@ class Watched:
 
     def run(self, trainer, **train):
         """Train, and hold every sync and every generation to the policy."""
-        self.trainer = trainer
+        self._trained = trainer
+        if not hasattr(trainer, "_second"):
+            trainer.vllm_generation.logprobs = 0  # distillation asks for none
         trainer.train(**train)
         assert self.syncs and len(self.log_probs) >= self.syncs
         assert max(self.log_probs) < TOLERANCE, self.log_probs
-        assert max(self.weights) < 1e-6, self.weights
+        assert max(self.weights, default=0) < 1e-6, self.weights
         assert min(self.changes) > 1e-3, "a policy that stays as it was shows nothing"
+
+
+def _is_a_stand_in(scores):
+    """What `shadow_overlap` hands to TRL while the server works."""
+    return all(row == [[0.0]] for row in scores)
 
 
 class SharedEngines:
@@ -180,3 +251,39 @@ class SharedEngines:
             # Without a compiler's half minute.
             self._built[key] = self._build(**options, enforce_eager=True)
         return self._built[key]
+
+
+# A server
+
+
+@contextlib.contextmanager
+def server(model, log, port=None):
+    """The process and the URL of a vLLM server."""
+    if port is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+    # Not `vllm serve`, whose console script does not start from the CPU build (it asks for a package named `vllm`).
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "400", "--enforce-eager"]
+    command += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "32"]
+    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
+    with open(log, "w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_for(process, url, log)
+        yield process, url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _wait_for(process, url, log, seconds=400):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert process.poll() is None, open(log).read()[-3000:]
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+            return
+        time.sleep(1)
+    raise AssertionError(f"the server is not up after {seconds} seconds: {open(log).read()[-3000:]}")

@@ -3,7 +3,17 @@
 import pytest
 from trl.generation import vllm_generation
 
-from tests.helpers.real_vllm import CASES, COLOCATE, NEEDS_VLLM, TIED, SharedEngines, Watched, build, save_model
+from tests.helpers.real_vllm import (
+    CASES,
+    COLOCATE,
+    NEEDS_VLLM,
+    SERVED_ALONE,
+    TIED,
+    SharedEngines,
+    Watched,
+    build,
+    save_model,
+)
 
 
 pytestmark = NEEDS_VLLM
@@ -26,6 +36,14 @@ def watched(monkeypatch, engines):
     return Watched(monkeypatch)
 
 
-@pytest.mark.parametrize(("kind", "case"), [*(("untied", case) for case in CASES), *(("tied", case) for case in TIED)])
+COLOCATED = [case for case in CASES if case not in SERVED_ALONE]
+
+
+@pytest.mark.parametrize(
+    ("kind", "case"), [*(("untied", case) for case in COLOCATED), *(("tied", case) for case in TIED)]
+)
 def test_the_engine_holds_the_policy(tmp_path, models, watched, kind, case):
-    watched.run(build(case, tmp_path, models[kind], **COLOCATE))
+    trainer = build(case, tmp_path, models[kind], **COLOCATE)
+    watched.run(trainer)
+    if case == "actguide":
+        assert any(entry.get("actguide/guided_rate", 0) > 0 for entry in trainer.state.log_history)
