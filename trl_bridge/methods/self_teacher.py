@@ -7,9 +7,8 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import pad
 
+from .._upstream import disable_gradient_checkpointing, pad
 from ..objectives.self_distill import DIRECTIONS, divergence, fading, ramped, reweighted, token_scores
 from ..training.backends.refusals import is_sharded
 from ..training.checkpoint.registry import SHARED, Registry, Value

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from .schedules import linear_ramp
+
 
 DIRECTIONS = ("reverse", "forward")
 # Entries that are worked on at once: 256 MB in float32.
@@ -87,4 +89,4 @@ def ramped(step: int, value: float, warmup: int, decay: int, steps: int) -> floa
 
 def fading(step: int, value: float, steps: int) -> float:
     """RLSD's weight: linear from `value` to 0 over `steps` updates; constant with 0."""
-    return value * max(0.0, 1 - step / steps) if steps else value
+    return linear_ramp(step, value, 0.0, steps) if steps else value

@@ -4,8 +4,8 @@ import math
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from trl.trainer.utils import pad
 
+from .._upstream import pad
 from ..methods.actguide import ActGuideTrainer
 from ..methods.relift import ReLIFTTrainer
 from ..models import tiny_tokenizer
