@@ -29,3 +29,14 @@ def test_every_method_of_ours_has_its_page():
 
 def test_the_first_page_links_to_pages_of_the_site():
     assert "](docs/" not in pages()["index.md"] and "](bridge.md)" in pages()["index.md"]
+
+
+def test_lines_of_pages_are_short():
+    written = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+    long = [
+        f"{path.name}:{number}"
+        for path in written
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > 150 and not line.startswith("|")
+    ]
+    assert not long
