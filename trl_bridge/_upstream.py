@@ -383,20 +383,3 @@ def teacher_client(url: str, timeout: float) -> Any:
     from trl.generation.vllm_client import VLLMClient
 
     return VLLMClient(base_url=url, connection_timeout=timeout)
-
-
-def served_log_probs(teacher: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Log-probabilities that a teacher's vLLM server gives of rollouts, by TRL's own request."""
-    check("trl.experimental.server_distillation")  # experimental in TRL, which says so on import
-    from trl.experimental.server_distillation import ServerDistillationTrainer
-
-    mask = batch["completion_mask"].bool()
-    labels = torch.where(mask, batch["completion_ids"], -100)
-    inputs = {
-        "input_ids": torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-        "attention_mask": torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-        "prompt_attention_mask": batch["prompt_mask"],
-        "labels": torch.cat([torch.full_like(batch["prompt_ids"], -100), labels], dim=1),
-    }
-    ask = ServerDistillationTrainer._get_teacher_token_logprobs_from_server
-    return ask(teacher, inputs, batch["prompt_ids"].size(1))

@@ -17,6 +17,7 @@ from trl_bridge.distillation.teacher import logit_scale
 
 READ = ATTRIBUTES["trl.DistillationTrainer"].split()
 OWN = {
+    "backend",
     "_clock_template",
     "_measured",
     "_stepping",

@@ -22,6 +22,10 @@ QUICK = {
         "luffy, zero-1", "srft, zero-2, lora", "hpt, zero-3", "hpt apart, zero-2", "relift, zero-3, lora", "relift one, zero-1, lora",
         "uft, zero-3, lora", "prefix-rft, zero-2", "actguide, zero-1, lora", "resume relift, zero-2",
     ],
+    "run_distillation": [
+        "opd, zero-1, lora", "aopd-code, zero-2", "aopd-code, zero-3", "lightning, zero-3, lora", "lightning-token, zero-2",
+        "resume aopd-code, zero-3", "resume lightning, zero-2",
+    ],
     "run_two_stage": ["zero-1", "zero-2, lora", "zero-3"],
 }  # fmt: skip
 DEEPSPEED = pytest.mark.skipif(

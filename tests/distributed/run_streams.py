@@ -35,7 +35,7 @@ CASES = {
         "chord, teacher": (*CHORD, {**TEACHER, "teacher_form": "loss"}),
     },
     "fsdp": {
-        "naive-mix, teacher": (*NAIVE_MIX, {**FSDP, **TEACHER}),
+        "naive-mix, teacher": (*NAIVE_MIX, {**FSDP, **TEACHER, "teacher_offload": True}),
         # The KL reference too has the main process's weights.
         "naive-mix": (*NAIVE_MIX, {**FSDP, **ABSENT, "beta": 0.1}),
         "alternating": (*ALTERNATING, {**FSDP, "gradient_checkpointing": True}),
@@ -44,7 +44,7 @@ CASES = {
         "chord, lora": (*CHORD, {**FSDP, "gradient_checkpointing": True, **SGD, **LORA}),
     },
     "deepspeed": {
-        "naive-mix, teacher": (*NAIVE_MIX, {**zero(2), **TEACHER}),
+        "naive-mix, teacher": (*NAIVE_MIX, {**zero(2), **TEACHER, "teacher_offload": True}),
         "chord, teacher": (*CHORD, {**ZERO_3, **TEACHER, "teacher_form": "loss"}),
         "naive-mix": (*NAIVE_MIX, {**zero(2), "gradient_checkpointing": True}),
         "alternating": (*ALTERNATING, ZERO_3),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.distributed import cases, run_groups, run_streams, run_two_stage
+from tests.distributed import cases, run_distillation, run_groups, run_streams, run_two_stage
 from tests.distributed.launch import QUICK
 
 
@@ -14,6 +14,8 @@ RUNS = {
     "run": names_of(("", cases.CASES), ("", cases.LEAN_CASES), ("resume ", cases.RESUMES), ("best ", cases.BESTS)),
     "run_streams": names_of(("", run_streams.CASES), ("resume ", run_streams.RESUMES), ("", run_streams.PACKED)),
     "run_groups": names_of(("", run_groups.CASES), ("resume ", run_groups.RESUMED)),
+    "run_distillation": names_of(("", run_distillation.CASES))
+    | {f"resume {name}" for name in run_distillation.RESUMED["deepspeed"]},
     "run_two_stage": names_of(("", run_two_stage.CASES))
     | {f"{name} {stage} {step}" for name, cuts in run_two_stage.CUTS.items() for stage, step in cuts},
 }
@@ -30,7 +32,7 @@ def test_every_method_is_quick_once():
     assert {"naive-mix", "alternating"} < set(QUICK["run_streams"])
 
 
-@pytest.mark.parametrize("module", ["run", "run_groups", "run_two_stage"])
+@pytest.mark.parametrize("module", ["run", "run_groups", "run_distillation", "run_two_stage"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_every_stage_is_quick(module, stage):
     assert any(f"zero-{stage}" in name for name in QUICK[module])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from trl import DistillationConfig, DistillationTrainer
 
-from tests.helpers.distillation import distillation_config, distillation_trainer, recording, replay, weights
+from tests.helpers.distillation import distillation_config, distillation_trainer, recording, replay, weights_of
 from tests.helpers.groups import assert_resumes
 from tests.helpers.training import movement_error
 from trl_bridge import AOPDConfig, AOPDTrainer, OPDTrainer
@@ -37,22 +37,22 @@ def test_gate_that_never_fires_is_opd_to_the_bit(tmp_path):
     opd.train()
     aopd = distillation_trainer(tmp_path, AOPDTrainer, aopd_tau=-1.0, **options)
     aopd.train()
-    want = weights(opd)
-    assert all(torch.equal(want[name], value) for name, value in weights(aopd).items())
+    want = weights_of(opd)
+    assert all(torch.equal(want[name], value) for name, value in weights_of(aopd).items())
     assert aopd.state.log_history[0]["aopd/gate_fraction"] == 0.0
     assert aopd.state.log_history[0]["loss"] == opd.state.log_history[0]["loss"]
 
 
 def test_gate_that_always_fires_is_trls_forward_divergence(tmp_path):
     theirs = distillation_trainer(tmp_path, DistillationTrainer, DistillationConfig, beta=0.0, max_steps=3)
-    start = weights(theirs)
+    start = weights_of(theirs)
     theirs.train()
     ours = distillation_trainer(tmp_path, AOPDTrainer, aopd_tau=1.0, aopd_top_k=VOCABULARY, max_steps=3)
     ours.train()
     assert ours.state.log_history[0]["aopd/gate_fraction"] == 1.0
     assert ours.state.log_history[0]["loss"] == pytest.approx(theirs.state.log_history[0]["loss"], abs=1e-5)
-    difference = max((weights(ours)[n] - t).abs().max().item() for n, t in weights(theirs).items())
-    moved = max((start[n] - t).abs().max().item() for n, t in weights(theirs).items())
+    difference = max((weights_of(ours)[n] - t).abs().max().item() for n, t in weights_of(theirs).items())
+    moved = max((start[n] - t).abs().max().item() for n, t in weights_of(theirs).items())
     assert difference < 1e-5 and moved > 1e-3
 
 
@@ -61,9 +61,9 @@ def test_split_into_micro_batches_makes_no_difference(tmp_path):
     for size in (8, 1):
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, "preset": "paper"}
         trainer = distillation_trainer(tmp_path, AOPDTrainer, max_steps=1, aopd_top_k=4, **options, **SGD)
-        start = weights(trainer)
+        start = weights_of(trainer)
         trainer.train()
-        states.append(weights(trainer))
+        states.append(weights_of(trainer))
     assert movement_error(states[1], states[0], start) < 1e-5
 
 

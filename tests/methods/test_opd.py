@@ -11,7 +11,7 @@ from tests.helpers.distillation import (
     small_student,
     small_teacher,
     tokenizer,
-    weights,
+    weights_of,
 )
 from tests.helpers.groups import assert_resumes
 from tests.helpers.training import movement_error, rl_rows
@@ -70,19 +70,19 @@ def test_split_into_micro_batches_makes_no_difference(tmp_path, aggregation):
             max_steps=1,
             **SGD,
         )
-        start = weights(trainer)
+        start = weights_of(trainer)
         trainer.train()
-        states.append(weights(trainer))
+        states.append(weights_of(trainer))
     for state in states[1:]:
         assert movement_error(state, states[0], start) < 1e-5
 
 
 def test_a_student_like_its_teacher_stands_still(tmp_path):
     trainer = distillation_trainer(tmp_path, OPDTrainer, teacher_model=small_student(), max_steps=1, **SGD)
-    start = weights(trainer)
+    start = weights_of(trainer)
     trainer.train()
     # The same weights give the same scores to the bit, chunk by chunk.
-    assert all(torch.equal(start[name], value) for name, value in weights(trainer).items())
+    assert all(torch.equal(start[name], value) for name, value in weights_of(trainer).items())
     assert trainer.state.log_history[0]["opd/reverse_kl"] == 0.0
 
 

@@ -7,7 +7,7 @@ from tests.helpers.distillation import distillation_config, distillation_trainer
 from tests.helpers.lightning_opd import make
 from tests.helpers.training import small_model
 from trl_bridge import AOPDConfig, AOPDTrainer, OPDConfig, OPDTrainer
-from trl_bridge.methods.distillation_refusals import REFUSED, check_config
+from trl_bridge.methods.distillation_refusals import REFUSED, check_backend, check_config
 from trl_bridge.models import tiny_tokenizer
 
 
@@ -57,9 +57,9 @@ SERVER = {"teacher_model_server_url": "http://127.0.0.1:9"}
         (OPDConfig, {"advantage_clip": 0.0}, ValueError, "`advantage_clip`.*None switches it off"),
         (
             OPDConfig,
-            {**SERVER, "temperature": 0.7},
-            NotImplementedError,
-            "`temperature=0.7` with `teacher_model_server",
+            {**SERVER, "teacher_offload": True},
+            ValueError,
+            "`teacher_offload` has no effect with `teacher_model_s",
         ),
         (OPDConfig, {**SERVER, "teacher_model_name_or_path": "x"}, ValueError, "two teachers"),
         (OPDConfig, BEST, ValueError, "`load_best_model_at_end` with `save_only_model`"),
@@ -120,17 +120,33 @@ def test_teacher_without_a_tokenizer_is_said(tmp_path, monkeypatch):
     assert "No tokenizer is stored with the teacher" in said[0]
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        (DistributedType.FSDP, "OPDTrainer has not been tested with FSDP.*DDP"),
-        (DistributedType.DEEPSPEED, "OPDTrainer has not been tested with DEEPSPEED.*DDP"),
-        (DistributedType.MULTI_XPU, "Training with .*MULTI_XPU.* is not supported"),
-    ],
-)
 @pytest.mark.parametrize("make_trainer", [lambda folder: distillation_trainer(folder, OPDTrainer), make])
-def test_backends(tmp_path, monkeypatch, kind, message, make_trainer):
-    monkeypatch.setattr("accelerate.Accelerator.distributed_type", kind)
+def test_backends(tmp_path, monkeypatch, make_trainer):
+    monkeypatch.setattr("accelerate.Accelerator.distributed_type", DistributedType.MULTI_XPU)
     monkeypatch.setattr("accelerate.Accelerator.prepare_model", lambda self, model, **kwargs: model)
-    with pytest.raises(NotImplementedError, match=message):
+    with pytest.raises(NotImplementedError, match="Training with .*MULTI_XPU.* is not supported"):
         make_trainer(tmp_path)
+
+
+@pytest.mark.parametrize("make_trainer", [lambda folder: distillation_trainer(folder, OPDTrainer), make])
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_a_quantised_base_is_not_sharded(tmp_path, monkeypatch, kind, make_trainer):
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr("trl_bridge.methods.distillation_refusals.backend_for", lambda accelerator: None)
+    monkeypatch.setattr("accelerate.Accelerator.distributed_type", kind)
+    check_backend(trainer.accelerator, trainer.model)
+    trainer.model.is_quantized = True
+    with pytest.raises(NotImplementedError, match=f"quantised base has not been tested with {kind.value}"):
+        check_backend(trainer.accelerator, trainer.model)
+
+
+def test_an_offloaded_teacher_is_not_spread(tmp_path, monkeypatch):
+    deepspeed = pytest.importorskip("trl_bridge.training.backends.zero")
+    backend = object.__new__(deepspeed.ZeroBackend)
+    model = small_model()
+    for backend.stage in (1, 2):
+        assert backend.place_frozen(model, True) is model
+    backend.stage = 3
+    assert backend.place_frozen(model, False) is model
+    with pytest.raises(NotImplementedError, match="`teacher_offload` is not supported under ZeRO-3.*False"):
+        backend.place_frozen(model, True)

@@ -393,6 +393,8 @@ def test_names_and_places():
         ({"teachers": ["a.parquet"], "temperature": 0.7}, "stored scores of `teachers` are at temperature 1"),
         ({"teachers": ["m=a", "n=b"], "remove_unused_columns": True}, "remove_unused_columns"),
         ({"teachers": ["a"], "teacher_weight_steps": 5}, "no effect without `teacher_weight_end`"),
+        ({"teacher_offload": True}, "`teacher_offload` has no effect: none of `teachers` is a model here"),
+        ({"teachers": ["http://a"], "teacher_offload": True}, "`teacher_offload` has no effect"),
     ],
 )
 @pytest.mark.parametrize("config", [PackedGRPOConfig, NaiveMixConfig])

@@ -26,7 +26,6 @@ TESTED = {"trl": "1.16", "transformers": "5.24", "peft": "0.21", "accelerate": "
 # What few trainers import, and is looked at by those.
 LATE = (
     "trl.DistillationTrainer",
-    "trl.experimental.server_distillation",
     "trl.generation.vllm_client",
 )
 

@@ -1,7 +1,7 @@
 """A teacher's log-probability of every token of a completion: from a model in this process, or from a vLLM server."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -10,7 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._upstream import add_fused_lm_head, teacher_client
 from ..generation.engines import HalvingBatches
+from ..objectives.lm_head import TeacherScores
 from .identity import check_identity
+from .teacher import batch_of
 
 
 class Rollout(NamedTuple):
@@ -18,6 +20,13 @@ class Rollout(NamedTuple):
 
     prompt_ids: list[int]
     completion_ids: list[int]
+
+
+def rollouts_in(batch: Mapping[str, torch.Tensor]) -> list[Rollout]:
+    """A batch's rollouts without padding."""
+    ids, there = ({part: batch[f"{part}_{what}"] for part in ("prompt", "completion")} for what in ("ids", "mask"))
+    lists = {part: [row[m.bool()].tolist() for row, m in zip(ids[part], there[part], strict=True)] for part in ids}
+    return [Rollout(*pair) for pair in zip(lists["prompt"], lists["completion"], strict=True)]
 
 
 class Scorer(Protocol):
@@ -65,16 +74,29 @@ class LocalTeacher(HalvingBatches):
 
 
 class ServedTeacher:
-    """Scores with a vLLM server, through TRL's client, at a temperature that the server is seen to score at."""
+    """
+    Scores with a vLLM server, through TRL's client, at a temperature that the server is seen to score at; with `top_k` the
+    server's likeliest tokens too, of a vocabulary that ends at `vocab_size`.
+    """
 
     name = "vllm"
 
-    def __init__(self, url: str, batch_size: int = 16, connection_timeout: float = 60.0, temperature: float = 1.0):
+    def __init__(
+        self,
+        url: str,
+        batch_size: int = 16,
+        connection_timeout: float = 60.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        vocab_size: int = 0,
+    ):
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
-        self.batch_size = batch_size
-        self.temperature = temperature
+        self.url, self.batch_size, self.temperature = url, batch_size, temperature
+        self.top_k, self.vocab_size = min(top_k, vocab_size), vocab_size
         self.client = teacher_client(url.rstrip("/"), connection_timeout)
+        if self.top_k:
+            self._check_grant()
         check_temperature(self.client, url, temperature)
 
     @property
@@ -84,15 +106,57 @@ class ServedTeacher:
 
     def __call__(self, rollouts: Sequence[Rollout]) -> Iterator[list[list[float]]]:
         for start in range(0, len(rollouts), self.batch_size):
-            batch = rollouts[start : start + self.batch_size]
-            answer = self.client.get_sequence_logprobs(
-                [each.prompt_ids + each.completion_ids for each in batch],
-                [len(each.prompt_ids) for each in batch],
-                # The token itself is always among the answers, whatever its rank.
-                top_logprobs=1,
-                temperature=self.temperature,
-            )
+            answer = self._ask(rollouts[start : start + self.batch_size])
             yield [[value for (value,) in row] for row in answer["actual_logprobs"]]
+
+    def score(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch of rollouts, asked about at once: its tokens and the `top_k` likeliest ones, as [`batch_of`] puts them."""
+        mask = batch["completion_mask"].bool()
+        asked = [rollout for rollout in rollouts_in(batch) if rollout.completion_ids]
+        answer = self._ask(asked, self.top_k) if asked else {}
+
+        def tokens(name: str, kind: torch.dtype, width: int) -> torch.Tensor:
+            rows = [token for row in answer.get(name, ()) for token in row]
+            return torch.tensor(rows, dtype=kind, device=mask.device).view(-1, width)
+
+        scores = TeacherScores(
+            tokens("actual_logprobs", torch.float32, 1).squeeze(1),
+            tokens("logprob_token_ids", torch.int64, self.top_k),
+            tokens("logprobs", torch.float32, self.top_k),
+        )
+        self._check_scores(scores)
+        return batch_of(scores, mask)
+
+    def _ask(self, rollouts: Sequence[Rollout], top_k: int = 1) -> dict[str, Any]:
+        # The token itself is always among the answers, whatever its rank.
+        rows = [each.prompt_ids + each.completion_ids for each in rollouts]
+        lengths = [len(each.prompt_ids) for each in rollouts]
+        return self.client.get_sequence_logprobs(rows, lengths, top_logprobs=top_k, temperature=self.temperature)
+
+    def _check_grant(self) -> None:
+        advice = f"Start it with `--max-logprobs {self.top_k}` or more, or lower `aopd_top_k`"
+        asked = f"{self.top_k} log-probabilities for each token"
+        try:
+            found = self.client.get_sequence_logprobs([[0, 0]], [1], top_logprobs=self.top_k)
+        except Exception as error:  # TRL's client raises nothing narrower
+            raise ValueError(f"The teacher's server at {self.url} refuses {asked}: {error}. {advice}.") from error
+        granted = int(torch.tensor(found["logprobs"]).isfinite().sum())
+        if granted < self.top_k:
+            raise ValueError(f"The teacher's server at {self.url} grants {granted} of {asked}. {advice}.")
+
+    def _check_scores(self, scores: TeacherScores) -> None:
+        beyond = scores.top_ids[scores.top_ids >= self.vocab_size]
+        if len(beyond):
+            raise ValueError(
+                f"The teacher's server at {self.url} named token {int(beyond.max())}, and the student's vocabulary has "
+                f"{self.vocab_size}. Use a teacher with the student's tokenizer, or a lower `aopd_top_k`."
+            )
+        missing = ~(scores.log_probs.isfinite() & scores.top_log_probs.isfinite().all(-1))
+        if missing.any():
+            raise ValueError(
+                f"The teacher's server at {self.url} gave no score for {int(missing.sum())} of {len(missing)} tokens. "
+                f"It must return the sampled token and its {self.top_k} likeliest ones."
+            )
 
 
 def check_temperature(client: Any, url: str, temperature: float) -> None:

@@ -1,13 +1,13 @@
-"""Who scores the rollouts: the heads of local models, and a teacher on a vLLM server."""
+"""What scores rollouts at hand: a model's head, and the check that its tokens are the student's."""
 
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
-from .._upstream import served_log_probs, teacher_client
 from ..objectives.lm_head import Head, TeacherScores
 
 
@@ -28,10 +28,23 @@ def logit_scale(config: Any) -> float:
 
 
 def head_of(model: Any, temperature: float) -> Head:
-    """The head of a causal language model."""
+    """The head of a causal language model, within its forward. Collective where FSDP has the head in a group of its own."""
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(layer.weight, getattr(layer, "bias", None), logit_scale(config), softcap, temperature)
+    weight, bias = _full(layer.weight), _full(getattr(layer, "bias", None))
+    return Head(weight, bias, logit_scale(config), softcap, temperature)
+
+
+def _full(weight: Any) -> Any:
+    if not isinstance(weight, DTensor):
+        return weight
+    if weight.requires_grad:
+        # Its gradient would pass by FSDP, which averages it over the ranks.
+        raise NotImplementedError(
+            "An FSDP wrap policy that shards the head apart from the model is not supported. Set `fsdp_auto_wrap_policy` to "
+            "TRANSFORMER_BASED_WRAP."
+        )
+    return weight.full_tensor()
 
 
 def check_tokenizers(
@@ -58,55 +71,15 @@ def check_tokenizers(
         )
 
 
-class TeacherServer:
-    """A teacher on a vLLM server, asked through TRL's own client once for each generation batch."""
-
-    # Read by TRL's method, beside the client and K.
-    temperature = 1.0
-
-    def __init__(self, url: str, timeout: float, top_k: int, vocab_size: int):
-        self.url, self.vocab_size = url, vocab_size
-        self.loss_top_k = min(top_k, vocab_size)
-        self.teacher_client = teacher_client(url, timeout)
-        self._check_grant()
-
-    def _check_grant(self) -> None:
-        advice = f"Start it with `--max-logprobs {self.loss_top_k}` or more, or lower `aopd_top_k`"
-        asked = f"{self.loss_top_k} log-probabilities for each token"
-        try:
-            found = self.teacher_client.get_sequence_logprobs([[0, 0]], [1], top_logprobs=self.loss_top_k)
-        except Exception as error:  # TRL's client raises nothing narrower
-            raise ValueError(f"The teacher's server at {self.url} refuses {asked}: {error}. {advice}.") from error
-        granted = int(torch.tensor(found["logprobs"]).isfinite().sum())
-        if granted < self.loss_top_k:
-            raise ValueError(f"The teacher's server at {self.url} grants {granted} of {asked}. {advice}.")
-
-    def score(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Ask the server about a batch of rollouts."""
-        answer = served_log_probs(self, batch)
-        mask = batch["completion_mask"].bool()
-        names = {"actual_logprobs": "log_probs", "topk_token_ids": "top_ids", "topk_logprobs": "top_log_probs"}
-        scores = {}
-        for theirs, ours in names.items():
-            value = answer[theirs]
-            full = value.new_zeros((*mask.shape, *value.shape[2:]))
-            full[:, : value.size(1)] = value
-            scores[f"teacher_{ours}"] = full.masked_fill(~mask.view(*mask.shape, *[1] * (value.dim() - 2)), 0)
-        if bool((scores["teacher_top_ids"] >= self.vocab_size).any()):
-            raise ValueError(
-                f"The teacher's server at {self.url} named token {int(scores['teacher_top_ids'].max())}, and the student's "
-                f"vocabulary has {self.vocab_size}. Use a teacher with the student's tokenizer, or a lower `aopd_top_k`."
-            )
-        missing = ~(scores["teacher_log_probs"].isfinite() & scores["teacher_top_log_probs"].isfinite().all(-1))
-        if missing.any():
-            raise ValueError(
-                f"The teacher's server at {self.url} gave no score for {int(missing.sum())} of {int(mask.sum())} tokens. "
-                f"It must return the sampled token and its {self.loss_top_k} likeliest ones."
-            )
-        return scores
+def batch_of(scores: TeacherScores, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Scores of a batch's tokens as parts of that batch; zero where the mask is."""
+    parts = {f"teacher_{name}": value for name, value in scores._asdict().items()}
+    return {
+        name: value.new_zeros(*mask.shape, *value.shape[1:]).index_put((mask,), value) for name, value in parts.items()
+    }
 
 
 def scores_in(batch: dict[str, torch.Tensor], mask: torch.Tensor, top_k: int) -> TeacherScores:
-    """What [`TeacherServer.score`] has put into a batch, as the objectives read it."""
+    """What [`batch_of`] has put into a batch, as the objectives read it."""
     top = [batch[name][mask][:, :top_k] for name in ("teacher_top_ids", "teacher_top_log_probs")]
     return TeacherScores(batch["teacher_log_probs"][mask], *top)

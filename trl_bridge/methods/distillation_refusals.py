@@ -3,9 +3,10 @@
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import is_peft_model
 
 from ..training.backends import backend_for
-from ..training.backends.refusals import refuse_sharding
+from ..training.backends.refusals import refuse_quantised
 from ..training.refusals import Rules, check_best_model, other_than, refuse
 
 
@@ -45,10 +46,10 @@ _SAMPLING: dict[str, tuple[Any, ...]] = {
 }
 
 
-def check_backend(accelerator: Accelerator, owner: str) -> None:
+def check_backend(accelerator: Accelerator, model: Any) -> None:
     """Refuse backends that no distillation trainer supports, which would otherwise fail at the first checkpoint."""
-    refuse_sharding(accelerator.distributed_type, owner)
     backend_for(accelerator)
+    refuse_quantised(accelerator.distributed_type, model.get_base_model() if is_peft_model(model) else model)
 
 
 def check_config(args: Any) -> None:

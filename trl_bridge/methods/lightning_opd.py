@@ -184,7 +184,7 @@ class LightningOPDTrainer(Carded, Resumable, SFTTrainer):
             peft_config=peft_config,
         )
         refuse_pictures(type(self).__name__, self.processing_class, self.model)
-        check_backend(self.accelerator, type(self).__name__)
+        check_backend(self.accelerator, self.model)
         if self.accelerator.parallelism_config is not None:
             raise NotImplementedError("`parallelism_config` is not supported: only data parallelism is built.")
         student: Any = self.model

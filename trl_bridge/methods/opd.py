@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl import DistillationConfig, DistillationTrainer
 
 from ..contract import check
-from ..distillation.teacher import TeacherServer, check_tokenizers, head_of, scores_in
+from ..distillation.scoring import ServedTeacher
+from ..distillation.teacher import batch_of, check_tokenizers, head_of, scores_in
 from ..generation.vllm_training import check_served, fitted_vllm
 from ..objectives.distill import AGGREGATIONS, aggregate, policy_term
 from ..objectives.lm_head import StudentScores, TeacherScores, student_scores, teacher_scores
@@ -35,6 +36,8 @@ class OPDConfig(DistillationConfig):
     """Base URL of a vLLM server with the teacher, in place of a local one."""
     teacher_model_server_timeout: float = 60.0
     """Seconds to wait for the teacher's server at the start."""
+    teacher_offload: bool = False
+    """Whether the teacher is on the CPU but while it scores. Not under ZeRO-3, which spreads it over the ranks."""
     opd_weight: float = field(default=1.0, metadata=at_least(0))
     """Weight of the sampled-token loss."""
     advantage_clip: float | None = field(
@@ -59,10 +62,9 @@ class OPDConfig(DistillationConfig):
             raise ValueError(
                 "`teacher_model_server_url` and `teacher_model_name_or_path` name two teachers. Remove one of them."
             )
-        if self.temperature != 1.0:
-            raise NotImplementedError(
-                f"`temperature={self.temperature}` with `teacher_model_server_url` is not supported: whether a server scores "
-                "at that temperature depends on how it was started, and cannot be seen from here. Set it to 1."
+        if self.teacher_offload:
+            raise ValueError(
+                "`teacher_offload` has no effect with `teacher_model_server_url`: there is no teacher here. Remove it."
             )
 
 
@@ -154,17 +156,21 @@ class OPDTrainer(Carded, BufferResumable, DistillationTrainer):
             )
         refuse_pictures(owner, self.processing_class, self.model)
         check_served(args, self.model)
-        check_backend(self.accelerator, owner)
+        check_backend(self.accelerator, self.model)
         if isinstance(teacher_model, str):
             check_tokenizers(self._tokenizer, teacher_model, args.teacher_model_revision, args.trust_remote_code)
-        self.served_teacher: TeacherServer | None = None
-        if args.teacher_model_server_url is not None:
+        self.served_teacher: ServedTeacher | None = None
+        if args.teacher_model_server_url is None:
+            self.teacher_model: Any = self.backend.place_frozen(self.teacher_model, args.teacher_offload)
+            self.teacher_model.eval()
+        else:
             config: Any = self.model.config
-            self.served_teacher = TeacherServer(
+            self.served_teacher = ServedTeacher(
                 args.teacher_model_server_url,
-                args.teacher_model_server_timeout,
-                max(1, self.teacher_top_k),
-                config.get_text_config().vocab_size,
+                connection_timeout=args.teacher_model_server_timeout,
+                temperature=args.temperature,
+                top_k=max(1, self.teacher_top_k),
+                vocab_size=config.get_text_config().vocab_size,
             )
         self._measured: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -199,7 +205,8 @@ class OPDTrainer(Carded, BufferResumable, DistillationTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         # Once for the whole generation batch: the scores are buffered and saved with the rollouts.
-        return output if self.served_teacher is None else {**output, **self.served_teacher.score(output)}
+        served = self.served_teacher
+        return {**output, **(self._score_by_teacher(output) if served is None else served.score(output))}
 
     def _compute_loss(
         self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any
@@ -208,9 +215,8 @@ class OPDTrainer(Carded, BufferResumable, DistillationTrainer):
         if "tool_mask" in inputs:
             mask = mask & inputs["tool_mask"].bool()
         token_ids = inputs["completion_ids"][mask]  # (N,)
-        forward = completions_of(inputs)
-        teacher = self._score_by_teacher(inputs, forward, mask, token_ids)
-        hidden = self._get_last_hidden_state(unwrapped_student, *forward)[mask]  # (N, H)
+        teacher = scores_in(inputs, mask, self.teacher_top_k)
+        hidden = self._get_last_hidden_state(unwrapped_student, *completions_of(inputs))[mask]  # (N, H)
         student = student_scores(hidden, token_ids, teacher.top_ids, head_of(unwrapped_student, self.temperature))
         losses, self._measured = self.token_losses(student, teacher)
         per_token = losses.new_zeros(mask.shape).masked_scatter(mask, losses)
@@ -236,14 +242,24 @@ class OPDTrainer(Carded, BufferResumable, DistillationTrainer):
             self._metrics[mode][name].append(total / count if count else float("nan"))
         return result
 
-    def _score_by_teacher(
-        self, inputs: dict[str, Any], forward: tuple[Any, ...], mask: torch.Tensor, token_ids: torch.Tensor
-    ) -> TeacherScores:
-        if self.served_teacher is not None:
-            return scores_in(inputs, mask, self.teacher_top_k)
-        wrapped: Any = self.teacher_model
-        wrapped.eval()
-        plain: Any = self.accelerator.unwrap_model(wrapped)
-        with torch.no_grad():
-            hidden = self._forward_redirection(wrapped, plain, self._get_last_hidden_state, plain, *forward)[mask]
-        return teacher_scores(hidden, token_ids, head_of(plain, self.temperature), self.teacher_top_k)
+    def _score_by_teacher(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """A generation batch's scores by the local teacher, some rows at a time. Collective where the teacher is sharded."""
+        wrapped, plain = self.teacher_model, self.accelerator.unwrap_model(self.teacher_model)
+        mask = batch["completion_mask"].bool()  # (B, T)
+
+        def score(part: dict[str, torch.Tensor]) -> TeacherScores:
+            there = part["completion_mask"].bool()
+            hidden = self._get_last_hidden_state(plain, *completions_of(part))[there]
+            # Within the pass, which has the head's weights in full.
+            return teacher_scores(
+                hidden, part["completion_ids"][there], head_of(plain, self.temperature), self.teacher_top_k
+            )
+
+        size = self.args.per_device_train_batch_size
+        columns = [f"{part}_{what}" for part in ("prompt", "completion") for what in ("ids", "mask")]
+        with torch.no_grad(), self.accelerator.autocast(), self.backend.at_hand(wrapped, self.args.teacher_offload):
+            parts = [
+                self._forward_redirection(wrapped, plain, score, {name: batch[name][i : i + size] for name in columns})
+                for i in range(0, len(mask), size)
+            ]
+        return batch_of(TeacherScores(*map(torch.cat, zip(*parts, strict=True))), mask)

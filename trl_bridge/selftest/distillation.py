@@ -5,6 +5,7 @@ import torch
 from ..models import tiny_model, tiny_tokenizer
 from .reference.bridge import Optimizer, clip
 from .runs import clone, movement_error, rl_rows
+from .streams import weights_of
 
 
 def tokenizer():
@@ -60,11 +61,6 @@ def distillation_trainer(folder, trainer_class, config_class=None, model=None, *
     return trainer_class(model=small_student() if model is None else model, **kwargs)
 
 
-def weights(trainer):
-    plain = trainer.accelerator.unwrap_model(trainer.model)
-    return {name: p.detach().clone() for name, p in plain.named_parameters()}
-
-
 def recording(trainer_class):
     """The real trainer; what enters its loss is kept, and nothing is changed."""
 
@@ -72,7 +68,11 @@ def recording(trainer_class):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.windows, self.states, self.logged, self._open = [], [], [], []
-            self.start = weights(self)
+
+        def _prepare_for_training(self, *args, **kwargs):
+            prepared = super()._prepare_for_training(*args, **kwargs)
+            self.start = weights_of(self)
+            return prepared
 
         def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
             if self.model.training:
@@ -89,7 +89,7 @@ def recording(trainer_class):
         def log(self, logs, start_time=None):
             # Called at the end of each update with `logging_steps=1`: everything has stepped.
             if "loss" in logs:
-                self.states.append(weights(self))
+                self.states.append(weights_of(self))
             super().log(logs, start_time)
             self.logged.append(dict(self.state.log_history[-1]))
 

@@ -11,6 +11,7 @@ from ..distillation.scoring import LocalTeacher, Rollout
 from ..methods.lightning_opd import LightningOPDConfig, LightningOPDTrainer
 from ..models import tiny_tokenizer
 from .runs import small_model
+from .streams import weights_of
 
 
 # Lengths of the completions: the mean over sequences and the mean over tokens are far apart.
@@ -107,7 +108,11 @@ class recording(LightningOPDTrainer):  # noqa: N801
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.windows, self.states, self._open = [], [], []
-        self.start = _weights(self)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self.start = weights_of(self)
+        return prepared
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if model.training:
@@ -117,14 +122,9 @@ class recording(LightningOPDTrainer):  # noqa: N801
     def log(self, logs, start_time=None):
         if "loss" in logs:
             self.windows.append(self._open)
-            self.states.append(_weights(self))
+            self.states.append(weights_of(self))
             self._open = []
         super().log(logs, start_time)
-
-
-def _weights(trainer):
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
 def sequences(batch):
@@ -164,8 +164,8 @@ def replay(model, start, windows, learning_rate, clip=10.0, aggregation="sequenc
             loss = torch.cat(losses).mean()
         loss.backward()
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter -= learning_rate * parameter.grad
+            for name in start:
+                model.get_parameter(name).sub_(learning_rate * model.get_parameter(name).grad)
         gap = torch.cat(gaps)
         bounded = gap if clip is None else gap.clamp(-clip, clip)
         metrics = {
@@ -175,4 +175,4 @@ def replay(model, start, windows, learning_rate, clip=10.0, aggregation="sequenc
             "opd/advantage_clip_fraction": float((bounded != gap).double().mean()),
             "opd/reverse_kl": float(-gap.mean()),
         }
-        yield {name: value.detach().clone() for name, value in model.named_parameters()}, metrics
+        yield {name: model.get_parameter(name).detach().clone() for name in start}, metrics

@@ -198,11 +198,11 @@ class StudentTrainer(Carded, PackedTrainer):
         add_fused_lm_head(teacher, temperature=self.temperature, cast_lm_head_to_fp32=False, outputs=("log_probs",))
         teacher.requires_grad_(False).eval()
         score: Any = PackedTrainer if reason_for_padding(teacher) is None else GRPOTrainer
-        prepared = self.backend.prepare_reference(teacher)
+        prepared = self.backend.prepare_reference(teacher, args.teacher_offload)
         return functools.partial(self._score_with, score._get_per_token_logps_and_entropies, prepared)
 
     def _score_with(self, score: Callable[..., Scores], model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), self.backend.at_hand(model, self.args.teacher_offload):
             size = self.args.per_device_train_batch_size
             return score(self, model, *completions_of(batch), batch_size=size)[0]
 

@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 
-from ..distillation.scoring import Rollout, Scorer, check_scores
+from ..distillation.scoring import Scorer, check_scores, rollouts_in
 
 
 # Of a generation batch, (B, T): NaN in rows without a teacher. Of a micro-batch: the weight in the update under way.
@@ -73,16 +73,15 @@ class Teachers:
 
 
 def _ask(scorer: Scorer, batch: Batch) -> torch.Tensor:
-    ids, there = ({part: batch[f"{part}_{what}"] for part in ("prompt", "completion")} for what in ("ids", "mask"))
-    lists = {part: [row[m.bool()].tolist() for row, m in zip(ids[part], there[part], strict=True)] for part in ids}
     # A completion that was cut may be masked as a whole.
-    rollouts = [Rollout(*pair) for pair in zip(lists["prompt"], lists["completion"], strict=True) if pair[1]]
-    answers = [row for answer in scorer(rollouts) for row in answer]
-    for rollout, scores in zip(rollouts, answers, strict=True):
+    rollouts = rollouts_in(batch)
+    asked = [rollout for rollout in rollouts if rollout.completion_ids]
+    answers = [row for answer in scorer(asked) for row in answer]
+    for rollout, scores in zip(asked, answers, strict=True):
         check_scores(rollout, scores, f"`teachers` ({scorer.name}): a rollout")
     left = iter(answers)
-    rows = [torch.tensor(next(left) if completion else []) for completion in lists["completion"]]
-    width = ids["completion"].size(1)
+    rows = [torch.tensor(next(left) if rollout.completion_ids else []) for rollout in rollouts]
+    width = batch["completion_ids"].size(1)
     return pad_sequence([*rows, torch.zeros(width)], batch_first=True)[:-1]
 
 

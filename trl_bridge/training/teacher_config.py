@@ -61,13 +61,18 @@ class TeacherConfig(GRPOConfig):
     grows exponentially where the teacher finds a token likelier)."""
     teacher_dtype: str = "auto"
     """Precision of a teacher that is a model here: 'auto' (as it is stored), 'bfloat16', 'float32', ..."""
+    teacher_offload: bool = False
+    """Whether teachers that are models here are on the CPU but while they score. Not under ZeRO-3, which spreads them over the
+    ranks."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        kinds = {place_of(where) for where in named(self.teachers).values()} if self.teachers is not None else set()
+        if self.teacher_offload and "model" not in kinds:
+            raise ValueError("`teacher_offload` has no effect: none of `teachers` is a model here. Remove it.")
         if self.teachers is None:
             return
         check_options(self)
-        kinds = {place_of(where) for where in named(self.teachers).values()}
         if "scores" in kinds and self.temperature != 1.0:
             raise ValueError(
                 f"`temperature={self.temperature}`: the stored scores of `teachers` are at temperature 1, and the policy's "

@@ -109,9 +109,22 @@ class Backend(Reducer):
         """Precision of the sharded copies' passes (`MixedPrecisionPolicy`); `None` leaves it to autocast."""
         return None
 
-    def prepare_reference(self, model: PreTrainedModel) -> nn.Module:
-        """Prepare a frozen copy of the student for evaluation, as TRL prepares its reference."""
-        return self.accelerator.prepare_model(model, evaluation_mode=True)
+    def prepare_reference(self, model: PreTrainedModel, offload: bool = False) -> nn.Module:
+        """Prepare a frozen model for evaluation, as TRL prepares its reference; `offload` as in `place_frozen`."""
+        return self.place_frozen(self.accelerator.prepare_model(model, evaluation_mode=True), offload)
+
+    def place_frozen(self, model: nn.Module, offload: bool) -> nn.Module:
+        """Put a frozen model, as TRL prepares a teacher, where it stays; `offload`: on the CPU but within `at_hand`."""
+        return model.to("cpu") if offload else model
+
+    @contextlib.contextmanager
+    def at_hand(self, model: nn.Module, offload: bool) -> Iterator[None]:
+        """Passes of what `place_frozen` has placed."""
+        if offload:
+            model.to(self.device)
+        yield
+        if offload:
+            model.to("cpu")
 
     def fill_reference(self, reference: nn.Module, source: Weights) -> None:
         """Overwrite a prepared reference with the student's weights. Collective."""

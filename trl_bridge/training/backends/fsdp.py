@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.models import prepare_fsdp
@@ -57,12 +58,25 @@ class FSDP2Backend(Backend):
     def sharding_policy(self) -> Any:
         return self.accelerator.state.fsdp_plugin.mixed_precision_policy
 
-    def prepare_reference(self, model: PreTrainedModel) -> nn.Module:
+    def prepare_reference(self, model: PreTrainedModel, offload: bool = False) -> nn.Module:
+        return self.place_frozen(model, offload)
+
+    def place_frozen(self, model: nn.Module, offload: bool) -> nn.Module:
         if not self.loads_everywhere:
             # It was copied before `prepare` gave every rank the main process's values, and is sharded from what each has.
             self.broadcast_(parameter.data for parameter in model.parameters())
-        reference: Any = prepare_fsdp(model, self.accelerator)
-        return reference
+        plugin = self.accelerator.state.fsdp_plugin
+        kept = plugin.cpu_offload
+        plugin.cpu_offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if offload else kept
+        try:
+            placed: Any = prepare_fsdp(model, self.accelerator)
+        finally:
+            plugin.cpu_offload = kept
+        return placed
+
+    @contextlib.contextmanager
+    def at_hand(self, model: nn.Module, offload: bool) -> Iterator[None]:
+        yield  # `CPUOffloadPolicy` brings the weights
 
     def fill_reference(self, reference: nn.Module, source: Weights) -> None:
         weights = ShardedWeights(reference, self)

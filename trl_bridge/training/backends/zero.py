@@ -116,8 +116,15 @@ class ZeroBackend(Backend):
         with outside_zero3():
             return super().meta_copy(model, copy)
 
-    def prepare_reference(self, model: PreTrainedModel) -> nn.Module:
-        return prepare_deepspeed(model, self.accelerator)
+    def prepare_reference(self, model: PreTrainedModel, offload: bool = False) -> nn.Module:
+        return self.place_frozen(prepare_deepspeed(model, self.accelerator), offload)
+
+    def place_frozen(self, model: nn.Module, offload: bool) -> nn.Module:
+        if offload and self.stage == 3:
+            raise NotImplementedError(
+                "`teacher_offload` is not supported under ZeRO-3, which spreads the teacher over the ranks. Set it to False."
+            )
+        return super().place_frozen(model, offload)
 
     def fill_reference(self, reference: nn.Module, source: Weights) -> None:
         for name, parameter in self.accelerator.unwrap_model(reference).named_parameters():
