@@ -135,6 +135,11 @@ def isolated_generation(trainer: GRPOTrainer) -> Iterator[None]:
         yield
 
 
+def forget_synced_weights(trainer: GRPOTrainer) -> None:
+    """Let the next generation give vLLM the weights, though no update has been counted since it last had them."""
+    trainer._last_loaded_step = -1
+
+
 @contextlib.contextmanager
 def compact_head() -> Iterator[None]:
     """

@@ -59,8 +59,9 @@ class Row(Strict, extra="allow"):
 
     @property
     def reads_demonstrations(self) -> bool:
-        """Whether demonstrations change the result. At lambda = 1 their term has weight 0."""
+        """Whether demonstrations change the result. At lambda = 1 their term has weight 0, unless they are tried out before."""
         only_rl = self.fields.get("bridge_lambda") == 1 and self.fields.get("bridge_lambda_start") is None
+        only_rl = only_rl and self.fields.get("preset") != "trial" and self.fields.get("trial_steps") is None
         return self.family in _WITH_DEMONSTRATIONS and not only_rl
 
     @property

@@ -76,6 +76,9 @@ class Recorder(TrainerCallback):
         # On rollouts, with rewards or a teacher, and on demonstrations.
         self.updates = {"rl": 0, "sft": 0}
         self.offline = False
+        # What a trial before RL has measured and cost; of its rollouts, those whose tokens are not counted yet.
+        self.trial: dict[str, float] = {}
+        self._of_trial, self._trial_tokens = 0, 0.0
         # In evaluation.
         self.away = Stopwatch()
 
@@ -96,8 +99,10 @@ class Recorder(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, model: Any = None, **kwargs: Any
     ) -> None:
+        if logs is not None and "trial/rollouts" in logs:
+            self._add_trial(args, logs)
         if logs is None or "loss" not in logs:
-            return  # the summary at the end
+            return  # a trial, or the summary at the end
         values = {name: float(value) for name, value in logs.items() if _is_number(value)}
         if len(self.first) < _FIRST_STEPS:
             self.first.append({name: values[name] for name in _FIRST if name in values})
@@ -110,10 +115,12 @@ class Recorder(TrainerCallback):
             # Those that guidance asks for beside them; their length is taken to be that of the others.
             rows += round(rows * values.get("actguide/guided_rate", 0.0) + values.get("actguide/probe_rollouts", 0.0))
             self.rollouts += rows
-            self.generated_tokens += round(rows * values["completions/mean_length"])
+            # Those of a trial are taken to be as long as the first that are logged.
+            self.generated_tokens += round((rows + self._of_trial) * values["completions/mean_length"])
+            self._of_trial = 0
         self.logs.append({name: values[name] for name in _SERIES if name in values})
         if "sft/num_tokens" in values:
-            self.sft_tokens = values["sft/num_tokens"]
+            self.sft_tokens = self._trial_tokens + values["sft/num_tokens"]
         due = {-(-state.max_steps * part // self.points) for part in range(1, self.points + 1)} if self.points else ()
         if state.global_step in due and not self._in_first_stage(args):
             self._measure(state.global_step, model)
@@ -129,6 +136,14 @@ class Recorder(TrainerCallback):
             for name, mean in short({name: sum(each) / len(each) for name, each in logged.items() if each}).items():
                 found.setdefault(name, []).append(mean)
         return found
+
+    def _add_trial(self, args: Any, logs: Mapping[str, Any]) -> None:
+        self.trial = {name.removeprefix("trial/"): float(logs[name]) for name in logs if name.startswith("trial/")}
+        self._of_trial, steps = int(self.trial["rollouts"]), int(self.trial["sft_steps"])
+        self.rollouts += self._of_trial
+        self.updates["sft"] += steps
+        rows = steps * args.demonstration_batch_size * args.gradient_accumulation_steps
+        self._trial_tokens = self.sft_tokens = rows * self._mean_demonstration
 
     def _measure(self, step: int, model: Any) -> None:
         if not self.points:

@@ -72,6 +72,8 @@ def execute(run: Run, cache: str | None = None, stop_after: int | None = None) -
         "date": time.strftime("%Y-%m-%d"),
         **where(),
     }
+    if recorder.trial:
+        record["trial"] = recorder.trial
     return {**record, "diverged": diverged} if diverged else record
 
 

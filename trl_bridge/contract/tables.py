@@ -137,6 +137,17 @@ ORDERS = (
         ("model.merge_adapter()", "yield name, param.data", "model.unmerge_adapter()"),
         _FITTED,
     ),
+    # When vLLM is given the weights, and where a run starts.
+    Order(
+        "trl.GRPOTrainer._generate_single_turn",
+        ("self.state.global_step != self._last_loaded_step", "self.vllm_generation.sync_weights()"),
+        "trl_bridge._upstream.forget_synced_weights",
+    ),
+    Order(
+        "transformers.Trainer._inner_training_loop",
+        ("self._prepare_for_training(", "self.callback_handler.on_train_begin(", "self._run_epoch("),
+        "trl_bridge.training.trial.TrialTrainer.set_up_trial",
+    ),
     Order("trl.GRPOTrainer._compute_loss", ("self.beta",), "trl_bridge._upstream.policy_term_only"),
     Order("trl.GRPOTrainer._compute_loss", ("self._entropy_bonus_enabled",), "trl_bridge._upstream.policy_term_only"),
     Order("trl.GRPOTrainer._compute_loss", ("self.aux_loss_enabled",), "trl_bridge._upstream.policy_term_only"),

@@ -26,7 +26,7 @@ from .demonstrations import Demonstrations
 from .policy import Scores
 from .randomness import forked_python_rng, forked_torch_rng
 from .stream_config import DemonstrationConfig
-from .student import StudentTrainer
+from .trial import TrialTrainer
 from .verdicts import collect_verdicts, missing_columns
 from .weighting import DemonstrationWeighting, RolloutObserver
 
@@ -50,7 +50,7 @@ class Window:
             self.sums[name] = self.sums.get(name, 0) + value
 
 
-class DemonstrationTrainer(StudentTrainer):
+class DemonstrationTrainer(TrialTrainer):
     """
     GRPO with a demonstration stream: the base of every trainer that adds an SFT term to RL.
 
@@ -128,6 +128,8 @@ class DemonstrationTrainer(StudentTrainer):
             self._check_verdict_columns(sft_dataset)
         self._observer = RolloutObserver(self.weighting, self.eos_token_ids, args.success_threshold)
         self._window: Window | None = None
+        if args.trial_steps:
+            self.set_up_trial(sft_dataset)
 
     # Arguments
 

@@ -7,6 +7,10 @@ from .refusals import check_config
 from .student_config import StudentConfig
 
 
+# What a trial reads besides its length.
+_TRIAL = {"trial_learning_rate_factor": 3.0, "trial_eval_steps": 30, "trial_prompts": 64, "trial_tolerance": 0.005}
+
+
 @options
 class DemonstrationConfig(StudentConfig):
     """Configuration of GRPO with a demonstration stream: everything of [`~trl.GRPOConfig`], and the stream."""
@@ -48,6 +52,21 @@ class DemonstrationConfig(StudentConfig):
     success_threshold: float = 1.0
     """Reward from which a rollout or a demonstration counts as right."""
 
+    # A trial before RL: `docs/bridge.md`
+
+    trial_steps: int | None = field(default=None, metadata=at_least(1))
+    """Updates of a trial before RL: the policy learns from verified demonstrations alone, and keeps what it has learnt if its
+    rollouts are paid as well as before; else nothing has happened. `None` makes none. One device and DDP."""
+    trial_learning_rate_factor: float = field(default=3.0, metadata=above(0))
+    """The trial's learning rate over `learning_rate`."""
+    trial_eval_steps: int = field(default=30, metadata=at_least(1))
+    """Every so many of its updates, and after the last one, rollouts are sampled and paid. The best point is kept."""
+    trial_prompts: int = field(default=64, metadata=at_least(1))
+    """Prompts of such a measurement, with `num_generations` rollouts each; rounded up to whole generation batches. The same
+    prompts each time."""
+    trial_tolerance: float = field(default=0.005, metadata=at_least(0))
+    """How far below the policy's mean reward that of the best point may be."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sft_pairing == "prompt":
@@ -63,6 +82,9 @@ class DemonstrationConfig(StudentConfig):
                     f"multiple of `gradient_accumulation_steps` ({self.gradient_accumulation_steps}), so that the "
                     "demonstrations of an update are known at its first micro-batch."
                 )
+        changed = [name for name, default in _TRIAL.items() if getattr(self, name) != default]
+        if changed and self.trial_steps is None:
+            raise ValueError(f"`{changed[0]}` has no effect without a trial. Set `trial_steps`, or remove it.")
         check_config(self)
 
     @property

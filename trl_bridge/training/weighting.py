@@ -115,6 +115,11 @@ class DemonstrationWeighting:
             self._verdicts[row] = (old_calls + calls, old_right + right)
         self._local_verdicts = {}
 
+    def verdicts(self, rows: list[int]) -> tuple[list[int], torch.Tensor]:
+        """After `begin_window`: calls on demonstrations, and the probability that each is right."""
+        calls, right = self._counts(rows)
+        return calls, rules.verdict_weight(calls, right, self._eps, self._prior)
+
     # The window
 
     def begin_window(self) -> None:
@@ -158,7 +163,7 @@ class DemonstrationWeighting:
             judged = self.judged(sequence_log_probs, mask.sum(dim=1))
             weights = weights * rules.judge_weight(judged, self._fit, self.judge_beta)[:, None]
         if self.needs_verdicts:
-            verdict = rules.verdict_weight(*self._counts(rows), self._eps, self._prior)
+            _, verdict = self.verdicts(rows)
             weights = weights * verdict.to(weights.device)[:, None]
         return weights.to(log_probs.dtype)
 

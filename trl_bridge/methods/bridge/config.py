@@ -27,11 +27,11 @@ class BridgeConfig(DemonstrationConfig):
     """Value that the weight is ramped from, linearly. `None` keeps it constant."""
     bridge_lambda_warmup_steps: int = field(default=0, metadata=at_least(0))
     """Updates until the ramp reaches `bridge_lambda`."""
-    preset: str = field(default="paper", metadata=one_of("paper", "selective"))
+    preset: str = field(default="paper", metadata=one_of("paper", "selective", "trial"))
     """Fills `cooperative_gain` and `sft_weighting` where they are `None`. 'paper': `cooperative_gain=True`,
     `sft_weighting='none'`. 'selective' (ours, not the paper's): `cooperative_gain=False`,
     `sft_weighting='judge_verdict'`, or 'judge' where the demonstrations lack the columns that the reward functions
-    need."""
+    need. 'trial': as 'selective', after a trial of 240 updates (`trial_steps`)."""
     cooperative_gain: bool | None = None
     """Whether the coordinator's gradient carries the cooperative-gain term. Without it no shadow is built: the
     coordinator then follows the fused gradient."""
@@ -93,6 +93,8 @@ class BridgeConfig(DemonstrationConfig):
     more copy of the gradient."""
 
     def __post_init__(self) -> None:
+        if self.preset == "trial" and self.trial_steps is None:
+            self.trial_steps = 240
         super().__post_init__()
         if (self.bridge_lambda_start is None) != (self.bridge_lambda_warmup_steps == 0):
             raise ValueError(

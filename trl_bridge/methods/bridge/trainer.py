@@ -257,6 +257,13 @@ class BridgeTrainer(DemonstrationTrainer):
         columns = self.train_dataset.column_names or []
         return "judge" if missing_columns(self.reward_funcs, columns, sft_dataset) else "judge_verdict"
 
+    def before_trial_step(self) -> None:
+        self.student_gradient.clear()  # lean mode's slices of w, which are not the student's to move
+
+    def after_trial(self) -> None:
+        if self.shadow is not None:
+            self.shadow.reset(self.student)
+
     # Weights of the two terms
 
     def policy_weight(self) -> float:

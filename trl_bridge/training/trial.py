@@ -1,0 +1,269 @@
+"""A trial before RL: the policy learns from verified demonstrations alone, and what its rollouts are paid says if it keeps that."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .._upstream import forget_synced_weights, isolated_generation, optimizer_for
+from ..demonstrations.stream import DemonstrationStream, window_share
+from ..objectives.sft import demonstration_loss
+from .backends.refusals import is_sharded
+from .checkpoint.registry import Registry
+from .demonstrations import Demonstrations
+from .randomness import forked_python_rng, forked_torch_rng, seed_anew
+from .student import StudentTrainer
+from .verdicts import AskRewards, collect_verdicts, missing_columns
+from .weighting import DemonstrationWeighting
+
+
+# Calls of the reward functions at a visit (one more at the first), and visits of a demonstration at most.
+_CALLS, _VISITS = 2, 5
+# Probability of being right above which a demonstration takes part; up to one minus it, it is visited again.
+_DOUBTFUL = 0.05
+# Added to the run's seed, which is below it: the stream of RL's updates has another order.
+_APART = 2**33
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a trial has measured, and how many of its updates are kept: none, or those up to the best measurement."""
+
+    before: float
+    best: float
+    kept: int
+    measurements: int
+
+
+def try_out(
+    weights: Mapping[str, torch.Tensor],
+    learn: Callable[[], None],
+    paid: Callable[[], float],
+    *,
+    steps: int,
+    every: int,
+    tolerance: float,
+) -> Outcome:
+    """
+    Let `learn` move weights in place, and leave the best that `paid` has measured; or, to the bit, what they were, where none
+    is paid as well but for the tolerance.
+    """
+    found = best_weights = _copied(weights)
+    try:
+        before = best = paid()
+        bar, kept, measurements = before - tolerance, 0, 1
+        for step in range(1, steps + 1):
+            learn()
+            if step % every == 0 or step == steps:
+                reward, measurements = paid(), measurements + 1
+                if reward >= bar:
+                    best = bar = reward
+                    kept, best_weights = step, _copied(weights)
+        found = best_weights
+    finally:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(found[name])
+    return Outcome(before, best, kept, measurements)
+
+
+def _copied(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
+
+
+def verify(
+    ask: AskRewards,
+    demonstrations: Demonstrations,
+    candidates: list[int],
+    *,
+    rank: int,
+    world_size: int,
+    at_once: int,
+    success_threshold: float,
+) -> tuple[dict[int, float], int]:
+    """
+    Probability of being right of each demonstration that the reward functions can judge, and the number of their calls.
+    Those in doubt are visited again. Collective.
+    """
+    weighting = DemonstrationWeighting("verdict", verdict_calls=_CALLS)
+    rows = demonstrations.rows(candidates)
+    doubtful, calls, chances = candidates, [0], {}
+    for _ in range(_VISITS):
+        for start in range(0, len(doubtful), at_once * world_size):
+            part = doubtful[start : start + at_once * world_size][rank::world_size]
+            collect_verdicts(ask, weighting, demonstrations, part, rank=rank, success_threshold=success_threshold)
+        weighting.begin_window()
+        calls, right = weighting.verdicts(rows)
+        chances = {i: p for i, p, n in zip(candidates, right.tolist(), calls, strict=True) if n}
+        doubtful = [i for i, chance in chances.items() if _DOUBTFUL < chance < 1 - _DOUBTFUL]
+    return chances, sum(calls)
+
+
+class _BeforeRL(TrainerCallback):
+    """Calls `try_demonstrations` where a run starts, before user callbacks; a resumed run has had its trial."""
+
+    def __init__(self, trainer: "TrialTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            self.trainer.try_demonstrations()
+
+
+class TrialTrainer(StudentTrainer):
+    """GRPO whose policy may try out its demonstrations before RL begins: the layer under the template of streams."""
+
+    demonstrations: Demonstrations
+
+    def set_up_trial(self, sft_dataset: Dataset) -> None:
+        """Refuse what cannot be tried out, and see to it that the trial comes first."""
+        owner, kind = type(self).__name__, self.accelerator.distributed_type
+        if is_sharded(kind):
+            raise NotImplementedError(
+                f"`trial_steps` is not supported by {owner} with {kind.value}: its updates are tested on one device and with DDP "
+                "(torchrun). Launch it there, or set it to None."
+            )
+        dataset: Any = self.train_dataset
+        if isinstance(dataset, IterableDataset):
+            raise NotImplementedError(
+                "`trial_steps` draws prompts from `train_dataset` by their number, which an iterable one has not. Take a "
+                "`Dataset`, or set it to None."
+            )
+        missing = missing_columns(self.reward_funcs, dataset.column_names, sft_dataset)
+        if missing:
+            raise ValueError(
+                "`trial_steps` asks the reward functions about demonstrations, but `sft_dataset` lacks the columns that they "
+                f"need: {', '.join(map(repr, missing))}. Add them, or set it to None: without a verdict a trial keeps wrong "
+                "demonstrations too."
+            )
+        self.callback_handler.callbacks.insert(0, _BeforeRL(self))
+
+    def before_trial_step(self) -> None:
+        """When a trial's gradient is whole, before clipping. Nothing here."""
+
+    def after_trial(self) -> None:
+        """When the policy has kept what it has learnt in a trial. Nothing here."""
+
+    def try_demonstrations(self) -> None:
+        """The trial. Random numbers, optimizer and metrics of RL go on as if there had been none. Collective."""
+        self.model.train()
+        with forked_torch_rng(self.accelerator.device), forked_python_rng():
+            values = self._tried()
+        forget_synced_weights(self)
+        # TRL's own would print a table of no completions.
+        Trainer.log(self, {f"trial/{name}": value for name, value in values.items()})
+
+    def _tried(self) -> dict[str, float]:
+        args, backend = self.args, self.backend
+        count = args.demonstration_batch_size * args.gradient_accumulation_steps * backend.world_size
+        size, seed = len(self.demonstrations.rendered), args.seed + _APART
+        rows_at_once = args.generation_batch_size // backend.world_size
+        chances, calls = verify(
+            self.ask_rewards,
+            self.demonstrations,
+            DemonstrationStream(size, seed).draw(min(size, args.trial_steps * count)),
+            rank=backend.rank,
+            world_size=backend.world_size,
+            at_once=rows_at_once,
+            success_threshold=args.success_threshold,
+        )
+        if not chances:
+            raise ValueError(
+                "`trial_steps`: no reward function can score any demonstration of `sft_dataset`, so that nothing tells right "
+                "ones from wrong ones. Give them what the rewards read, or set it to None."
+            )
+        kept = [index for index, chance in chances.items() if chance > _DOUBTFUL]
+        values = {"demonstrations": len(kept), "verdicts": calls, "kept_steps": 0, "sft_steps": 0, "rollouts": 0}
+        if not kept:
+            return values
+        stream, learn = DemonstrationStream(len(kept), seed), self._learner(chances)
+        batches = self._trial_prompts()
+        plain: Any = self._plain_model
+        trained = {name: weight for name, weight in backend.weights(plain).shards().items() if self._is_trained(name)}
+        outcome = try_out(
+            trained,
+            lambda: learn([kept[number] for number in stream.draw(count)]),
+            lambda: self._paid(batches),
+            steps=args.trial_steps,
+            every=args.trial_eval_steps,
+            tolerance=args.trial_tolerance,
+        )
+        if outcome.kept:
+            self.after_trial()
+        rollouts = outcome.measurements * len(batches) * args.generation_batch_size
+        costs = {"kept_steps": outcome.kept, "sft_steps": args.trial_steps, "rollouts": rollouts}
+        return {**values, **costs, "reward_before": outcome.before, "reward": outcome.best}
+
+    def _is_trained(self, name: str) -> bool:
+        return self._plain_model.get_parameter(name).requires_grad
+
+    def _learner(self, chances: Mapping[int, float]) -> Callable[[list[int]], None]:
+        """An SFT update on demonstrations (of all ranks), by an optimizer of its own. Collective."""
+        args, backend = self.args, self.backend
+        parameters = [parameter for parameter in self._plain_model.parameters() if parameter.requires_grad]
+        rate = args.learning_rate * args.trial_learning_rate_factor
+        optimizer = optimizer_for(self, [{"params": parameters, "weight_decay": 0.0}], rate, args.optim)
+
+        def learn(drawn: list[int]) -> None:
+            tokens = sum(self.demonstrations.num_tokens(index) for index in drawn)
+            micro_batches = args.gradient_accumulation_steps
+            shares = window_share(
+                self.demonstrations.by_length(drawn), micro_batches, backend.world_size, backend.rank
+            )
+            for share, is_last in zip(shares, [False] * (micro_batches - 1) + [True], strict=True):
+                with self._pass_of_window(is_last):
+                    batch = self.demonstrations.batch(share)
+                    log_probs, mask, _ = self.score_rows(self.model_wrapped, batch, demonstration_head=True)
+                    weights = torch.tensor([[chances[index]] for index in share], device=log_probs.device)
+                    loss, _ = demonstration_loss(log_probs, mask, weights, tokens, backend.world_size)
+                    backend.backward_alongside(loss)
+            self.before_trial_step()
+            if args.max_grad_norm > 0:
+                nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return learn
+
+    @contextlib.contextmanager
+    def _pass_of_window(self, is_last: bool) -> Iterator[None]:
+        with contextlib.nullcontext() if is_last else self.backend.earlier_pass(self.model_wrapped):
+            yield
+
+    def _trial_prompts(self) -> list[list[dict[str, Any]]]:
+        """This rank's rows of the generation batches of a measurement, which has whole ones."""
+        dataset: Any = self.train_dataset
+        if self.args.remove_unused_columns:
+            dataset = dataset.select_columns("prompt")
+        groups = self.prompts_per_generation
+        batches = -(-self.args.trial_prompts // groups)
+        drawn = DemonstrationStream(len(dataset), self.args.seed + _APART).draw(batches * groups)
+        places = self.places(self.args.generation_batch_size // self.backend.world_size)
+        return [[dataset[drawn[batch * groups + group]] for group, _ in places] for batch in range(batches)]
+
+    def _paid(self, batches: list[list[dict[str, Any]]]) -> float:
+        """Mean reward of the policy's rollouts, from the same random numbers each time. Collective."""
+        forget_synced_weights(self)
+        seed_anew(self.args.seed, _APART, self.backend.rank)
+        rewards = []
+        for rows in batches:
+            with isolated_generation(self), self.rollouts.set_aside():
+                self.sample_groups([dict(row) for row in rows])
+                rewards.append(self.rollouts.total_rewards())
+        mean = torch.cat(rewards).nanmean().item()
+        if mean != mean:
+            raise ValueError(
+                "`trial_steps`: no reward function has scored any of the rollouts that the trial is judged by."
+            )
+        return mean
+
+    def register_state(self, saved: Registry) -> None:
+        super().register_state(saved)
+        saved.must_match("trial_steps")
