@@ -151,6 +151,7 @@ def test_stream_methods_equal_the_reference(tmp_path, teacher, form, trainer_cla
     )
     teachers.scored(trainer.windows, teachers.sharp(), 1.0)
     streams.replay(trainer, sharp_model(), teacher=reference_of(form, 3), **reference)
+    assert all(kl > 0 for kl in logged(trainer, "teacher/reverse_kl"))
 
 
 @pytest.mark.parametrize("form", ["advantage", "k2"])
