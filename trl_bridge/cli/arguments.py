@@ -53,6 +53,9 @@ class RewardArguments(DatasetArguments):
     reward_funcs: list[str] | None = None
     """Reward functions: names from trl_bridge.rewards or TRL's GRPO script (accuracy_reward, reasoning_accuracy_reward,
     think_format_reward, get_soft_overlong_punishment), or dotted paths of your own. reward_weights weighs them."""
+    tools: list[str] | None = None
+    """Tools that the policy may call while it answers: dotted paths of functions with type hints and a docstring, such as
+    trl_bridge.data.search.search."""
 
 
 @options

@@ -108,6 +108,8 @@ def build_trainer(method: Method, line: "CommandLine") -> Any:
         # TRL's own trainer does not look.
         check_size(splits["train_dataset"], line.training.generation_batch_size // line.training.num_generations)
     arguments.update(_model_arguments(line))
+    if getattr(line.script, "tools", None):
+        arguments["tools"] = _tools(method, line.script)
     if method.family == "distillation":
         arguments["teacher_model"] = _teacher(line)
     # The coordinator is always there, so its keys count without `use_peft`.
@@ -130,6 +132,16 @@ def _reward_functions(arguments: "RewardArguments") -> list[Any]:
             "`reward_funcs` is not set: name at least one reward function (or `reward_model_name_or_path`)"
         )
     return rewards
+
+
+def _tools(method: Method, arguments: "RewardArguments") -> list[Any]:
+    from ..rewards.by_name import function_at
+
+    if method.name == "two-stage":
+        raise ValueError(
+            "`tools`: the two stages of two-stage have none. Train with `trl-bridge bridge` or `naive-mix`"
+        )
+    return [function_at(path, "tools") for path in arguments.tools or []]
 
 
 def _model_arguments(line: "CommandLine") -> dict[str, Any]:

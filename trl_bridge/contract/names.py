@@ -19,7 +19,7 @@ OWN_NAMES = frozenset(
     demonstration_weight demonstrations_due description end_of_window expert_heads expert_loss generation
     generation_cycle has_expert_loss has_sft_term hint_probability inside_update is_logged_update live_rollouts
     places policy_due policy_inputs policy_loss policy_pass policy_weight prefix_floor prompts_differ_in_group
-    prompts_per_generation rate_factor reads_steps record record_work reduce register_state render_rows
+    prompts_per_generation rate_factor reads_steps refuses_environments refuses_tools refuses_turns record record_work reduce register_state render_rows
     resolve_weighting sample_apart sample_groups save_coordinator saved score_completions score_rows
     scores_every_rollout sft_coefficient sft_pass sft_step sft_steps sft_weights shadow_state_dict shards
     shards_adapters student take_over teacher_top_k theta_state_dict token_losses token_weights trains_by_advantage

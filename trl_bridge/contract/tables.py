@@ -14,6 +14,7 @@ OVERRIDDEN = {
     "trl.GRPOTrainer._prepare_inputs": "(self, generation_batch)",
     "trl.GRPOTrainer._generate_and_score_completions": "(self, inputs)",
     "trl.GRPOTrainer._generate": "(self, prompts)",
+    "trl.GRPOTrainer._tool_call_loop": "(self, prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields)",
     "trl.GRPOTrainer._generate_single_turn": "(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False)",
     "trl.GRPOTrainer._calculate_rewards": "(self, inputs, prompts, completions, completion_ids_list)",
     "trl.GRPOTrainer._save_checkpoint": "(self, model, trial)",
@@ -90,11 +91,11 @@ NAMES = (
 # Attributes of an instance that we read.
 ATTRIBUTES = {
     "trl.GRPOTrainer": (
-        "_buffered_inputs _entropy_bonus_enabled _entropy_window_stats _last_world_entropy _logs _metrics "
-        "_pending_extra_logs _pending_metrics _step _tokenizer accelerator aux_loss_enabled beta callback_handler "
-        "chat_template chat_template_kwargs entropy_coef eos_token_ids epsilon_high epsilon_low importance_sampling_level "
+        "_async_tool_dicts _buffered_inputs _entropy_bonus_enabled _entropy_window_stats _env_tools _last_world_entropy _logs "
+        "_metrics _pending_extra_logs _pending_metrics _step _sync_tool_dicts _tokenizer accelerator aux_loss_enabled beta "
+        "callback_handler chat_template chat_template_kwargs entropy_coef environment_factories eos_token_ids epsilon_high epsilon_low importance_sampling_level "
         "model num_generations num_iterations optimizer processing_class ref_model reward_func_names reward_funcs reward_weights state "
-        "temperature train_dataset use_adaptive_entropy"
+        "temperature tools train_dataset use_adaptive_entropy"
     ),
     "trl.DistillationTrainer": (
         "_buffered_inputs _forward_redirection _metrics _step _tokenizer _total_train_tokens accelerator chat_template model "

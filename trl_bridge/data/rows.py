@@ -21,6 +21,7 @@ from .addition import addition_dataset, addition_pairs
 from .files import code_of, is_file_name, read_files, refuse_lost_path, warn
 from .reasoning_gym_tasks import reasoning_gym_dataset
 from .routes import routes_dataset
+from .search import search_dataset
 from .sources import load_source
 from .templates import Prompting, with_prompting
 
@@ -146,7 +147,7 @@ def _addition(
     )
 
 
-_GENERATED = {"builtin:addition": _addition, "builtin:routes": routes_dataset}
+_GENERATED = {"builtin:addition": _addition, "builtin:routes": routes_dataset, "builtin:search": search_dataset}
 
 
 def _call(maker: Any, called: str, config: str | None, **fixed: Any) -> Any:

@@ -1,7 +1,7 @@
 """Expert traces of RL rows: the `expert` column as tokens, and which trace a group of rollouts gets."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -9,10 +9,11 @@ from accelerate.logging import get_logger
 from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from .render import render_demonstrations
-from .rows import prompt_key
+from .render import completion, render_demonstrations
+from .rows import prompt_key, without_none
 from .steps import read_steps, step_ends
 from .stream import PromptIndex, fingerprint, generator
+from .tools import Schemas, with_arguments
 
 
 logger = get_logger(__name__)
@@ -43,6 +44,7 @@ class Experts:
         overlong: str,
         seed: int,
         steps: bool = False,
+        tools: Schemas | None = None,
     ):
         if not isinstance(dataset, Dataset):
             raise TypeError(
@@ -58,6 +60,7 @@ class Experts:
             eos_token_id=eos_token_id,
             source="train_dataset",
             source_rows=rows,
+            tools=tools,
         )
         self.seed = seed
         self.max_length = max_length
@@ -66,6 +69,7 @@ class Experts:
         if self.has_steps:
             ends = _step_ends(rendered, read_steps(dataset, traces, rows), processing_class)
             rendered = rendered.add_column("step_ends", ends, feature=List(Value("int64")))
+        self._of_turns = _traces_of_turns(rendered, traces)
         self._rendered = _limit_length(rendered, max_length, overlong)
         self._index = PromptIndex(self._rendered["prompt_key"][:], seed)
 
@@ -78,6 +82,21 @@ class Experts:
             return None
         row = self._rendered[self._index.draw(key, generation, group)]
         return _completion(row)[: self.max_length]
+
+    def own(self, trace: Sequence[int]) -> list[bool]:
+        """Which tokens of a trace the expert has written: all but the results of tools."""
+        known = self._of_turns.get(tuple(trace))
+        return [True] * len(trace) if known is None else known.own
+
+    def messages(self, trace: Sequence[int]) -> list[dict[str, Any]] | None:
+        """The turns of a trace in which tools answer; `None` of any other."""
+        known = self._of_turns.get(tuple(trace))
+        return None if known is None else known.messages
+
+    @property
+    def first_row_of_turns(self) -> int | None:
+        """The first row of the dataset with a trace in which tools answer."""
+        return min((known.row for known in self._of_turns.values()), default=None)
 
     def draw_other(self, prompt: Any, generation: int, group: int) -> list[int] | None:
         """The trace of another prompt, for controls."""
@@ -95,6 +114,23 @@ class Experts:
     def uniform(self, generation: int, group: int, purpose: int) -> float:
         """A number in [0, 1) of a group's own, the same on every rank and after a resume."""
         return float(torch.rand((), generator=generator(self.seed, generation, group, purpose)))
+
+
+class _Turns(NamedTuple):
+    row: int
+    own: list[bool]
+    messages: list[dict[str, Any]]
+
+
+def _traces_of_turns(rendered: Dataset, traces: Dataset) -> dict[tuple[int, ...], _Turns]:
+    """Traces in which tools answer, by their tokens."""
+    found = {}
+    for row, trace in zip(rendered, traces, strict=True):
+        ids, own = completion(row)
+        if not all(own):
+            messages = with_arguments(without_none(trace["completion"]), "`train_dataset`")
+            found[tuple(ids)] = _Turns(row["row"], own, messages)
+    return found
 
 
 def expert_rows(dataset: Dataset) -> tuple[Dataset, list[int]]:
@@ -133,7 +169,7 @@ def _traces(expert: Any) -> list[Any]:
 
 
 def _completion(row: dict[str, Any]) -> list[int]:
-    return [label for label in row["labels"] if label != -100]
+    return completion(row)[0]
 
 
 def _step_ends(rendered: Dataset, steps: list[list[str]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -147,7 +183,7 @@ def _step_ends(rendered: Dataset, steps: list[list[str]], tokenizer: PreTrainedT
 
 
 def _limit_length(rendered: Dataset, max_length: int, overlong: str) -> Dataset:
-    lengths = [sum(label != -100 for label in labels) for labels in rendered["labels"]]
+    lengths = [len(_completion(row)) for row in rendered]
     too_long = [index for index, length in enumerate(lengths) if length > max_length]
     if not too_long:
         return rendered
@@ -160,6 +196,12 @@ def _limit_length(rendered: Dataset, max_length: int, overlong: str) -> Dataset:
         )
     PartialState()  # accelerate's logger, which speaks on one rank only, needs it
     if overlong == "truncate":
+        for index in too_long:
+            if not all(completion(rendered[index])[1]):
+                raise ValueError(
+                    f"`train_dataset` row {rendered[index]['row']}: the trace in `expert` has {lengths[index]} tokens, more than {max_length}, and "
+                    "one in which tools answer cannot be cut. Raise `max_completion_length`, or set `expert_overlong='skip'`."
+                )
         logger.warning(f"{count} are longer than {max_length} tokens and are cut, so they do not end ({first}).")
         return rendered
     if len(too_long) == len(lengths):

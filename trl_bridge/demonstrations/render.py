@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 from accelerate import PartialState
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 from .rows import Prompt, check_dataset, prompt_key, python_rows, split_demonstration, without_none
+from .tools import Schemas, calls, check_calls
 
 
 logger = get_logger(__name__)
@@ -22,6 +24,8 @@ Made = TypeVar("Made")
 OVERLONG = ("drop", "truncate", "error")
 # A message's fields that a template may leave out without a word (it then trains on something else than the row says).
 _SPOKEN_FIELDS = ("content", "reasoning_content", "thinking")
+# Where a conversation stands.
+_COLUMNS = ("completion", "messages", "conversations")
 
 
 def render_demonstrations(
@@ -36,6 +40,7 @@ def render_demonstrations(
     num_proc: int | None = None,
     source: str = "sft_dataset",
     source_rows: Sequence[int] | None = None,
+    tools: Schemas | None = None,
 ) -> Dataset:
     """
     Turn demonstrations into tokens and labels.
@@ -43,7 +48,8 @@ def render_demonstrations(
     The prompt's tokens are those that [`~trl.GRPOTrainer`] generates from. The completion's follow it: for
     conversations what the chat template renders after the generation prompt. Every demonstration ends in exactly one
     end-of-sequence token. Of `messages`, the last assistant message is the completion and all before it the prompt
-    (what comes after it is not used); of `text`, every token but the first is trained.
+    (what comes after it is not used); of `text`, every token but the first is trained. With tools, the completion begins
+    with the first call after the user has spoken, and the assistant's turns alone are trained.
     """
     check_dataset(dataset)
     if overlong not in OVERLONG:
@@ -54,7 +60,7 @@ def render_demonstrations(
         )
     eos_token_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     renderer = Renderer(
-        processing_class, chat_template, chat_template_kwargs or {}, eos_token_ids, source, source_rows
+        processing_class, chat_template, chat_template_kwargs or {}, eos_token_ids, source, source_rows, tools or {}
     )
     rendered = (
         python_rows(dataset)
@@ -74,13 +80,22 @@ def render_demonstrations(
     return _limit_length(rendered, max_length, overlong, num_proc)
 
 
+def completion(rendered: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
+    """The tokens of a rendered row from the first trained one, and which are trained: all but what tools have answered."""
+    own = [label != -100 for label in rendered["labels"]]
+    first = own.index(True)
+    return rendered["input_ids"][first:], own[first:]
+
+
 class _Written(NamedTuple):
-    """A row as texts: its prompt, and the prompt with the completion behind it. `bare` ones are strings, without a template."""
+    """
+    A row as texts: its prompt, and that with ever more of the completion behind it: what is trained, or, by turns, what is
+    trained and what is not. `bare` ones are strings, without a template.
+    """
 
     row: str
     prompt: Prompt
-    prompt_text: str
-    text: str
+    texts: list[str]
     bare: bool
     prompt_ids: list[int] | None = None
 
@@ -95,6 +110,7 @@ class Renderer:
     eos_token_ids: list[int]
     source: str
     source_rows: Sequence[int] | None
+    tools: Schemas = dataclasses.field(default_factory=dict)
 
     def __call__(self, batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
         """A batch of `map`. The first row that cannot be rendered ends it."""
@@ -112,31 +128,34 @@ class Renderer:
         parts = [_or_fault(self._written, *each) for each in zip(examples, numbers, strict=True)]
         written = [part for part in parts if isinstance(part, _Written)]
         ids = {
-            bare: iter(
-                self._tokenize(
-                    [text for part in written if part.bare is bare for text in (part.prompt_text, part.text)], bare
-                )
-            )
+            bare: iter(self._tokenize([text for part in written if part.bare is bare for text in part.texts], bare))
             for bare in (True, False)
         }
         return [
-            _or_fault(self._row, part, number, next(ids[part.bare]), next(ids[part.bare]))
+            _or_fault(self._row, part, number, [next(ids[part.bare]) for _ in part.texts])
             if isinstance(part, _Written)
             else part
             for part, number in zip(parts, numbers, strict=True)
         ]
 
-    def _row(self, written: _Written, number: int, prompt_ids: list[int], joint_ids: list[int]) -> dict[str, Any]:
-        prompt_ids = prompt_ids if written.prompt_ids is None else written.prompt_ids
-        completion_ids = self._end_once(self._continuation(prompt_ids, joint_ids, written))
+    def _row(self, written: _Written, number: int, joint: list[list[int]]) -> dict[str, Any]:
+        prompt_ids = joint[0] if written.prompt_ids is None else written.prompt_ids
+        ids, labels = list(prompt_ids), [-100] * len(prompt_ids)
+        for place in range(1, len(joint)):
+            added = self._continuation(ids, joint[place], *written.texts[place - 1 : place + 1])
+            is_last, is_trained = place == len(joint) - 1, place % 2 == 1
+            added = self._end_once(added) if is_last else added
+            # As a rollout's turn it ends where the policy stops; what the template writes behind that is not its own.
+            own = len(added) if is_last else self._turns_end(added) * is_trained
+            ids += added
+            labels += added[:own] + [-100] * (len(added) - own)
         if not prompt_ids:
-            # Nothing predicts the first token of a text.
-            prompt_ids, completion_ids = completion_ids[:1], completion_ids[1:]
-        if len(completion_ids) < 2:
+            labels[0] = -100  # nothing predicts the first token of a text
+        if sum(label != -100 for label in labels) < 2:
             raise _nothing_to_learn(written.row)
         return {
-            "input_ids": prompt_ids + completion_ids,
-            "labels": [-100] * len(prompt_ids) + completion_ids,
+            "input_ids": ids,
+            "labels": labels,
             "row": number,
             "prompt_key": prompt_key(written.prompt) if written.prompt else "",
         }
@@ -145,10 +164,13 @@ class Renderer:
         row = f"`{self.source}` row {number}"
         prompt, completion = split_demonstration(example, row)
         if isinstance(prompt, list) and isinstance(completion, list):
-            return self._conversational(prompt, completion, self._template_kwargs(example), row)
+            kwargs = self._template_kwargs(example, row)
+            column = "expert" if self.source_rows is not None else next(n for n in _COLUMNS if n in example)
+            check_calls(prompt + completion, kwargs.get("tools") or [], f"{row}: `{column}`")
+            return self._conversational(prompt, completion, kwargs, row)
         if not completion:
             raise _nothing_to_learn(row)
-        return _Written(row, prompt, str(prompt), f"{prompt}{completion}", bare=True)
+        return _Written(row, prompt, [str(prompt), f"{prompt}{completion}"], bare=True)
 
     def _conversational(
         self, prompt: list[dict], completion: list[dict], kwargs: dict[str, Any], row: str
@@ -160,14 +182,22 @@ class Renderer:
             )
         if not any(value for message in completion for key, value in message.items() if key != "role"):
             raise _nothing_to_learn(row)
+        spoken = [(0, len(completion))]
+        if kwargs.get("tools"):
+            spoken = [(turn, turn + 1) for turn, said in enumerate(completion) if said["role"] == "assistant"]
+        if not spoken:
+            raise _nothing_to_learn(row)
+        texts = []
         try:
-            prompt_text = self._apply_template(prompt, add_generation_prompt=True, tokenize=False, **kwargs)
-            text = self._apply_template(prompt + completion, tokenize=False, **kwargs)
+            for start, end in spoken:
+                asked = prompt + completion[:start]
+                texts.append(self._apply_template(asked, add_generation_prompt=True, tokenize=False, **kwargs))
+                texts.append(self._apply_template(prompt + completion[:end], tokenize=False, **kwargs))
         except TemplateError as error:
             raise ValueError(f"{row}: the chat template refuses the conversation: {error}") from error
-        _check_preserved(prompt_text, text, completion, row)
+        _check_preserved(texts, completion[: spoken[-1][1]], row)
         prompt_ids = self._processors_ids(prompt, kwargs)
-        return _Written(row, prompt, prompt_text, text, bare=False, prompt_ids=prompt_ids)
+        return _Written(row, prompt, texts, bare=False, prompt_ids=prompt_ids)
 
     def _processors_ids(self, prompt: list[dict], kwargs: dict[str, Any]) -> list[int] | None:
         """A processor's own tokens of a prompt. Those of a tokenizer are its text's."""
@@ -176,18 +206,23 @@ class Renderer:
         rendered = self._apply_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **kwargs)
         return rendered["input_ids"]
 
-    def _continuation(self, prompt_ids: list[int], joint_ids: list[int], written: _Written) -> list[int]:
+    def _continuation(self, before: list[int], joint_ids: list[int], text_before: str, text: str) -> list[int]:
         # Read in its place, a completion has no word-start mark of its own (SentencePiece adds one to every text);
         # where its start merges with the prompt's end, the prompt must stay as generation sees it.
-        if joint_ids[: len(prompt_ids)] == prompt_ids:
-            return joint_ids[len(prompt_ids) :]
-        return self._tokenize([written.text.removeprefix(written.prompt_text)], special=False)[0]
+        if joint_ids[: len(before)] == before:
+            return joint_ids[len(before) :]
+        return self._tokenize([text.removeprefix(text_before)], special=False)[0]
+
+    def _turns_end(self, ids: list[int]) -> int:
+        """Where a turn's last EOS ends, if the template prints nothing but blanks after it."""
+        ends = [position for position, token in enumerate(ids) if token in self.eos_token_ids]
+        if ends and not self._tokenizer.decode(ids[ends[-1] + 1 :], skip_special_tokens=True).strip():
+            return ends[-1] + 1
+        return len(ids)
 
     def _end_once(self, ids: list[int]) -> list[int]:
         """Exactly one EOS at the end: what a template prints after the turn's last EOS goes, a missing one is added."""
-        ends = [position for position, token in enumerate(ids) if token in self.eos_token_ids]
-        if ends and not self._tokenizer.decode(ids[ends[-1] + 1 :], skip_special_tokens=True).strip():
-            ids = ids[: ends[-1] + 1]
+        ids = ids[: self._turns_end(ids)]
         eos = self.eos_token_ids[0]
         while ids and ids[-1] in self.eos_token_ids:
             eos, ids = ids[-1], ids[:-1]
@@ -206,11 +241,21 @@ class Renderer:
         encoded = self._tokenizer(text=texts, add_special_tokens=special, return_attention_mask=False)
         return [list(ids) for ids in encoded["input_ids"]]
 
-    def _template_kwargs(self, example: dict[str, Any]) -> dict[str, Any]:
+    def _template_kwargs(self, example: dict[str, Any], row: str) -> dict[str, Any]:
         kwargs = {"chat_template": self.chat_template, **self.chat_template_kwargs}
         tools = example.get("tools")
         if tools:
-            kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else without_none(tools)
+            tools = json.loads(tools) if isinstance(tools, str) else without_none(tools)
+        elif self.tools:
+            name = None if None in self.tools else example.get("environment")
+            if name not in self.tools:
+                raise ValueError(
+                    f"{row}: `environment` is {name!r}, which is none of the trainer's ({', '.join(map(str, self.tools))}). Name the "
+                    "one whose tools the demonstration uses."
+                )
+            tools = self.tools[name]
+        if tools:
+            kwargs["tools"] = tools
         return {**kwargs, **without_none(example.get("chat_template_kwargs") or {})}
 
     def _apply_template(self, messages: list[dict], **kwargs: Any) -> Any:
@@ -233,15 +278,17 @@ def _nothing_to_learn(row: str) -> ValueError:
     return ValueError(f"{row} has no completion tokens: there is nothing to learn from it. Remove the row.")
 
 
-def _check_preserved(prompt_text: str, text: str, completion: list[dict], row: str) -> None:
-    if not text.startswith(prompt_text):
+def _check_preserved(texts: list[str], completion: list[dict], row: str) -> None:
+    for prompt_text, text in pairwise(texts):
+        if text.startswith(prompt_text):
+            continue
         raise ValueError(
             f"{row}: the chat template does not keep the prompt as it is when the completion follows. The generation "
             f"prompt ends in {prompt_text[-40:]!r}, the demonstration continues differently. If the generation prompt "
             "opens a think block, begin the completion with its reasoning; if the template drops the reasoning, set "
             "`processing_class.chat_template` to one that keeps it (see `trl.get_training_chat_template`)."
         )
-    shown = "".join(text.split())
+    shown = "".join(texts[-1].split())
     for message in completion:
         for field in _SPOKEN_FIELDS:
             value = message.get(field)
@@ -249,6 +296,13 @@ def _check_preserved(prompt_text: str, text: str, completion: list[dict], row: s
                 raise ValueError(
                     f"{row}: the chat template drops a part of the completion's `{field}` (often its reasoning). Set "
                     "`processing_class.chat_template` to one that keeps it (see `trl.get_training_chat_template`)."
+                )
+        told = message["content"] if message["role"] == "tool" and isinstance(message.get("content"), str) else ""
+        for part in (told, *(call.get("name") or "" for call in calls(message))):
+            if "".join(part.split()) not in shown:
+                raise ValueError(
+                    f"{row}: the chat template drops the completion's tool calls or their results. Set "
+                    "`processing_class.chat_template` to one that supports tools."
                 )
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from datasets import Dataset
 from trl import maybe_convert_to_chatml
 
+from .tools import with_arguments
+
 
 Prompt = str | list[dict[str, Any]]
 
@@ -143,6 +145,7 @@ def split_demonstration(example: dict[str, Any], row: str = "the demonstration")
         prompt, completion = _split_messages(example["messages"], row)
     else:
         prompt, completion = "", example["text"]
+    prompt, completion = with_arguments(prompt, row), with_arguments(completion, row)
     for name, part in (("prompt", prompt), ("completion", completion)):
         if part is None:
             raise ValueError(f"{row}: `{name}` is null. Remove the row (`trl-bridge data prepare --clean` does).")
@@ -162,7 +165,11 @@ def _split_messages(messages: list[dict[str, Any]] | None, row: str) -> tuple[li
     turns = [position for position, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise ValueError(f"{row} has no completion tokens: no message of its `messages` is the assistant's.")
-    return messages[: turns[-1]], messages[turns[-1] : turns[-1] + 1]
+    first = turns[-1]
+    # What a tool answers belongs to the turn that called it.
+    while any(turn < first for turn in turns) and messages[first - 1]["role"] == "tool":
+        first = max(turn for turn in turns if turn < first)
+    return messages[:first], messages[first : turns[-1] + 1]
 
 
 def without_none(value: Any) -> Any:

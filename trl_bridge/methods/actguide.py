@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from .._upstream import decode_completions, disable_gradient_checkpointing, isolated_bookkeeping, pad
+from .._upstream import decode_completions, disable_gradient_checkpointing, isolated_bookkeeping, pad, run_tools
 from ..training.checkpoint.registry import Registry
 from ..training.group import ExpertPlan, ExpertTrainer
 from ..training.group_config import ExpertConfig
 from ..training.options import at_least, one_of, options
 from ..training.paper import arxiv
 from ..training.policy import Scores
-from .actguide_rollouts import Guidance, GuidedRollouts
+from .actguide_rollouts import Guidance, GuidedRollouts, Sample
 
 
 @options
@@ -79,8 +79,8 @@ class ActGuideTrainer(ExpertTrainer):
     in GRPO's clipped loss, or with `shaping_gamma` the weight `sg[r_t / (r_t + gamma)] A` on `log pi_theta(y_t | x)`.
     All other groups are plain GRPO's, to the bit where no group is hard. KL is under the prompt without guidance.
 
-    Text only: the steps of a solution stand where the paper has an agent's actions. The dataset needs `expert` (or
-    `completion`) and `expert_steps`, its text cut up.
+    The dataset needs `expert` (or `completion`) and `expert_steps`, its text cut up: the steps of a solution, or with tools
+    what a human would do step by step, in words. Such a plan is shown in the prompt, and the policy makes the calls itself.
 
     Source: "Learning Agentic Policy from Action Guidance" (arXiv 2605.12004), ActGuide-RL.
 
@@ -149,12 +149,14 @@ class ActGuideTrainer(ExpertTrainer):
         if guidance.lengths:
             known = self._reward_guided(known, rollouts, guidance)
             self._guided_prompts = [list(ids) for ids in prompt_ids]
-            for row, (ids, values) in guidance.samples.items():
-                completion_ids[row] = ids
-                completions[row] = rollouts.decode(row, ids)
+            for row, sample in guidance.samples.items():
+                completion_ids[row] = sample.ids
+                completions[row] = rollouts.decode(row, sample)
                 self._guided_prompts[row] = rollouts.prompt_ids(row, guidance.lengths[plan.groups[row]])
                 if log_probs is not None:
-                    log_probs[row] = values
+                    log_probs[row] = sample.log_probs
+                if tool_mask is not None:
+                    tool_mask[row] = sample.own
             self._old_log_probs_due = self._parent_scores_old_policy()
         self._guidance, self._known_rewards = guidance, known
         return prompt_ids, completion_ids, tool_mask, completions, log_probs, *rest
@@ -181,7 +183,7 @@ class ActGuideTrainer(ExpertTrainer):
     def _reward_guided(self, known: torch.Tensor, rollouts: GuidedRollouts, guidance: Guidance) -> torch.Tensor:
         """Rewards of all rows, the guided rollouts' in the place of those that they replace. Collective."""
         rows, batch = list(guidance.samples), len(rollouts.plan.groups)
-        examples = [rollouts.example(row, guidance.samples[row][0]) for row in rows]
+        examples = [rollouts.example(row, guidance.samples[row]) for row in rows]
         # TRL gathers, which needs the same number of rows on each rank.
         size = max(gather_object([len(rows)]))
         examples += [rollouts.filler()] * (size - len(rows))
@@ -201,11 +203,16 @@ class ActGuideTrainer(ExpertTrainer):
             rewards[places] = scored[rank * size : rank * size + len(places)]
         return rewards
 
-    def sample_apart(self, prompt_ids: list[list[int]], count: int) -> tuple[Any, Any]:
-        """Sample beside the generation batch."""
+    def sample_apart(self, prompt_ids: list[list[int]], count: int) -> list[Sample]:
+        """Sample beside the generation batch, with what tools answer and the turns that follow."""
         plan, self._plan = self._plan, None
         try:
-            return self._generate_single_turn(prompt_ids, None, {}, count)
+            ids, log_probs = self._generate_single_turn(prompt_ids, None, {}, count)
+            if not self.tools:
+                return [Sample(list(row), log_probs and list(log_probs[place])) for place, row in enumerate(ids)]
+            ids, log_probs, own, turns = run_tools(self, prompt_ids, ids, log_probs)
+            values = log_probs or [None] * len(ids)
+            return [Sample(*parts) for parts in zip(ids, values, own, turns, strict=True)]
         finally:
             self._plan = plan
 
@@ -282,7 +289,7 @@ class ActGuideTrainer(ExpertTrainer):
         rows = inputs["guided"].unsqueeze(1)
         old = inputs.get("old_per_token_logps", log_probs)
         old = torch.where(rows, inputs.get("guided_per_token_logps", old), old)
-        trained = (inputs["completion_mask"] > 0) & rows
+        trained = (inputs["completion_mask"] * inputs["tool_mask"] > 0) & rows
         self._add_up(
             guided_tokens=trained.sum(), guided_ratio=(log_probs - old).exp().masked_fill(~trained, 0.0).sum()
         )
@@ -316,7 +323,7 @@ class ActGuideTrainer(ExpertTrainer):
         if lengths:
             rewards = self.rollouts.total_rewards().view_as(guidance.own)[list(lengths)]
             best = rewards.nan_to_num(nan=-torch.inf).amax(dim=1)
-            texts = self._tokenizer.batch_decode([ids for ids, _ in guidance.samples.values()])
+            texts = self._tokenizer.batch_decode([sample.ids for sample in guidance.samples.values()])
             mentions = self._sum_over_ranks(sum(bool(_MENTION.search(text)) for text in texts))
             values |= {
                 "actguide/steps": sum(lengths.values()) / len(lengths),

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -71,8 +71,13 @@ def guided_prompt(prompt: Any, guidance: str, template: str, name: str = "steps"
     raise ValueError("a conversational `prompt` has no user message that is text: guidance has no place in it.")
 
 
-Sample = tuple[list[int], list[Any] | None]
-"""Tokens of a completion, and their log-probabilities where the sampler reports them."""
+class Sample(NamedTuple):
+    """A rollout: its tokens, their log-probabilities where the sampler reports them; with tools which are own ones, and its turns."""
+
+    ids: list[int]
+    log_probs: list[Any] | None = None
+    own: list[int] | None = None
+    turns: list[dict[str, Any]] | None = None
 
 
 @dataclasses.dataclass
@@ -108,7 +113,7 @@ class GuidedRollouts:
     tokenizer: PreTrainedTokenizerBase
     tokenize: Callable[[Any], list[int]]  # of a prompt
     decode_for: Callable[[Any, list[int], list[int]], Any]  # of a prompt, its tokens and a completion's
-    sample: Callable[[list[list[int]], int], tuple[Any, Any]]  # of prompts' tokens, so many neighbours of one prompt
+    sample: Callable[[list[list[int]], int], list[Sample]]  # of prompts' tokens, so many neighbours of one prompt
     ask: AskRewards
 
     def __post_init__(self) -> None:
@@ -149,24 +154,24 @@ class GuidedRollouts:
         text = self.tokenizer.decode(shown, skip_special_tokens=True).strip()
         return self.tokenize(guided_prompt(self.plan.inputs[row]["prompt"], text, self.template))
 
-    def decode(self, row: int, completion_ids: list[int]) -> Any:
+    def decode(self, row: int, sample: Sample) -> Any:
         """A completion of a row's prompt as reward functions see it."""
         prompt = self.plan.inputs[row]["prompt"]
-        return self.decode_for(prompt, self.tokenize(prompt), completion_ids)
+        return sample.turns or self.decode_for(prompt, self.tokenize(prompt), sample.ids)
 
-    def example(self, row: int, ids: list[int]) -> dict[str, Any]:
+    def example(self, row: int, sample: Sample) -> dict[str, Any]:
         """A completion of a row's prompt with what the reward functions are asked with."""
         inputs = self.plan.inputs[row]
         return {
             "inputs": inputs,
             "prompt": inputs["prompt"],
-            "completion": self.decode(row, ids),
-            "completion_ids": ids,
+            "completion": self.decode(row, sample),
+            "completion_ids": sample.ids,
         }
 
     def filler(self) -> dict[str, Any]:
         """An example for a rank that has fewer of them than another."""
-        return self.example(0, [self.tokenizer.eos_token_id])
+        return self.example(0, Sample([self.tokenizer.eos_token_id]))
 
     def _step_ends(self, row: int) -> list[int]:
         trace = self.plan.experts[row]
@@ -183,11 +188,7 @@ class GuidedRollouts:
         prompts = [self.prompt_ids(self._first_rows[group], lengths[group]) for group in mine]
         prompts += [self.tokenize(self.plan.inputs[0]["prompt"])] * (size - len(mine))
         repeated = [ids for ids in prompts for _ in range(count)]
-        completion_ids, log_probs = self.sample(repeated, count)
-        samples = [
-            (list(ids), None if log_probs is None else list(log_probs[place]))
-            for place, ids in enumerate(completion_ids)
-        ]
+        samples = self.sample(repeated, count)
         return {group: samples[place * count : (place + 1) * count] for place, group in enumerate(mine)}
 
     def _probe(self, jobs: dict[int, int]) -> dict[int, float]:
@@ -195,7 +196,7 @@ class GuidedRollouts:
         samples = self._sample(jobs, self.probe_rollouts)
         groups = [group for group, rollouts in samples.items() for _ in rollouts]
         examples = [
-            self.example(self._first_rows[group], ids) for group, rollouts in samples.items() for ids, _ in rollouts
+            self.example(self._first_rows[group], sample) for group, rollouts in samples.items() for sample in rollouts
         ]
         asked = self.ask(examples, self.filler())
         best = dict.fromkeys(jobs, -torch.inf)

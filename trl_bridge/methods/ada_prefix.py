@@ -64,6 +64,7 @@ class AdaPrefixTrainer(ExpertTrainer):
 
     config_class = AdaPrefixConfig
     args: AdaPrefixConfig
+    refuses_turns = "a rollout may have to continue inside a tool's result, which no policy writes"
     _tag_names = ["trl", "ada-prefix"]
     _name = "AdaPrefix"
     _paper: dict[str, Any] = {}  # its title and authors were not at hand

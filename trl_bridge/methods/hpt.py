@@ -146,7 +146,7 @@ class HPTTrainer(ShapedTrainer):
         self.write_experts(output, plan, trained)
         output["tool_mask"][to_sft] = 0
         output["advantages"][to_sft] = 0.0
-        output["sft_mask"][trained] = output["completion_mask"][trained]
+        output["sft_mask"][trained] = output["expert_mask"][trained]
         numbers = {
             "hpt/gate_rate": self._sum_over_ranks(len(set(last) & set(to_sft))),
             "hpt/off_rate": self._sum_over_ranks(len(set(last) & set(to_off))),
@@ -179,7 +179,7 @@ class HPTTrainer(ShapedTrainer):
     def _as_rollout(self, output: dict[str, Any], plan: ExpertPlan, row: int, ids: list[int]) -> dict[str, Any]:
         prompt = plan.inputs[row]["prompt"]
         prompt_ids = output["prompt_ids"][row][output["prompt_mask"][row] > 0].tolist()
-        (completion,) = decode_completions(self, [prompt], [prompt_ids], [ids])
+        completion = self.experts.messages(ids) or decode_completions(self, [prompt], [prompt_ids], [ids])[0]
         return {"inputs": plan.inputs[row], "prompt": prompt, "completion": completion, "completion_ids": ids}
 
     def expert_loss(self, log_probs: torch.Tensor, entropies: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:

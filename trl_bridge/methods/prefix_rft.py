@@ -103,6 +103,7 @@ class PrefixRFTTrainer(ExpertTrainer):
 
     config_class = PrefixRFTConfig
     prompts_differ_in_group = True
+    refuses_turns = "a rollout may have to continue inside a tool's result, which no policy writes"
     _tag_names = ["trl", "prefix-rft"]
     _name = "Prefix-RFT"
     _paper = arxiv(
@@ -133,7 +134,7 @@ class PrefixRFTTrainer(ExpertTrainer):
 
     def assign(self, output: dict[str, Any], plan: ExpertPlan) -> None:
         # Prefix tokens are in TRL's loss like own ones.
-        output["tool_mask"] = torch.ones_like(output["expert_mask"])
+        output["tool_mask"] = output["tool_mask"] | output["expert_mask"]
         local = [
             head / max(len(expert) - 1, 1) if expert else 0.0
             for head, expert in zip(plan.heads, plan.experts, strict=True)

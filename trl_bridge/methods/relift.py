@@ -188,6 +188,7 @@ class ReLIFTTrainer(ExpertTrainer):
                 pad_token_id=self._tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
             ),
             functools.partial(self.score_rows, demonstration_head=True),
+            own=self.experts.own,
             batch_size=args.sft_per_device_train_batch_size or args.per_device_train_batch_size,
             max_grad_norm=args.max_grad_norm if args.sft_max_grad_norm is None else args.sft_max_grad_norm,
             own_optimizer=self._build_sft_optimizer if args.separate_optimizer else None,

@@ -23,7 +23,7 @@ class SFTPass:
     """
     Trains the student on a set of demonstrations, in one optimizer step.
 
-    The loss is the mean NLL at temperature 1 over the completions' tokens, of all ranks together. Gradients are zero
+    The loss is the mean NLL at temperature 1 over the completions' `own` tokens, of all ranks together. Gradients are zero
     before and after; random numbers of RL go on as if there had been no pass. `own_optimizer` builds the pass's own
     optimizer of named parameters; without one the steps are additional ones of the student's.
     """
@@ -36,6 +36,7 @@ class SFTPass:
         collator: DataCollatorForLanguageModeling,
         score: Callable[[nn.Module, dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor, Any]],
         *,
+        own: Callable[[list[int]], list[bool]],
         batch_size: int,
         max_grad_norm: float,
         own_optimizer: Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer] | None,
@@ -43,6 +44,7 @@ class SFTPass:
         self._backend = backend
         self._collator = collator
         self._score_rows = score
+        self._own = own
         self.batch_size = batch_size
         self.max_grad_norm = max_grad_norm
         self.optimizer: torch.optim.Optimizer | None = None
@@ -89,7 +91,7 @@ class SFTPass:
         share = demonstrations[rank::world_size]
         # As many passes as the rank with the largest share needs.
         passes = -(-len(demonstrations) // (world_size * self.batch_size))
-        num_tokens = sum(len(completion) for _, completion in demonstrations)
+        num_tokens = sum(sum(self._own(completion)) for _, completion in demonstrations)
         model.zero_grad()
         total = torch.zeros((), dtype=torch.float64, device=device)
         with forked_torch_rng(device):
@@ -109,13 +111,16 @@ class SFTPass:
     def _score(self, model: nn.Module, rows: Sequence[Demonstration]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and mask of trained tokens, (B, T - 1) each."""
         features = [
-            {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
+            {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + self._labels(completion)}
             for prompt, completion in rows
         ]
         batch = dict(self._collator(features))
         inputs = {name: batch[name].to(self._backend.device) for name in ("input_ids", "attention_mask", "labels")}
         log_probs, mask, _ = self._score_rows(model, inputs)
         return log_probs, mask
+
+    def _labels(self, completion: list[int]) -> list[int]:
+        return [token if own else -100 for token, own in zip(completion, self._own(completion), strict=True)]
 
     def _loss(
         self, model: nn.Module, rows: Sequence[Demonstration], filler: Sequence[Demonstration], num_tokens: int

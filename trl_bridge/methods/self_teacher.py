@@ -131,6 +131,7 @@ class SelfTeacherTrainer(ExpertTrainer):
     args: SelfTeacherConfig
     _tag_names = ["trl", "self-teacher"]
     _name = "SelfTeacher"
+    refuses_tools = "its divergence would be taken at a tool's tokens too"
     _paper = arxiv(
         "2606.04036",
         "Self-Distilled Policy Gradient",

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..objectives.expert import entropy_weight, sequence_entropy, verdict_advantages
-from ..training.group import ExpertPlan
+from ..training.group import ExpertPlan, written_tokens
 from ..training.options import at_least, must, options
 from ..training.paper import arxiv
 from ..training.policy import Scores
@@ -134,7 +134,7 @@ class SRFTTrainer(LUFFYTrainer):
 
     def _entropy(self, entropies: torch.Tensor | None, inputs: dict[str, Any]) -> torch.Tensor:
         assert entropies is not None
-        return sequence_entropy(entropies, inputs["completion_mask"])
+        return sequence_entropy(entropies, written_tokens(inputs))
 
     def _measure(
         self, inputs: dict[str, Any], log_probs: torch.Tensor, entropy: torch.Tensor, advantages: torch.Tensor

@@ -8,7 +8,7 @@ import torch
 from ..demonstrations.steps import piece_ends
 from ..objectives.expert import hint_probability, hint_stage
 from ..training.checkpoint.registry import Registry
-from ..training.group import ExpertPlan, ExpertTrainer
+from ..training.group import ExpertPlan, ExpertTrainer, written_tokens
 from ..training.group_config import ExpertConfig, require_room
 from ..training.options import at_least, one_of, options
 from ..training.paper import arxiv
@@ -95,6 +95,7 @@ class UFTTrainer(ExpertTrainer):
 
     config_class = UFTConfig
     reads_steps = True
+    refuses_turns = "a rollout may have to continue inside a tool's result, which no policy writes"
     _tag_names = ["trl", "uft"]
     _name = "UFT"
     _paper = arxiv(
@@ -137,7 +138,7 @@ class UFTTrainer(ExpertTrainer):
         pieces = torch.tensor(self._pieces, device=output["sft_mask"].device)
         counts = [
             output["sft_mask"].sum(),
-            output["completion_mask"].sum(),
+            written_tokens(output).sum(),
             (pieces >= 0).sum(),
             pieces.clamp(min=0).sum(),
         ]

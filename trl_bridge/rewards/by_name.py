@@ -28,14 +28,19 @@ def reward_function(name: str, argument: str = "reward_funcs") -> Callable[..., 
         nearest = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean `{nearest[0]}`?" if nearest else f"known are {', '.join(known)}"
         raise ValueError(f"`{argument}`: no reward function is called {name!r} ({hint}, or a dotted path)")
+    return function_at(name, argument)
+
+
+def function_at(path: str, argument: str) -> Callable[..., Any]:
+    """What a dotted path names; the current directory is looked into as well."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         # With a colon: a module's own import errors are not mistaken for a name that it does not have.
-        found = resolve_name(":".join(name.rsplit(".", 1)))
+        found = resolve_name(":".join(path.rsplit(".", 1)))
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"`{argument}`: {name} cannot be imported: {error}") from error
-    check_callable(found, argument, name)
+        raise ValueError(f"`{argument}`: {path} cannot be imported: {error}") from error
+    check_callable(found, argument, path)
     return found
 
 

@@ -93,7 +93,7 @@ def prefix_loss(p):
 
 
 def row_entropy(p):
-    mask = p.batch["completion_mask"].double()
+    mask = p.batch["completion_mask"].double() * (p.batch["tool_mask"] | p.batch["expert_mask"])
     return ((p.entropy * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).detach()
 
 

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 
 from .._upstream import DataCollatorForLanguageModeling
+from ..demonstrations.render import completion
 from ..demonstrations.rows import prompt_key
 from ..demonstrations.stream import DemonstrationStream, PromptIndex, fingerprint
 
@@ -65,8 +66,8 @@ class Demonstrations:
         return [self._source_rows[index] for index in share]
 
     def completion_ids(self, row: int) -> list[int]:
-        """Trained token ids of the demonstration that was rendered from a row of the user's dataset."""
-        return [label for label in self.rendered[self._index_of_row[row]]["labels"] if label != -100]
+        """Token ids of the completion of the demonstration that was rendered from a row of the user's dataset."""
+        return completion(self.rendered[self._index_of_row[row]])[0]
 
     @property
     def epoch(self) -> float:

@@ -47,10 +47,11 @@ def alike(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def moved_by_advantage(batch: Batch) -> torch.Tensor:
-    """Rows with an advantage that is not exactly zero at a token that is not masked, (B,)."""
+    """Rows with an advantage that is not exactly zero at a token that is not masked and no tool's, (B,)."""
     advantages = batch["advantages"]
     advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
-    return ((advantages != 0) & batch["completion_mask"].bool()).any(dim=1)
+    written = batch["completion_mask"] * (batch.get("tool_mask", 1) | batch.get("expert_mask", 0))
+    return ((advantages != 0) & written.bool()).any(dim=1)
 
 
 def exchanged(mine: Batch, fresh: Batch, taken: Mapping[int, int], pad_token_id: int) -> Batch:

@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from .._upstream import tool_schemas
 from ..demonstrations.group import Experts
 from ..objectives.sft import demonstration_loss
 from ..objectives.weights import trapo
@@ -30,6 +31,7 @@ class ExpertPlan:
     experts: list[list[int] | None]
     heads: list[int]
     inputs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    begun: bool = False  # whether the rows' first turn is sampled
 
     def head(self, row: int) -> list[int]:
         """The tokens that a row begins with."""
@@ -70,6 +72,9 @@ class ExpertTrainer(StudentTrainer):
     prompts_differ_in_group = False
     # Whether the `expert_steps` column is read, if there is one.
     reads_steps = False
+    # Why traces in which tools answer are refused; `None` where they are not.
+    refuses_turns: str | None = None
+    refuses_environments = "an environment has not seen what an expert has written, and could not say what it is worth"
 
     def __init__(
         self,
@@ -140,6 +145,13 @@ class ExpertTrainer(StudentTrainer):
                 overlong=args.expert_overlong,
                 seed=args.seed,
                 steps=self.reads_steps,
+                tools=tool_schemas(self),
+            )
+        row = self.experts.first_row_of_turns
+        if row is not None and self.refuses_turns:
+            raise NotImplementedError(
+                f"`train_dataset` row {row}: a tool answers in `expert`, which {type(self).__name__} does not support: "
+                f"{self.refuses_turns}. Remove the trace."
             )
 
     # What methods fill
@@ -208,8 +220,12 @@ class ExpertTrainer(StudentTrainer):
             self._plan = None
         positions = torch.arange(output["completion_ids"].size(1), device=output["completion_ids"].device)
         heads = torch.tensor(plan.heads, device=positions.device)
-        output["expert_mask"] = (positions < heads.unsqueeze(1)).long() * output["completion_mask"]
-        output["tool_mask"] = 1 - output["expert_mask"]
+        written = (positions < heads.unsqueeze(1)).long() * output["completion_mask"]
+        output["expert_mask"] = written.clone()
+        for row, head in enumerate(plan.heads):
+            own = self.experts.own(plan.experts[row] or [])[:head]
+            output["expert_mask"][row, : len(own)] *= torch.tensor(own, dtype=torch.long, device=positions.device)
+        output["tool_mask"] = (1 - written) * output.get("tool_mask", 1)
         output["sft_mask"] = torch.zeros_like(output["expert_mask"])
         self._record_rewards(plan)
         self.assign(output, plan)
@@ -230,10 +246,11 @@ class ExpertTrainer(StudentTrainer):
         self, prompt_ids: Any, images: Any, multimodal_fields: Any, num_generations: int, has_tool_images: bool = False
     ) -> Any:
         plan = self._plan
-        if plan is None:
+        if plan is None or plan.begun:
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
+        plan.begun = True
         # A whole trace's row is sampled all the same, so that the other rows' samples are plain GRPO's.
         continued = [[] if plan.is_whole(row) else plan.head(row) for row in range(len(prompt_ids))]
         completion_ids, logprobs = super()._generate_single_turn(
@@ -254,6 +271,21 @@ class ExpertTrainer(StudentTrainer):
                 # What the policy did not sample has no sampling probability; TRL then corrects by 1.
                 logprobs[row] = [None] * len(head) + list(logprobs[row])[: len(own)]
         return completion_ids, logprobs
+
+    def _tool_call_loop(
+        self, prompts: Any, prompt_ids: Any, completion_ids: Any, completions: list[Any], *rest: Any
+    ) -> Any:
+        plan = self._plan
+        if plan is None:
+            return super()._tool_call_loop(prompts, prompt_ids, completion_ids, completions, *rest)
+        # The calls of a whole trace have their results, and are not made again.
+        whole = {row: completions[row] for row in range(len(completions)) if plan.is_whole(row)}
+        for row in whole:
+            completions[row] = [{"role": "assistant", "content": ""}]
+        mask, completions, *more = super()._tool_call_loop(prompts, prompt_ids, completion_ids, completions, *rest)
+        for row, decoded in whole.items():
+            completions[row] = self.experts.messages(plan.experts[row] or []) or decoded
+        return mask, completions, *more
 
     def write_experts(self, output: dict[str, Any], plan: ExpertPlan, rows: list[int]) -> None:
         """
@@ -276,7 +308,8 @@ class ExpertTrainer(StudentTrainer):
             output["completion_ids"][row] = self._tokenizer.pad_token_id
             output["completion_ids"][row, : len(trace)] = torch.tensor(trace, device=output["completion_ids"].device)
             output["completion_mask"][row, : len(trace)] = 1
-            output["expert_mask"][row, : len(trace)] = 1
+            own = torch.tensor(self.experts.own(trace), device=output["completion_ids"].device)
+            output["expert_mask"][row, : len(trace)] = own.long()
 
     def has_expert_loss(self) -> bool:
         """Whether expert tokens are in the RL loss, and counted in its normaliser (`loss_type="dapo"`)."""
@@ -321,7 +354,7 @@ class ExpertTrainer(StudentTrainer):
         expert = inputs["expert_mask"].bool()
         self._add_up(
             expert_tokens=expert.sum(),
-            tokens=inputs["completion_mask"].sum(),
+            tokens=written_tokens(inputs).sum(),
             expert_prob=scores[0].detach().exp().masked_fill(~expert, 0.0).sum(),
         )
         return loss
@@ -410,6 +443,11 @@ class ExpertTrainer(StudentTrainer):
         super().register_state(saved)
         values = {"expert": self.experts.fingerprint, "expert_max_length": self.args.longest_expert}
         saved.must_match("expert_overlong", "expert_probability", **values)
+
+
+def written_tokens(batch: dict[str, Any]) -> torch.Tensor:
+    """Tokens that the policy or the expert has written, (B, T): all but the results of tools."""
+    return batch["completion_mask"] * (batch["tool_mask"] | batch["expert_mask"])
 
 
 def _neutral(inputs: dict[str, Any], log_probs: torch.Tensor) -> dict[str, Any]:

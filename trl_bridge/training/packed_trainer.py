@@ -38,6 +38,7 @@ class _Live(NamedTuple):
     rows: torch.Tensor  # (B,)
     others: torch.Tensor | None  # (B, T)
     score_others: bool
+    own: torch.Tensor | int  # which tokens no tool has written, (B, T)
 
 
 class PackedTrainer(ResumableTrainer):
@@ -133,7 +134,7 @@ class PackedTrainer(ResumableTrainer):
         if others is not None:
             log_probs = torch.where(alive, log_probs, others)
         if entropies is not None:
-            counted = mask * alive
+            counted = mask * live.own * alive
             sums = torch.stack([(entropies.detach() * counted).sum(), counted.sum().to(entropies.dtype)])
             total, count = self.accelerator.reduce(sums, reduction="sum")
             # Where no rank has a live rollout it is 0 / 0, which TRL leaves out of its averages.
@@ -188,7 +189,8 @@ class PackedTrainer(ResumableTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         rows = self.live_rollouts(inputs)
         if rows is not None:
-            self._live = _Live(rows, inputs.get("old_per_token_logps"), self.scores_every_rollout(model, inputs))
+            others, tool_mask = inputs.get("old_per_token_logps"), inputs.get("tool_mask", 1)
+            self._live = _Live(rows, others, self.scores_every_rollout(model, inputs), tool_mask)
         try:
             return super()._compute_loss(model, inputs)
         finally:

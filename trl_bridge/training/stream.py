@@ -8,15 +8,10 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, IterableDataset
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 
-from .._upstream import DataCollatorForLanguageModeling
+from .._upstream import DataCollatorForLanguageModeling, tool_schemas
 from ..demonstrations.render import render_demonstrations
 from ..demonstrations.rows import check_dataset, python_rows, split_demonstration
 from ..demonstrations.stream import window_share
@@ -151,7 +146,7 @@ class DemonstrationTrainer(TrialTrainer):
         train_dataset: Any = self.train_dataset
         if not isinstance(train_dataset, Dataset) or not self.accelerator.is_main_process:
             return
-        spoken = isinstance(train_dataset[0]["prompt"], list)
+        spoken = isinstance(train_dataset[0].get("prompt"), list)  # there is none where an environment has the prompts
         if spoken and isinstance(split_demonstration(self._sft_dataset[0])[1], str):
             logger.warning(
                 "The prompts of `train_dataset` are conversations and the demonstrations of `sft_dataset` bare strings: these are "
@@ -173,6 +168,7 @@ class DemonstrationTrainer(TrialTrainer):
                 eos_token_id=[own_eos, *(eos for eos in self.eos_token_ids if eos != own_eos)],
                 max_length=args.sft_max_length,
                 overlong=args.sft_overlong,
+                tools=tool_schemas(self),
             )
         self.demonstrations = Demonstrations(
             self._sft_dataset,
@@ -200,6 +196,11 @@ class DemonstrationTrainer(TrialTrainer):
 
     def _check_verdict_columns(self, sft_dataset: Dataset) -> None:
         columns = self.train_dataset.column_names or []
+        if self.environment_factories is not None:
+            raise ValueError(
+                f"`sft_weighting={self.weighting.kind!r}` asks the reward functions about demonstrations, which no environment "
+                "has seen. Use `sft_weighting='judge'`."
+            )
         missing = missing_columns(self.reward_funcs, columns, sft_dataset)
         if missing:
             raise ValueError(
@@ -383,7 +384,7 @@ class DemonstrationTrainer(TrialTrainer):
         if self.model.training:
             places = self.places(len(inputs))
             num_groups = self.args.generation_batch_size // self.num_generations
-            prompts = [example["prompt"] for example in inputs]
+            prompts = [example.get("prompt") for example in inputs]
             output.update(self.demonstrations.pair(prompts, places, self.generation, num_groups))
             first = self.accelerator.process_index * len(inputs)
             rewards = self.rollouts.total_rewards()[first : first + len(inputs)]

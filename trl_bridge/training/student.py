@@ -37,7 +37,7 @@ from ..models import check_found, check_name, is_builtin, load
 from ..objectives.distill import sampled_kl
 from ..objectives.expert import reduce_tokens
 from ..rewards.by_name import check_reward_funcs
-from .backends.refusals import is_sharded, refuse_quantised, refuse_sharding
+from .backends.refusals import is_sharded, refuse_quantised, refuse_sharding, refuse_turns
 from .card import Carded
 from .checkpoint.layout import has_rows
 from .checkpoint.registry import SHARED, Registry
@@ -78,6 +78,9 @@ class StudentTrainer(Carded, PackedTrainer):
     shards = False
     # The same of a LoRA student.
     shards_adapters = False
+    # Why tools are refused, environments or both; `None` where they are not.
+    refuses_tools: str | None = None
+    refuses_environments: str | None = None
 
     def __init__(
         self,
@@ -91,11 +94,10 @@ class StudentTrainer(Carded, PackedTrainer):
         **kwargs: Any,
     ):
         owner = type(self).__name__
-        if tools or environment_factory:
-            raise NotImplementedError(
-                f"`tools` and `environment_factory` are not supported by {owner}: demonstrations are rendered without "
-                "tool schemas."
-            )
+        reasons = {"tools": self.refuses_tools, "environment_factory": self.refuses_tools or self.refuses_environments}
+        for name, asked in (("tools", tools), ("environment_factory", environment_factory)):
+            if asked and reasons[name]:
+                raise NotImplementedError(f"`{name}` is not supported by {owner}: {reasons[name]}.")
         check_reward_funcs(kwargs.get("reward_funcs"))
         if args.dynamic_sampling and isinstance(kwargs.get("train_dataset"), IterableDataset):
             raise NotImplementedError(
@@ -105,6 +107,7 @@ class StudentTrainer(Carded, PackedTrainer):
         datasets = {name: kwargs.get(name) for name in ("train_dataset", "eval_dataset")}
         refuse_pictures(owner, processing_class, model, **datasets)
         own_reference = args.beta != 0.0 and isinstance(model, PreTrainedModel) and peft_config is None
+        kwargs |= {"tools": tools, "environment_factory": environment_factory}
         with fitted_vllm(args), without_reference_model(args) if own_reference else contextlib.nullcontext():
             super().__init__(model, args=args, processing_class=processing_class, peft_config=peft_config, **kwargs)
         refuse_pictures(owner, self.processing_class, self.model)
@@ -117,6 +120,8 @@ class StudentTrainer(Carded, PackedTrainer):
         kind = self.accelerator.distributed_type
         if not self.shards:
             refuse_sharding(kind, owner)
+        if self.tools:
+            refuse_turns(kind, owner)
         plain: Any = self._plain_model
         if is_sharded(kind) and is_peft_model(plain):
             self._check_sharded_adapter(plain, kind)

@@ -284,8 +284,8 @@ def _tool(x: int) -> int:
 
 
 @pytest.mark.parametrize("argument", [{"tools": [_tool]}, {"environment_factory": object}], ids=list)
-def test_tools_and_environments(tmp_path, argument):
-    with pytest.raises(NotImplementedError, match=f"`{next(iter(argument))}`"):
+def test_tools_and_a_template_without(tmp_path, argument):
+    with pytest.raises(ValueError, match="chat template does not support tool calling"):
         BridgeTrainer(
             small_model(), digits_reward, small_config(tmp_path), rl_rows(), sft_rows(),
             processing_class=tiny_tokenizer(), **argument,

@@ -255,7 +255,8 @@ class BridgeTrainer(DemonstrationTrainer):
         if self.args.sft_weighting is not None:
             return self.args.sft_weighting
         columns = self.train_dataset.column_names or []
-        return "judge" if missing_columns(self.reward_funcs, columns, sft_dataset) else "judge_verdict"
+        unseen = self.environment_factories is not None or missing_columns(self.reward_funcs, columns, sft_dataset)
+        return "judge" if unseen else "judge_verdict"
 
     def before_trial_step(self) -> None:
         self.student_gradient.clear()  # lean mode's slices of w, which are not the student's to move

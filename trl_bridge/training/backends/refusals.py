@@ -19,6 +19,15 @@ def refuse_sharding(kind: DistributedType, owner: str) -> None:
         )
 
 
+def refuse_turns(kind: DistributedType, owner: str) -> None:
+    """Refuse several turns where each of them is a collective generation, and ranks take different numbers of them."""
+    if is_sharded(kind):
+        raise NotImplementedError(
+            f"`tools` and `environment_factory` are not supported by {owner} with {kind.value}: a rank whose rollouts need no more "
+            "turns would leave the others waiting. Launch it on one device, or with DDP (torchrun)."
+        )
+
+
 def refuse_quantised(kind: DistributedType, base: Any) -> None:
     """Refuse to shard an adapter on a quantised base."""
     if is_sharded(kind) and getattr(base, "is_quantized", False):
