@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 
 from tests.helpers import engines, streams
@@ -18,6 +19,7 @@ from tests.helpers.training import (
     small_model,
     small_trainer,
 )
+from tests.helpers.trials import FALLING, RISING, TRIAL, paying
 from trl_bridge import AlternatingTrainer, BridgeTrainer, CHORDTrainer, NaiveMixTrainer
 from trl_bridge.models import tiny_tokenizer
 from trl_bridge.selftest.reference.stream import StreamReference
@@ -25,41 +27,7 @@ from trl_bridge.training import trial
 from trl_bridge.training.trial import Outcome, try_out, verify
 
 
-TRIAL = {"trial_steps": 4, "trial_eval_steps": 2, "trial_prompts": 3}
 LEAN = {"lean": True, "lean_lora_r": 6}
-
-
-def paying(trainer_class, rewards):
-    """The trainer, whose measurements sample as they do and come to given rewards."""
-
-    class Paying(trainer_class):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.measured, self.drawn, self.after, self.trials = [], [], [], 0
-
-        def _tried(self):
-            self.trials += 1
-            self.before = weights_of(self)
-            return super()._tried()
-
-        def _paid(self, batches):
-            self.measured.append(super()._paid(batches))
-            return rewards[len(self.measured) - 1]
-
-        def _learner(self, chances):
-            learn = super()._learner(chances)
-
-            def recorded(drawn):
-                learn(drawn)
-                self.drawn.append(drawn)
-                self.after.append(weights_of(self))
-
-            return recorded
-
-    return Paying
-
-
-RISING, FALLING = [0.1, 0.2, 0.3], [0.3, 0.2, 0.1]
 
 
 # The rule
@@ -80,7 +48,7 @@ def test_what_is_kept(rewards, tolerance, kept, best):
     weights = {"a": torch.tensor([1.0, 2.0])}
     answers = iter(rewards)
     outcome = try_out(
-        weights, lambda: weights["a"].add_(1), lambda: next(answers), steps=6, every=2, tolerance=tolerance
+        lambda: weights, lambda: weights["a"].add_(1), lambda: next(answers), steps=6, every=2, tolerance=tolerance
     )
     assert outcome == Outcome(0.5, best, kept, 4)
     assert torch.equal(weights["a"], torch.tensor([1.0, 2.0]) + kept)
@@ -88,14 +56,16 @@ def test_what_is_kept(rewards, tolerance, kept, best):
 
 def test_the_last_update_is_measured_too():
     weights, answers = {"a": torch.zeros(1)}, iter([0.0, 0.1, 0.2])
-    outcome = try_out(weights, lambda: weights["a"].add_(1), lambda: next(answers), steps=5, every=3, tolerance=0.0)
+    outcome = try_out(
+        lambda: weights, lambda: weights["a"].add_(1), lambda: next(answers), steps=5, every=3, tolerance=0.0
+    )
     assert outcome.kept == 5 and weights["a"].item() == 5
 
 
 def test_an_exception_leaves_the_weights_as_they_were():
     weights, answers = {"a": torch.zeros(1)}, iter([0.0, 0.5])
     with pytest.raises(StopIteration):
-        try_out(weights, lambda: weights["a"].add_(1), lambda: next(answers), steps=4, every=2, tolerance=0.0)
+        try_out(lambda: weights, lambda: weights["a"].add_(1), lambda: next(answers), steps=4, every=2, tolerance=0.0)
     assert weights["a"].item() == 0
 
 
@@ -350,6 +320,13 @@ def needs_answer(completions, answer, **kwargs):
 def test_what_cannot_judge_is_refused(tmp_path, error, message, changes):
     with pytest.raises(error, match=message):
         small_trainer(tmp_path, **TRIAL, **changes)
+
+
+def test_deepspeed_is_refused(tmp_path, monkeypatch):
+    trainer = small_trainer(tmp_path)
+    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(NotImplementedError, match="`trial_steps` is not supported by BridgeTrainer with DeepSpeed"):
+        trainer.set_up_trial(sft_rows())
 
 
 def test_options_without_a_trial_are_refused(tmp_path):

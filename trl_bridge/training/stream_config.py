@@ -56,7 +56,7 @@ class DemonstrationConfig(StudentConfig):
 
     trial_steps: int | None = field(default=None, metadata=at_least(1))
     """Updates of a trial before RL: the policy learns from verified demonstrations alone, and keeps what it has learnt if its
-    rollouts are paid as well as before; else nothing has happened. `None` makes none. One device and DDP."""
+    rollouts are paid as well as before; else nothing has happened. `None` makes none. Not with DeepSpeed."""
     trial_learning_rate_factor: float = field(default=3.0, metadata=above(0))
     """The trial's learning rate over `learning_rate`."""
     trial_eval_steps: int = field(default=30, metadata=at_least(1))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -13,7 +14,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from .._upstream import forget_synced_weights, isolated_generation, optimizer_for
 from ..demonstrations.stream import DemonstrationStream, window_share
 from ..objectives.sft import demonstration_loss
-from .backends.refusals import is_sharded
 from .checkpoint.registry import Registry
 from .demonstrations import Demonstrations
 from .randomness import forked_python_rng, forked_torch_rng, seed_anew
@@ -41,7 +41,7 @@ class Outcome:
 
 
 def try_out(
-    weights: Mapping[str, torch.Tensor],
+    weights: Callable[[], Mapping[str, torch.Tensor]],
     learn: Callable[[], None],
     paid: Callable[[], float],
     *,
@@ -53,7 +53,7 @@ def try_out(
     Let `learn` move weights in place, and leave the best that `paid` has measured; or, to the bit, what they were, where none
     is paid as well but for the tolerance.
     """
-    found = best_weights = _copied(weights)
+    found = best_weights = _copied(weights())
     try:
         before = best = paid()
         bar, kept, measurements = before - tolerance, 0, 1
@@ -63,11 +63,11 @@ def try_out(
                 reward, measurements = paid(), measurements + 1
                 if reward >= bar:
                     best = bar = reward
-                    kept, best_weights = step, _copied(weights)
+                    kept, best_weights = step, _copied(weights())
         found = best_weights
     finally:
         with torch.no_grad():
-            for name, weight in weights.items():
+            for name, weight in weights().items():
                 weight.copy_(found[name])
     return Outcome(before, best, kept, measurements)
 
@@ -125,10 +125,10 @@ class TrialTrainer(StudentTrainer):
     def set_up_trial(self, sft_dataset: Dataset) -> None:
         """Refuse what cannot be tried out, and see to it that the trial comes first."""
         owner, kind = type(self).__name__, self.accelerator.distributed_type
-        if is_sharded(kind):
+        if kind == DistributedType.DEEPSPEED:
             raise NotImplementedError(
-                f"`trial_steps` is not supported by {owner} with {kind.value}: its updates are tested on one device and with DDP "
-                "(torchrun). Launch it there, or set it to None."
+                f"`trial_steps` is not supported by {owner} with DeepSpeed, whose engine steps by itself. Launch it on one device, "
+                "with DDP (torchrun) or with FSDP2, or set it to None."
             )
         dataset: Any = self.train_dataset
         if isinstance(dataset, IterableDataset):
@@ -183,12 +183,18 @@ class TrialTrainer(StudentTrainer):
         values = {"demonstrations": len(kept), "verdicts": calls, "kept_steps": 0, "sft_steps": 0, "rollouts": 0}
         if not kept:
             return values
-        stream, learn = DemonstrationStream(len(kept), seed), self._learner(chances)
+        # Looked up now: forwards hide the weights that FSDP holds behind gathered ones, and may move its shards.
+        weights = backend.weights(self._plain_model)
+        trained = {name: weight for name, weight in weights.parameters.items() if weight.requires_grad}
+        stream, learn = DemonstrationStream(len(kept), seed), self._learner(chances, list(trained.values()))
         batches = self._trial_prompts()
-        plain: Any = self._plain_model
-        trained = {name: weight for name, weight in backend.weights(plain).shards().items() if self._is_trained(name)}
+
+        def shards() -> dict[str, torch.Tensor]:
+            backend.drop_gathered(self.model_wrapped)
+            return {name: piece for name, piece in weights.shards().items() if name in trained}
+
         outcome = try_out(
-            trained,
+            shards,
             lambda: learn([kept[number] for number in stream.draw(count)]),
             lambda: self._paid(batches),
             steps=args.trial_steps,
@@ -201,13 +207,9 @@ class TrialTrainer(StudentTrainer):
         costs = {"kept_steps": outcome.kept, "sft_steps": args.trial_steps, "rollouts": rollouts}
         return {**values, **costs, "reward_before": outcome.before, "reward": outcome.best}
 
-    def _is_trained(self, name: str) -> bool:
-        return self._plain_model.get_parameter(name).requires_grad
-
-    def _learner(self, chances: Mapping[int, float]) -> Callable[[list[int]], None]:
+    def _learner(self, chances: Mapping[int, float], parameters: list[nn.Parameter]) -> Callable[[list[int]], None]:
         """An SFT update on demonstrations (of all ranks), by an optimizer of its own. Collective."""
         args, backend = self.args, self.backend
-        parameters = [parameter for parameter in self._plain_model.parameters() if parameter.requires_grad]
         rate = args.learning_rate * args.trial_learning_rate_factor
         optimizer = optimizer_for(self, [{"params": parameters, "weight_decay": 0.0}], rate, args.optim)
 
@@ -217,6 +219,7 @@ class TrialTrainer(StudentTrainer):
             shares = window_share(
                 self.demonstrations.by_length(drawn), micro_batches, backend.world_size, backend.rank
             )
+            backend.before_micro_batch(self.model_wrapped)
             for share, is_last in zip(shares, [False] * (micro_batches - 1) + [True], strict=True):
                 with self._pass_of_window(is_last):
                     batch = self.demonstrations.batch(share)

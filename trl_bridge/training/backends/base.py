@@ -69,6 +69,9 @@ class Backend(Reducer):
         """Backward of the last pass of a step that is not the student's; there the engine steps, if it does so."""
         self.backward(loss)
 
+    def drop_gathered(self, model: nn.Module) -> None:
+        """Before the student's weights are written to after a generation: no older copy of them is computed with."""
+
     def weights(self, model: nn.Module) -> Weights:
         """The student's weights and gradients; `model` is the unwrapped student as it stands now."""
         return Weights(model, self)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.models import prepare_fsdp
@@ -46,6 +46,12 @@ class FSDP2Backend(Backend):
     @contextlib.contextmanager
     def earlier_pass(self, model: nn.Module) -> Iterator[None]:
         yield
+
+    def drop_gathered(self, model: nn.Module) -> None:
+        # The outermost module keeps what a forward has gathered until a backward comes.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def weights(self, model: nn.Module) -> Weights:
         prepared = any(isinstance(parameter, DTensor) for parameter in model.parameters())
