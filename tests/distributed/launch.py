@@ -20,7 +20,8 @@ QUICK = {
     "run_streams": ["naive-mix", "naive-mix, lora", "alternating", "chord, lora", "resume alternating, lora", "grpo"],
     "run_groups": [
         "luffy, zero-1", "srft, zero-2, lora", "hpt, zero-3", "hpt apart, zero-2", "relift, zero-3, lora", "relift one, zero-1, lora",
-        "uft, zero-3, lora", "prefix-rft, zero-2", "actguide, zero-1, lora", "resume relift, zero-2",
+        "uft, zero-3, lora", "prefix-rft, zero-2", "actguide, zero-1, lora", "self-teacher, zero-2",
+        "self-teacher average, zero-3", "ada-prefix, zero-1, lora", "resume relift, zero-2", "resume self-teacher average, zero-3",
     ],
     "run_distillation": [
         "opd, zero-1, lora", "aopd-code, zero-2", "aopd-code, zero-3", "lightning, zero-3, lora", "lightning-token, zero-2",

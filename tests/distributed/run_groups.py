@@ -77,9 +77,6 @@ METHOD = {
     "prefix-rft": {"scale_rewards": "group", **SGD},
     # Hard groups on one rank, on both and on none, in different batches.
     "actguide": {"hard_threshold": 2.0, "probe_rollouts": 6, "beta": 0.1, **SGD},
-}  # fmt: skip
-# Tried on DDP alone.
-DDP_ONLY = {
     "self-teacher": {"objective": "sdpg", "kl_weight": 0.7, "hint_template": "{prompt}{demonstration}!", **SGD},
     "self-teacher average": {
         # The untrained model is nearly uniform, and its divergence close to rounding: sharper by the temperature.
@@ -87,6 +84,9 @@ DDP_ONLY = {
         "temperature": 0.1, **SGD,
     },
     "ada-prefix": {"success_threshold": 2.0, "prefix_rate": 0.5, **SGD},
+}  # fmt: skip
+# Tried on DDP alone.
+DDP_ONLY = {
     "luffy dynamic": {"dynamic_sampling": True, "loss_type": "dapo", "reward_funcs": ByTurns(), **SGD},
 }  # fmt: skip
 LORA = {"peft_config": small_lora()}
@@ -96,19 +96,36 @@ ONCE = [name for name in METHOD if name not in ("hpt", "relift one")]
 # By backend: method -> what the backend needs.
 CASES = {
     "ddp": {name: {} for name in (*METHOD, *DDP_ONLY) if name != "relift one"},
-    "fsdp": {**dict.fromkeys(METHOD, FSDP), **{f"{name}, lora": {**FSDP, **LORA} for name in ONCE}},
+    "fsdp": {
+        **dict.fromkeys(METHOD, FSDP),
+        **{f"{name}, lora": {**FSDP, **LORA} for name in ONCE},
+        # Weights that a pass has gathered stay where they are for the next one.
+        "self-teacher average, kept": {
+            **FSDP,
+            "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True, "reshard_after_forward": False},
+        },
+    },
     "deepspeed": {
-        f"{name}, {stage}{kind}": {**way, **options}
-        for name in METHOD
-        for stage, way in ZERO.items()
-        for kind, options in {"": {}, ", lora": LORA}.items()
+        # All weights are below the default threshold, so none of them is given away but for a generation.
+        "self-teacher average, zero-3, kept": {**zero(3), "steps_per_generation": 2},
+        **{
+            f"{name}, {stage}{kind}": {**way, **options}
+            for name in METHOD
+            for stage, way in ZERO.items()
+            for kind, options in {"": {}, ", lora": LORA}.items()
+        },
     },
 }
 PLAIN = (int, float, str, NoneType)
 RESUMED = {
-    "ddp": ("hpt", "relift", "actguide"),
-    "fsdp": ("relift", "relift, lora"),
-    "deepspeed": tuple(f"relift, {stage}{kind}" for stage in ZERO for kind in ("", ", lora")),
+    "ddp": ("hpt", "relift", "actguide", "self-teacher average"),
+    "fsdp": ("relift", "relift, lora", "self-teacher average", "self-teacher average, lora"),
+    "deepspeed": tuple(
+        f"{name}, {stage}{kind}"
+        for name in ("relift", "self-teacher average")
+        for stage in ZERO
+        for kind in ("", ", lora")
+    ),
 }
 WATCHING = {"relift": watch_buffer, "actguide": watch_guidance}
 

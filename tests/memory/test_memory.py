@@ -287,6 +287,14 @@ def test_teachers_and_what_a_self_teacher_holds(shape, capsys, tmp_path):
         6e6 / 8 / shape.parameters, abs=1e-6
     )
     assert parts(shape, bf16=False, averaged=True)["averaged weights"] == 4
+    assert parts(shape, backend="fsdp2", num_processes=8, bf16=False, averaged=True)["averaged weights"] == 0.5
+    # Where scoring is the peak: what comes from the CPU, or is gathered of the shards.
+    large = {"teacher_bytes": 100 * shape.parameters, "bf16": False}
+    assert parts(shape, **large)["teachers"] == 100 and "teachers, while they score" not in parts(shape, **large)
+    assert parts(shape, **large, teacher_offload=True)["teachers, while they score"] == 100
+    for offload in (False, True):
+        held = parts(shape, **large, backend="fsdp2", num_processes=8, teacher_offload=offload)
+        assert held["teachers, while they score"] == 100 and held.get("teachers", 0) == (0 if offload else 12.5)
     run = Run(rows=200, completion_length=100, bf16=False, checkpointing=False)
     plain, whole = (estimate(shape, replace(run, whole_logits=held)).parts["logits"] for held in (False, True))
     assert whole == 5 * 4 * 200 * 100 * shape.vocab_size != plain
@@ -298,3 +306,25 @@ def test_teachers_and_what_a_self_teacher_holds(shape, capsys, tmp_path):
     size = shape_of(load_config(str(tmp_path))).parameters
     assert more - total == pytest.approx(2 * 4 * size / 2**30, abs=0.02)
     assert any(line.startswith("teachers") for line in lines)
+    recipe = (
+        "--config",
+        "qwen2.5-3b/grpo-with-teacher",
+        "--params",
+        "3B",
+        "--backend",
+        "fsdp2",
+        "--num_processes",
+        "4",
+    )
+    _, lines = printed_total(capsys, *recipe, "--teachers", str(tmp_path))
+    assert lines[0] == "grpo, 3B (3.09B)" and any(line.startswith("teachers") for line in lines)
+    for method, options, bytes_ in (
+        ("opd", (), 2),
+        ("aopd", ("--teacher_model_init_kwargs", '{"dtype": "float32"}'), 4),
+        ("opd", ("--teacher_offload", "true"), 0),
+    ):
+        plain, _ = printed_total(capsys, *small, "--method", method)
+        more, _ = printed_total(
+            capsys, *small, "--method", method, "--teacher_model_name_or_path", str(tmp_path), *options
+        )
+        assert more - plain == pytest.approx(bytes_ * size / 2**30, abs=0.02)

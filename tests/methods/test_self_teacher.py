@@ -80,8 +80,8 @@ def test_the_average_is_the_teacher(tmp_path, objective):
         averages.append({n: 0.7 * t + 0.3 * state[n].double() for n, t in averages[-1].items()})
     formula = self_teacher_loss(trainer.args, averages=averages, share=lambda step: 0.5)
     assert max(replay_group(trainer, formula)) < TOLERANCE
-    assert_same({n: t.float() for n, t in averages[-1].items()}.keys(), trainer._average.keys())
-    assert movement_error(trainer._average, averages[-1], trainer.start) < TOLERANCE
+    assert_same({n: t.float() for n, t in averages[-1].items()}.keys(), trainer._average.values.keys())
+    assert movement_error(trainer._average.values, averages[-1], trainer.start) < TOLERANCE
 
 
 def test_a_lora_student(tmp_path):
@@ -90,7 +90,9 @@ def test_a_lora_student(tmp_path):
         trainer = build(tmp_path / objective, recording(SelfTeacherTrainer), **options)
         trainer.train()
         moved = {n for n in trainer.start if not torch.equal(trainer.start[n], trainer.states[-1][n])}
-        assert moved and all("lora" in name for name in moved) and all("lora" in name for name in trainer._average)
+        assert (
+            moved and all("lora" in name for name in moved) and all("lora" in name for name in trainer._average.values)
+        )
 
 
 # Limits
@@ -245,17 +247,18 @@ def test_resume_is_exact(tmp_path, options):
 def test_the_average_of_16_bit_weights_does_not_round_away_what_an_update_adds(tmp_path):
     trainer = build(tmp_path, model=sharp(3).bfloat16(), self_teacher="average", self_teacher_rate=0.01)
     trainer.build_parts()
-    want = {name: p.detach().double() for name, p in trainer._trained.items()}
+    weights = dict(trainer.model.named_parameters())
+    want = {name: p.detach().double() for name, p in weights.items()}
     with torch.no_grad():
-        for parameter in trainer._trained.values():
+        for parameter in weights.values():
             parameter.mul_(1.02)
     for _ in range(50):
         trainer.after_step()
-        want = {name: 0.99 * want[name] + 0.01 * p.detach().double() for name, p in trainer._trained.items()}
-    for name, average in trainer._average.items():
+        want = {name: 0.99 * want[name] + 0.01 * p.detach().double() for name, p in weights.items()}
+    for name, average in trainer._average.values.items():
         torch.testing.assert_close(average.double(), want[name], rtol=1e-5, atol=1e-7)
     with trainer._as_teacher():
-        assert all(p.dtype is torch.bfloat16 for p in trainer._trained.values())
+        assert all(p.dtype is torch.bfloat16 for p in weights.values())
 
 
 # What is refused

@@ -22,6 +22,11 @@ _RUN = Run(rows=8, prompt_length=1024, completion_length=3072, accumulation=2)
 _BRIDGE = {"coordinator_rank": 16, "demonstration_rows": 1, "demonstration_length": 4096}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "GRPO": {"unsynced": True},
+    # Bytes for each weight of the student: a teacher of its size in 16 bits.
+    "GRPO, teacher": {"unsynced": True, "teacher_bytes": 2},
+    "GRPO, teacher on the CPU": {"unsynced": True, "teacher_bytes": 2, "teacher_offload": True},
+    "self-teacher, SDPG, one row": {"unsynced": True, "whole_logits": True, "rows": 1},
+    "self-teacher, RLSD, average": {"unsynced": True, "averaged": True},
     "BRIDGE": {**_BRIDGE, "shadow": True},
     "BRIDGE, SGD shadow": {**_BRIDGE, "shadow": True, "shadow_state_bytes": 0},
     "BRIDGE, shadow on the CPU": {**_BRIDGE, "shadow": True, "shadow_offload": True},
@@ -65,8 +70,19 @@ def scaling_table() -> str:
     rows = []
     for size, shape in SIZES.items():
         for option, changes in _OPTIONS.items():
-            runs = [replace(_RUN, **changes, backend=backend, num_processes=count) for backend, count in _COLUMNS]
-            rows.append([size, option, *(f"{estimate(shape, run).total / _GIB:.0f}" for run in runs)])
+            teacher = {"teacher_bytes": changes.get("teacher_bytes", 0) * shape.parameters}
+            runs = [replace(_RUN, **changes | teacher, backend=b, num_processes=count) for b, count in _COLUMNS]
+            offloads = changes.get("teacher_offload")
+            rows.append(
+                [
+                    size,
+                    option,
+                    *(
+                        "" if offloads and run.backend == "zero3" else f"{estimate(shape, run).total / _GIB:.0f}"
+                        for run in runs
+                    ),
+                ]
+            )
     return markdown_table(head, rows, left=2)
 
 
@@ -147,6 +163,7 @@ def run_of(method: Method, values: Any, launch: list[str], options: argparse.Nam
         checkpointing=bool(values.gradient_checkpointing if checkpointing is None else checkpointing),
         reference=bool(get("beta")),
         teacher_bytes=_teacher_bytes(values),
+        teacher_offload=bool(get("teacher_offload")),
         averaged=get("self_teacher") == "average",
         whole_logits=get("objective") in ("sdft", "sdpg"),
         coordinator_rank=values.lora_r if bridge else 0,
@@ -164,6 +181,10 @@ def run_of(method: Method, values: Any, launch: list[str], options: argparse.Nam
 
 def _teacher_bytes(values: Any) -> float:
     """Of teachers that are models here; those stored in an unknown precision in 16 bits."""
+    distilled = getattr(values, "teacher_model_name_or_path", None)
+    if distilled:
+        size = 4.0 if "float32" in str(values.teacher_model_init_kwargs) else 2.0  # a mapping, or JSON as typed
+        return shape_of(load_config(distilled)).parameters * size
     if not getattr(values, "teachers", None):
         return 0.0
     from ..training.teacher_config import named, place_of
@@ -204,8 +225,10 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _method(options: argparse.Namespace, rest: list[str]) -> Method:
-    from_name = Path(options.config or "").stem
-    name = options.method or (from_name if from_name in METHODS else "bridge")
+    # A form of a method follows its name: `grpo-with-teacher`.
+    stem = Path(options.config or "").stem
+    fitting = [name for name in METHODS if stem == name or stem.startswith(f"{name}-")]
+    name = options.method or max(fitting, key=len, default="bridge")
     if name not in METHODS:
         raise UsageError(f"no method is called {name!r}: choose from {', '.join(METHODS)}")
     return METHODS[name]

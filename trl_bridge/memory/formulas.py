@@ -70,6 +70,7 @@ class Run:
     checkpointing: bool = True
     reference: bool = False
     teacher_bytes: float = 0
+    teacher_offload: bool = False
     averaged: bool = False
     whole_logits: bool = False
     coordinator_rank: int = 0
@@ -168,8 +169,8 @@ def _held(shape: ModelShape, run: Run) -> dict[str, float]:
     state_shards = run.num_processes if run.deepspeed else run.weight_shards
     return {
         "reference": total * working / run.weight_shards if reference else 0.0,
-        "teachers": run.teacher_bytes / run.weight_shards,
-        "averaged weights": trained * 4 if run.averaged else 0,
+        "teachers": 0.0 if run.teacher_offload else run.teacher_bytes / run.weight_shards,
+        "averaged weights": trained * 4 / run.weight_shards if run.averaged else 0,
         "coordinator": coordinator * (4 + run.state_bytes),
         "weights": (frozen + trained * working) / run.weight_shards,
         "optimizer": trained * (master + run.state_bytes) / state_shards,
@@ -209,12 +210,21 @@ def _phases(shape: ModelShape, run: Run) -> list[dict[str, float]]:
         phases.append({**waits, "gradients": student, **_pass(shape, run, run.demonstration_rows, length, length)})
     # The student's step, and that of the coordinator.
     phases += [{**waits, "gradients": student}, {**still, "shadow's gradients": shadow, "step": _step(shape, run)}]
+    if run.teacher_bytes:
+        phases.append({"teachers, while they score": _scoring(run)})
     if run.vllm_sleeps:
         phases.append({"vLLM": run.vllm_bytes})
     else:
         phases = [{**phase, "vLLM": run.vllm_bytes} for phase in phases]
     # vLLM and transformers' own generation do not meet.
     return [*phases, _generation(shape, run)] if run.generation_rows else phases
+
+
+def _scoring(run: Run) -> float:
+    """What comes of teachers to score rollouts: all of them from the CPU, or what is gathered of their shards."""
+    if run.backend == "zero3":
+        return min(run.teacher_bytes, 2.0 * _ZERO3_LIVE)
+    return run.teacher_bytes if run.teacher_offload or run.weight_shards > 1 else 0.0
 
 
 def _student_gradient(trained: int, run: Run) -> float:

@@ -10,8 +10,8 @@ from torch import nn
 
 from .._upstream import disable_gradient_checkpointing, pad
 from ..objectives.self_distill import DIRECTIONS, divergence, fading, ramped, reweighted, token_scores
-from ..training.backends.refusals import is_sharded
-from ..training.checkpoint.registry import SHARED, Registry, Value
+from ..training.averaging import MovingAverage
+from ..training.checkpoint.registry import SHARDED, Registry
 from ..training.group import ExpertPlan, ExpertTrainer
 from ..training.group_config import ExpertConfig
 from ..training.options import above, at_least, one_of, options, within
@@ -122,9 +122,6 @@ class SelfTeacherTrainer(ExpertTrainer):
     `self_teacher/share` (`c`) and `self_teacher/evidence` (mean of what multiplies `A`).
 
     Args: as in [`ExpertTrainer`].
-
-    Raises:
-        NotImplementedError: `self_teacher="average"` where weights are sharded.
     """
 
     config_class = SelfTeacherConfig
@@ -142,53 +139,31 @@ class SelfTeacherTrainer(ExpertTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._average: dict[str, torch.Tensor] | None = None
-        kind = self.accelerator.distributed_type
-        if self.args.self_teacher == "average" and is_sharded(kind):
-            raise NotImplementedError(
-                f"`self_teacher='average'` is not supported with {kind.value}: the average would have to be sharded too. Set it to "
-                "'live', or launch with DDP."
-            )
+        self._average: MovingAverage | None = None
 
     # The teacher
-
-    @property
-    def _trained(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self._plain_model.named_parameters() if p.requires_grad}
 
     def build_parts(self) -> None:
         super().build_parts()
         if self.args.self_teacher == "average" and self._average is None:
-            # In float32 at least: in 16 bits what an update adds is rounded away.
-            self._average = {
-                name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
-                for name, p in self._trained.items()
-            }
+            self._average = MovingAverage(self.backend.pieces(self._plain_model), self.args.self_teacher_rate)
 
     def after_step(self) -> None:
         super().after_step()
-        for name, parameter in self._trained.items() if self._average is not None else ():
-            average = self._average[name]  # type: ignore[index]
-            average.lerp_(parameter.detach().to(average), self.args.self_teacher_rate)
+        if self._average is not None:
+            self._average.update()
 
     @contextlib.contextmanager
     def _as_teacher(self) -> Iterator[None]:
         """The model as the teacher: without gradient, and with the average's weights in its own ones' place."""
-        average, parameters = self._average or {}, self._trained
-        own = {name: parameters[name].data for name in average}
         model, checkpointing = cast("tuple[Any, Any]", (self.model, self.args.gradient_checkpointing_kwargs))
-        try:
-            for name, value in average.items():
-                parameters[name].data = value.to(own[name])
-            with (
-                torch.no_grad(),
-                forked_torch_rng(self.accelerator.device),
-                disable_gradient_checkpointing(model, checkpointing),
-            ):
-                yield
-        finally:
-            for name, value in own.items():
-                parameters[name].data = value
+        with (
+            torch.no_grad(),
+            forked_torch_rng(self.accelerator.device),
+            disable_gradient_checkpointing(model, checkpointing),
+            contextlib.nullcontext() if self._average is None else self._average.in_place(),
+        ):
+            yield
 
     # The generation batch
 
@@ -300,11 +275,7 @@ class SelfTeacherTrainer(ExpertTrainer):
         )
         saved.must_match("kl_direction", "kl_clip", "kl_warmup_steps", "kl_decay_steps")
         saved.must_match("rlsd_weight", "rlsd_decay_steps", "rlsd_clip")
-        if self.args.self_teacher == "average":
-            saved.add("self_teacher", Value(lambda: self._average, self._load_average), SHARED, of_weights=True)
-
-    def _load_average(self, state: dict[str, torch.Tensor]) -> None:
-        self._average = {name: value.to(self.accelerator.device) for name, value in state.items()}
+        saved.add("self_teacher", self._average, SHARDED)
 
 
 def _hinted(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .reducer import Reducer
 from .sharding import meta_copy, shard
 from .storage import MasterWeights, Storage
-from .weights import ShardedWeights, Weights, copy_rows_
+from .weights import ShardedWeights, Weights, copy_rows_, trained
 
 
 class Backend(Reducer):
@@ -75,6 +75,10 @@ class Backend(Reducer):
     def weights(self, model: nn.Module) -> Weights:
         """The student's weights and gradients; `model` is the unwrapped student as it stands now."""
         return Weights(model, self)
+
+    def pieces(self, model: nn.Module) -> Weights:
+        """The prepared student's trained weights as each rank stores them, for `shards`, `bounds` and `replaced`."""
+        return Weights(trained(model), self)
 
     @contextlib.contextmanager
     def readable(self, parameter: nn.Parameter) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """FSDP2: every pass averages its rows, since unsynced ones would hold the full gradient on each rank."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from trl.models import prepare_fsdp
 
 from .base import Backend
 from .refusals import refuse_fsdp
-from .weights import ShardedWeights, Weights, copy_rows_
+from .weights import ShardedWeights, Weights, copy_rows_, trained
 
 
 class FSDP2Backend(Backend):
@@ -57,6 +57,9 @@ class FSDP2Backend(Backend):
         prepared = any(isinstance(parameter, DTensor) for parameter in model.parameters())
         return ShardedWeights(model, self) if prepared else _UnpreparedWeights(model, self)
 
+    def pieces(self, model: nn.Module) -> Weights:
+        return _Pieces(model, self)
+
     @property
     def checkpoint_kind(self) -> str:
         return "FSDP2"
@@ -92,6 +95,32 @@ class FSDP2Backend(Backend):
         # torch looks for the device of the state, and SGD without momentum has none ("Expected device to be set").
         plain = getattr(optimizer, "optimizer", optimizer)
         return not isinstance(plain, torch.optim.SGD) or any(group["momentum"] for group in plain.param_groups)
+
+
+class _Pieces(ShardedWeights):
+    """Of the trained weights, replaced in the memory that FSDP gathers from."""
+
+    def __init__(self, model: nn.Module, backend: Backend):
+        super().__init__(trained(model), backend)
+        self._model = model
+
+    @contextlib.contextmanager
+    def replaced(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        own = {name: piece.clone() for name, piece in self.shards().items()}
+        try:
+            self._overwrite(values)
+            yield
+        finally:
+            self._overwrite(own)
+
+    @torch.no_grad()
+    def _overwrite(self, values: Mapping[str, torch.Tensor]) -> None:
+        for name, piece in self.shards().items():
+            piece.copy_(values[name])
+        # What a pass has gathered may be kept for the next one.
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 class _UnpreparedWeights(Weights):

@@ -1,6 +1,7 @@
 """The weights of a model and their gradients, as this rank stores them: full, or a shard (some rows) of each."""
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -47,6 +48,18 @@ class Weights:
     def shards(self) -> dict[str, torch.Tensor]:
         """This rank's shard of each weight, by name, to be written to."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    @contextlib.contextmanager
+    def replaced(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Passes with other values in the place of what `shards` returns. Collective."""
+        own = {name: self.parameters[name].data for name in values}
+        try:
+            for name, value in values.items():
+                self.parameters[name].data = value.to(own[name])
+            yield
+        finally:
+            for name, value in own.items():
+                self.parameters[name].data = value
 
     def gradient(self, name: str) -> torch.Tensor:
         """Accumulated gradient of this rank's shard; zero where no loss has reached it."""
@@ -168,6 +181,11 @@ def overlap(bounds: tuple[int, int], rows: slice) -> tuple[slice, slice]:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's shard of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that are trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def copy_rows_(pieces: Mapping[str, torch.Tensor], holder: Weights, source: Weights) -> None:

@@ -8,7 +8,7 @@ refreshes the working weights.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import deepspeed
@@ -23,7 +23,7 @@ from trl.models import prepare_deepspeed
 from ..._upstream import outside_zero3, without_gradient_sync
 from .base import Backend
 from .refusals import refuse_deepspeed
-from .weights import Part, Rows, Weights
+from .weights import Part, Rows, Weights, trained
 
 
 class ZeroBackend(Backend):
@@ -95,6 +95,9 @@ class ZeroBackend(Backend):
         if any(hasattr(p, "_z3_optimizer") or hasattr(p, "_hp_mapping") for p in parameters):
             return ZeroWeights(model, self)
         return _PartitionedWeights(model, self) if _partitioned(parameters) else Weights(model, self)
+
+    def pieces(self, model: nn.Module) -> Weights:
+        return _Partitions(trained(model), self) if self.stage == 3 else super().pieces(model)
 
     @contextlib.contextmanager
     def readable(self, parameter: nn.Parameter) -> Iterator[None]:
@@ -219,6 +222,42 @@ class _PartitionedWeights(_GatheredWeights):
         with _gathered(parameter, write=True):
             if self.backend.rank == 0:
                 parameter.data.add_(rows(*self.bounds(name)).to(parameter.dtype))
+
+
+class _Partitions(Weights):
+    """ZeRO-3's own pieces, which passes are gathered from: flat, and padded on the last rank."""
+
+    sharded = True
+
+    def bounds(self, name: str) -> tuple[int, int]:
+        size = self.parameters[name].ds_tensor.numel()
+        return self.backend.rank * size, (self.backend.rank + 1) * size
+
+    def shards(self) -> dict[str, torch.Tensor]:
+        return {name: parameter.ds_tensor.data for name, parameter in self.parameters.items()}
+
+    @contextlib.contextmanager
+    def replaced(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        own = self.shards()
+        try:
+            self._put(values)
+            yield
+        finally:
+            self._put(own)
+
+    def _put(self, values: Mapping[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            parameter = self.parameters[name]
+            parameter.ds_tensor.data = value.to(parameter.ds_tensor)
+            # Small ones are never given away, and others may be kept for the next pass.
+            if parameter.data.numel() == parameter.ds_numel:
+                parameter.data = self._whole(parameter)
+
+    def _whole(self, parameter: Any) -> torch.Tensor:
+        piece = parameter.ds_tensor.data
+        gathered = piece.new_empty(self.backend.world_size * piece.numel())
+        torch.distributed.all_gather_into_tensor(gathered, piece.contiguous())
+        return gathered[: parameter.ds_numel].view(parameter.ds_shape)
 
 
 def _nothing() -> None:

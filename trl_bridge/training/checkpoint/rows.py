@@ -29,6 +29,23 @@ def saved_rows(folder: Path) -> Iterator[tuple[str, int, Any]]:
                 yield key, int(starts[key]), file.get_slice(key)
 
 
+def rows_within(folder: Path, bounds: Callable[[str], tuple[int, int]], only: str = "") -> dict[str, torch.Tensor]:
+    """The rows of each tensor between the first and the last of `bounds`, of whichever files have them; `only` of one kind."""
+    pieces: dict[str, torch.Tensor] = {}
+    for key, start, saved in saved_rows(folder):
+        if only and key.partition("/")[0] != only:
+            continue
+        first, last = bounds(key)
+        count, *rest = saved.get_shape()
+        low, high = (min(max(place - start, 0), count) for place in (first, last))
+        rows = saved[low:high]
+        if key not in pieces:
+            pieces[key] = torch.empty((last - first, *rest), dtype=rows.dtype)
+        if low < high:
+            pieces[key][start + low - first : start + high - first] = rows
+    return pieces
+
+
 # Earlier releases wrote torch's distributed checkpoints.
 
 _DCP_METADATA = ".metadata"

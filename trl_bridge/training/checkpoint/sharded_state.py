@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..backends import Weights
-from .rows import saved_rows, write_rows
+from .rows import rows_within, write_rows
 
 
 _WEIGHTS = "weights"
@@ -55,11 +55,11 @@ class ShardedState:
         """Write this rank's shards to a file of a folder. Every rank calls."""
         rank = self._weights.backend.rank
         if rank == 0 or self._weights.sharded:
-            write_rows(folder, rank, self.shards(), self._first_row)
+            write_rows(folder, rank, self.shards(), lambda key: self._bounds(key)[0])
 
     def load(self, folder: Path, rest: dict[str, Any]) -> None:
         """Take over what `save` has written and `rest` returned, on any number of ranks."""
-        rows = self._read(folder)
+        rows = rows_within(folder, self._bounds)
         self._write_weights(rows)
         states: dict[str, dict[str, Any]] = {name: dict(state) for name, state in rest["states"].items()}
         for key, piece in rows.items():
@@ -73,7 +73,7 @@ class ShardedState:
 
     def load_weights(self, folder: Path) -> None:
         """Take over only the weights."""
-        self._write_weights(self._read(folder, _WEIGHTS))
+        self._write_weights(rows_within(folder, self._bounds, _WEIGHTS))
 
     def _held(self) -> dict[str, torch.Tensor]:
         return self._weights.shards() if self._with_weights else {}
@@ -91,22 +91,5 @@ class ShardedState:
         for name, piece in self._held().items():
             piece.copy_(rows[f"{_WEIGHTS}/{name}"])
 
-    def _first_row(self, key: str) -> int:
-        return self._weights.bounds(key.partition("/")[2])[0]
-
-    def _read(self, folder: Path, only: str = "") -> dict[str, torch.Tensor]:
-        """This rank's rows, of whichever files have them."""
-        pieces: dict[str, torch.Tensor] = {}
-        for key, start, saved in saved_rows(folder):
-            kind, _, name = key.partition("/")
-            if only and kind != only:
-                continue
-            first, last = self._weights.bounds(name)
-            count, *rest = saved.get_shape()
-            low, high = (min(max(place - start, 0), count) for place in (first, last))
-            rows = saved[low:high]
-            if key not in pieces:
-                pieces[key] = torch.empty((last - first, *rest), dtype=rows.dtype)
-            if low < high:
-                pieces[key][start + low - first : start + high - first] = rows
-        return pieces
+    def _bounds(self, key: str) -> tuple[int, int]:
+        return self._weights.bounds(key.partition("/")[2])
