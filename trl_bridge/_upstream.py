@@ -317,6 +317,23 @@ def is_router(module: nn.Module) -> bool:
     return own and type(module).__module__.startswith("transformers.models.")
 
 
+def keep_4_bit_weights(model: nn.Module) -> None:
+    """
+    Let evaluation leave bitsandbytes' 4-bit weights as training reads them.
+
+    With a CPU that multiplies bfloat16 the first forward in evaluation mode rounds and packs them for a kernel without
+    gradient, and training goes on with that one: no gradient comes through the base from then on.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"`model` has been evaluated, for which bitsandbytes has rounded and packed {name!r}: it cannot be trained. Load it again."
+            )
+
+
 @contextlib.contextmanager
 def linear_layers_only() -> Iterator[None]:
     """While inside, PEFT's "all-linear" leaves fused experts and their routers out, and layers that are called as those."""

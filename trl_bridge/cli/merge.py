@@ -39,6 +39,8 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, base: str | None 
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(name, revision=config.get("revision") or "main", dtype="auto")
+    if getattr(model, "is_quantized", False):
+        model = model.dequantize()  # what the adapter was trained on; merged into 4 or 8 bits it would be rounded away
     tokenizer = _tokenizer(adapter, name)
     if tokenizer is not None and len(tokenizer) > model.get_input_embeddings().num_embeddings:
         # Tokens that training added: the adapter's embeddings have the larger shape.

@@ -206,7 +206,7 @@ def test_base_in_16_bits_keeps_adapters_in_32(tmp_path):
 
 
 def test_quantised_base_as_trl_treats_it(tmp_path):
-    """TRL rounds the adapters of a quantised model to 16 bits. No quantiser runs on this CPU: the flag alone is set."""
+    """TRL rounds the adapters of a quantised model to 16 bits. The flag alone is set; `test_quantised.py` quantises."""
     model = small_model()
     model.is_loaded_in_4bit = True
     trainer = lean_trainer(tmp_path, model=model)

@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOTrainer
 
-from ..._upstream import SERVER_GONE
+from ..._upstream import SERVER_GONE, keep_4_bit_weights
 from ...demonstrations.rows import check_prompts, check_size
 from ...generation.day import clock_template, stopped, today
 from ..backends import Backend, backend_for
@@ -31,6 +31,10 @@ logger = logging.get_logger(__name__)
 
 class Sealed(Trainer):
     """A trainer whose checkpoints have a marker, written last, that vouches for all of their files."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        keep_4_bit_weights(self.model)
 
     @functools.cached_property
     def _sealing(self) -> Background:
