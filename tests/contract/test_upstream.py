@@ -49,6 +49,7 @@ from trl_bridge.training.policy import PolicyLoss
 from trl_bridge.training.shaping import ShapedTrainer
 from trl_bridge.training.stream import DemonstrationTrainer
 from trl_bridge.training.student import StudentTrainer
+from trl_bridge.training.trial import TrialTrainer
 
 
 BASES = (
@@ -58,6 +59,7 @@ BASES = (
     ResumableTrainer,
     PackedTrainer,
     StudentTrainer,
+    TrialTrainer,
     DemonstrationTrainer,
     ExpertTrainer,
     ShapedTrainer,
