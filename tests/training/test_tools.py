@@ -6,6 +6,7 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.helpers import streams
+from tests.helpers.lean import LEAN, lean_options, replay_lean
 from tests.helpers.resume import StopAt, assert_same, metrics_of, state_of
 from tests.helpers.tools import (
     TOKENIZER,
@@ -22,13 +23,12 @@ from tests.helpers.tools import (
     leaves,
     texts,
     told,
-    tool_demonstrations,
     tool_prompts,
     trace,
     turns_reward,
     user,
 )
-from tests.helpers.training import RecordingTrainer, digits_reward, replay, small_config
+from tests.helpers.training import RecordingTrainer, digits_reward, replay, small_config, small_lora
 from trl_bridge import (
     AlternatingTrainer,
     BridgeTrainer,
@@ -65,6 +65,7 @@ CASES = {
         "loss_type": "bnpo", "padding_free": False, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 4,
     },
     "likelihood": {"sft_weighting": "likelihood"},
+    "selective": {"preset": "selective", **SGD},
 }  # fmt: skip
 
 
@@ -88,6 +89,17 @@ def test_bridges_update_equals_the_reference(tmp_path, name):
             if key in want and key in got:
                 assert got[key] == pytest.approx(want[key], rel=2e-3, abs=2e-6), (step, key)
     assert logged[0]["tools/call_frequency"] > 0 and logged[0]["tools/failure_frequency"] == 0
+
+
+def test_lean_modes_update_equals_the_reference(tmp_path):
+    trainer = agent_trainer(
+        tmp_path, calling(RecordingTrainer), peft_config=small_lora(lora_alpha=10), learning_rate=1e-2, **LEAN
+    )
+    trainer.train()
+    assert all(external(batch).any() for batch in rl(trainer))
+    options = lean_options(trainer)
+    replayed = list(replay_lean(agent_model(), trainer.start, trainer.windows, trainer.states, options))
+    assert len(replayed) == 2 and all(e < TOLERANCE for errors, _ in replayed for e in errors.values()), replayed
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "bnpo", "luspo", "cispo"])
@@ -144,7 +156,7 @@ def test_grpo_without_packing_is_trls_to_the_bit(tmp_path):
     assert_same(dict(ours.model.state_dict()), dict(trl.model.state_dict()))
     names = [name for name in trl.state.log_history[0] if "/" in name or name in ("loss", "entropy", "reward")]
     for mine, theirs in zip(metrics_of(ours, 0), metrics_of(trl, 0), strict=True):
-        assert len(names) > 20 and {n: mine[n] for n in names if n in theirs} == {
+        assert len(names) > 10 and {n: mine[n] for n in names if n in theirs} == {
             n: theirs[n] for n in names if n in theirs
         }
 
@@ -181,7 +193,7 @@ def test_entropy_of_rollouts_that_are_not_run_is_that_of_own_tokens(tmp_path):
     trainer._compute_loss = recorded
     trainer.train()
     checked = 0
-    for inputs in seen:
+    for inputs in list(seen):
         live = inputs["advantages"] != 0
         if live.all() or not live.any():
             continue
@@ -323,7 +335,7 @@ def content_reward(completions, **kwargs):
     return digits_reward([messages[0]["content"] for messages in completions])
 
 
-@pytest.mark.parametrize("options", [SGD, {"loss_type": "grpo", "beta": 0.1, "padding_free": False}])
+@pytest.mark.parametrize("options", [SGD, {**SGD, "loss_type": "grpo", "beta": 0.1, "padding_free": False}])
 def test_a_rollout_function_with_a_mask(tmp_path, options):
     sft_dataset = Dataset.from_dict({"prompt": [[user("1+1=")]] * 4, "completion": [[assistant("2")]] * 4})
     trainer = agent_trainer(
@@ -379,13 +391,13 @@ def test_a_teacher_says_nothing_of_a_tools_tokens(tmp_path):
     model.save_pretrained(teacher)
     TOKENIZER.save_pretrained(teacher)
     trainer = agent_trainer(
-        tmp_path / "run", calling(PackedGRPOTrainer), teachers=str(teacher), teacher_weight=0.5, max_steps=1
+        tmp_path / "run", calling(PackedGRPOTrainer), teachers=[str(teacher)], teacher_weight=0.5, max_steps=1
     )
     seen = []
     compute = trainer._compute_loss
     trainer._compute_loss = lambda model, inputs: seen.append(inputs) or compute(model, inputs)
     trainer.train()
-    for inputs in seen:
+    for inputs in list(seen):
         with torch.no_grad():
             log_probs, entropies, _ = trainer.policy.score(trainer.model, inputs)
         leaf = log_probs.clone().requires_grad_()
@@ -460,6 +472,9 @@ def test_refused(tmp_path, name):
 
 
 def test_the_judge_takes_the_place_of_verdicts_that_no_environment_can_give(tmp_path):
-    trainer = agent_trainer(tmp_path, BridgeTrainer, environment_factory=Counter, train_dataset=starts())
-    assert trainer.weighting.kind == "judge"
-    assert agent_trainer(tmp_path, BridgeTrainer, sft_dataset=tool_demonstrations()).weighting.kind == "judge_verdict"
+    given = agent_trainer(
+        tmp_path, BridgeTrainer, environment_factory=Counter, train_dataset=starts(), preset="selective"
+    )
+    assert given.weighting.kind == "judge"
+    with_tools = agent_trainer(tmp_path, BridgeTrainer, preset="selective")
+    assert with_tools.weighting.kind == "judge_verdict"

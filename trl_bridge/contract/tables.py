@@ -91,8 +91,8 @@ NAMES = (
 # Attributes of an instance that we read.
 ATTRIBUTES = {
     "trl.GRPOTrainer": (
-        "_async_tool_dicts _buffered_inputs _entropy_bonus_enabled _entropy_window_stats _env_tools _last_world_entropy _logs "
-        "_metrics _pending_extra_logs _pending_metrics _step _sync_tool_dicts _tokenizer accelerator aux_loss_enabled beta "
+        "_buffered_inputs _entropy_bonus_enabled _entropy_window_stats _last_world_entropy _logs "
+        "_metrics _pending_extra_logs _pending_metrics _step _tokenizer accelerator aux_loss_enabled beta "
         "callback_handler chat_template chat_template_kwargs entropy_coef environment_factories eos_token_ids epsilon_high epsilon_low importance_sampling_level "
         "model num_generations num_iterations optimizer processing_class ref_model reward_func_names reward_funcs reward_weights state "
         "temperature tools train_dataset use_adaptive_entropy"
@@ -149,6 +149,13 @@ ORDERS = (
         ("self._prepare_for_training(", "self.callback_handler.on_train_begin(", "self._run_epoch("),
         "trl_bridge.training.trial.TrialTrainer.set_up_trial",
     ),
+    # Only with tools, and with environments: nothing of a trainer without them.
+    Order(
+        "trl.GRPOTrainer._generate_and_score_completions",
+        ("self._sync_tool_dicts = []", "self._async_tool_dicts = []"),
+        "trl_bridge._upstream.run_tools",
+    ),
+    Order("trl.GRPOTrainer._tokenize_prompts", ("self._env_tools[name]",), "trl_bridge._upstream.tool_schemas"),
     Order("trl.GRPOTrainer._compute_loss", ("self.beta",), "trl_bridge._upstream.policy_term_only"),
     Order("trl.GRPOTrainer._compute_loss", ("self._entropy_bonus_enabled",), "trl_bridge._upstream.policy_term_only"),
     Order("trl.GRPOTrainer._compute_loss", ("self.aux_loss_enabled",), "trl_bridge._upstream.policy_term_only"),

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
-from ..demonstrations.render import Renderer
+from ..demonstrations.render import Renderer, completion_of
 from ..demonstrations.rows import prompt_fault, prompt_key
 from ..rewards import check_golds, knights_knaves_reward
 from .files import code_of
@@ -165,8 +165,8 @@ def rendered_samples(
         example: dict[str, Any] = dataset[row]
         if _has_demonstrations(dataset):
             rendered = render({column: [value] for column, value in example.items()}, [row])
-            ids, labels = rendered["input_ids"][0], rendered["labels"][0]
-            completion = [token for token in labels if token != -100]
+            ids = rendered["input_ids"][0]
+            completion = completion_of({"input_ids": ids, "labels": rendered["labels"][0]})[0]
             prompt = ids[: len(ids) - len(completion)]
         else:
             prompt, completion = prompt_tokens(example, tokenizer, chat_template_kwargs), []

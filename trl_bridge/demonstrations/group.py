@@ -9,7 +9,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from .render import completion, render_demonstrations
+from .render import completion_of, render_demonstrations
 from .rows import prompt_key, without_none
 from .steps import read_steps, step_ends
 from .stream import PromptIndex, fingerprint, generator
@@ -126,7 +126,7 @@ def _traces_of_turns(rendered: Dataset, traces: Dataset) -> dict[tuple[int, ...]
     """Traces in which tools answer, by their tokens."""
     found = {}
     for row, trace in zip(rendered, traces, strict=True):
-        ids, own = completion(row)
+        ids, own = completion_of(row)
         if not all(own):
             messages = with_arguments(without_none(trace["completion"]), "`train_dataset`")
             found[tuple(ids)] = _Turns(row["row"], own, messages)
@@ -169,7 +169,7 @@ def _traces(expert: Any) -> list[Any]:
 
 
 def _completion(row: dict[str, Any]) -> list[int]:
-    return completion(row)[0]
+    return completion_of(row)[0]
 
 
 def _step_ends(rendered: Dataset, steps: list[list[str]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -197,7 +197,7 @@ def _limit_length(rendered: Dataset, max_length: int, overlong: str) -> Dataset:
     PartialState()  # accelerate's logger, which speaks on one rank only, needs it
     if overlong == "truncate":
         for index in too_long:
-            if not all(completion(rendered[index])[1]):
+            if not all(completion_of(rendered[index])[1]):
                 raise ValueError(
                     f"`train_dataset` row {rendered[index]['row']}: the trace in `expert` has {lengths[index]} tokens, more than {max_length}, and "
                     "one in which tools answer cannot be cut. Raise `max_completion_length`, or set `expert_overlong='skip'`."

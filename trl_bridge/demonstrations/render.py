@@ -80,7 +80,7 @@ def render_demonstrations(
     return _limit_length(rendered, max_length, overlong, num_proc)
 
 
-def completion(rendered: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
+def completion_of(rendered: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
     """The tokens of a rendered row from the first trained one, and which are trained: all but what tools have answered."""
     own = [label != -100 for label in rendered["labels"]]
     first = own.index(True)

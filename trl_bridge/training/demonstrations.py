@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from .._upstream import DataCollatorForLanguageModeling
-from ..demonstrations.render import completion
+from ..demonstrations.render import completion_of
 from ..demonstrations.rows import prompt_key
 from ..demonstrations.stream import DemonstrationStream, PromptIndex, fingerprint
 
@@ -67,7 +67,7 @@ class Demonstrations:
 
     def completion_ids(self, row: int) -> list[int]:
         """Token ids of the completion of the demonstration that was rendered from a row of the user's dataset."""
-        return completion(self.rendered[self._index_of_row[row]])[0]
+        return completion_of(self.rendered[self._index_of_row[row]])[0]
 
     @property
     def epoch(self) -> float:

@@ -273,9 +273,16 @@ class ExpertTrainer(StudentTrainer):
         return completion_ids, logprobs
 
     def _tool_call_loop(
-        self, prompts: Any, prompt_ids: Any, completion_ids: Any, completions: list[Any], *rest: Any
+        self,
+        prompts: Any,
+        prompt_ids: Any,
+        completion_ids: Any,
+        completions: list[Any],
+        logprobs: Any,
+        images: Any,
+        multimodal_fields: Any,
     ) -> Any:
-        plan = self._plan
+        plan, rest = self._plan, (logprobs, images, multimodal_fields)
         if plan is None:
             return super()._tool_call_loop(prompts, prompt_ids, completion_ids, completions, *rest)
         # The calls of a whole trace have their results, and are not made again.
