@@ -54,6 +54,30 @@ def cache(tmp_path_factory):
     return str(tmp_path_factory.mktemp("bases"))
 
 
+def test_what_a_trial_costs_is_counted(cache):
+    row = {
+        "method": "bridge",
+        "preset": "trial",
+        "trial_steps": 2,
+        "trial_eval_steps": 1,
+        "trial_prompts": 2,
+        "max_steps": 2,
+    }
+    record = execute(a_run("trial", setting=1, methods={"trial": row}), cache)
+    # Three measurements of one generation batch before two updates of one.
+    assert record["rollouts"] == 3 * 8 + 2 * 8 and record["updates"] == {"rl": 2, "sft": 2}
+    assert [point["rollouts"] for point in record["curve"]] == [24, 32, 40]
+    assert record["trial"]["sft_steps"] == 2 and record["trial"]["verdicts"] == 3 * record["trial"]["demonstrations"]
+    assert record["generated_tokens"] > 40 and record["sft_tokens"] > 2 * 2 * 4
+
+
+def test_at_lambda_one_demonstrations_count_if_they_are_tried_out():
+    plain = {"method": "bridge", "bridge_lambda": 1.0}
+    methods = {"plain": plain, "steps": {**plain, "trial_steps": 5}, "preset": {**plain, "preset": "trial"}}
+    rows = [a_run(name, methods=methods).row for name in methods]
+    assert [row.reads_demonstrations for row in rows] == [False, True, True]
+
+
 def test_fields_of_a_config():
     fields = config_fields(a_run("lora", rate=0.01))
     assert fields["coordinator_learning_rate"] == pytest.approx(0.03) and fields["learning_rate"] == 0.01
