@@ -92,7 +92,7 @@ DDP_ONLY = {
 LORA = {"peft_config": small_lora()}
 ZERO = {"zero-1": zero(1), "zero-2": zero(2), "zero-3": zero(3, stage3_param_persistence_threshold=0)}
 # Each method once: what else there is to them is tried in full.
-ONCE = [name for name in METHOD if name not in ("hpt", "relift one")]
+ONCE = [name for name in METHOD if name not in ("hpt", "relift one", "self-teacher", "ada-prefix")]
 # By backend: method -> what the backend needs.
 CASES = {
     "ddp": {name: {} for name in (*METHOD, *DDP_ONLY) if name != "relift one"},
@@ -119,7 +119,7 @@ CASES = {
 PLAIN = (int, float, str, NoneType)
 RESUMED = {
     "ddp": ("hpt", "relift", "actguide", "self-teacher average"),
-    "fsdp": ("relift", "relift, lora", "self-teacher average", "self-teacher average, lora"),
+    "fsdp": ("relift", "relift, lora", "self-teacher average, lora"),
     "deepspeed": tuple(
         f"{name}, {stage}{kind}"
         for name in ("relift", "self-teacher average")
