@@ -27,7 +27,6 @@ VALUES = {
     "fp16_full_eval": True,
     "use_transformers_paged": True,
     "use_transformers_continuous_batching": True,
-    "router_aux_loss_coef": 0.1,
     "enable_jit_checkpoint": True,
     "auto_find_batch_size": True,
 }

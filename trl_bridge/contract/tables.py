@@ -94,7 +94,7 @@ ATTRIBUTES = {
         "_buffered_inputs _entropy_bonus_enabled _entropy_window_stats _last_world_entropy _logs "
         "_metrics _pending_extra_logs _pending_metrics _step _tokenizer accelerator aux_loss_enabled beta "
         "callback_handler chat_template chat_template_kwargs entropy_coef environment_factories eos_token_ids epsilon_high epsilon_low importance_sampling_level "
-        "model num_generations num_iterations optimizer processing_class ref_model reward_func_names reward_funcs reward_weights state "
+        "model num_generations num_iterations optimizer processing_class ref_model reward_func_names reward_funcs reward_weights router_aux_loss_coef state "
         "temperature tools train_dataset use_adaptive_entropy"
     ),
     "trl.DistillationTrainer": (

@@ -57,6 +57,7 @@ class PackedGRPOTrainer(StudentTrainer):
     trains_by_advantage = True
     shards = True
     shards_adapters = True
+    balances_experts = True
     _tag_names = ["trl", "grpo"]
     _name = "GRPO"
 

@@ -116,7 +116,7 @@ class SFTPass:
         ]
         batch = dict(self._collator(features))
         inputs = {name: batch[name].to(self._backend.device) for name in ("input_ids", "attention_mask", "labels")}
-        log_probs, mask, _ = self._score_rows(model, inputs)
+        log_probs, mask, *_ = self._score_rows(model, inputs)
         return log_probs, mask
 
     def _labels(self, completion: list[int]) -> list[int]:

@@ -23,6 +23,7 @@ _REFUSED: Rules = {
         lambda value: value < 1.0,
         "it ranks the tokens of own and expert rows together. Set it to 1.0",
     ),
+    "router_aux_loss_coef": "the load of experts (of a mixture) was not tested on groups with expert rows. Set it to 0",
 }
 
 

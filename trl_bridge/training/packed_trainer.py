@@ -59,6 +59,9 @@ class PackedTrainer(ResumableTrainer):
         if not self._packs:
             return
         reason = reason_for_padding(self.accelerator.unwrap_model(self.model))
+        if self.aux_loss_enabled:
+            # It is no sum over rows: a prompt that is run once, or a rollout that is not, would count differently.
+            reason = "the load-balancing loss of its experts counts every token of every rollout"
         if reason is None:
             attend_in_segments()
             logger.info("`padding_free`: training's passes run without padding.")
@@ -159,9 +162,10 @@ class PackedTrainer(ResumableTrainer):
 
     def score_rows(
         self, model: nn.Module, batch: dict[str, torch.Tensor], **head: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
-        Log-probabilities, mask and greedy hits (if the head has them) of labelled tokens.
+        Log-probabilities, mask and greedy hits (if the head has them) of labelled tokens, and the load-balancing loss where
+        it is enabled.
 
         Args:
             model (`nn.Module`):
@@ -172,17 +176,18 @@ class PackedTrainer(ResumableTrainer):
                 The keyword that asks for a fused head.
 
         Returns:
-            `tuple`: three tensors of shape (B, T - 1).
+            `tuple`: three tensors of shape (B, T - 1), and a scalar or `None`.
         """
         with self.accelerator.autocast():
             if not self._packs:
-                outputs = model(**batch, use_cache=False, **head)
-                return outputs.log_probs, outputs.label_mask, outputs.is_top1
+                balance = {"output_router_logits": True} if self.aux_loss_enabled else {}
+                outputs = model(**batch, use_cache=False, **head, **balance)
+                return outputs.log_probs, outputs.label_mask, outputs.is_top1, outputs.aux_loss if balance else None
             layout = lay_out_rows(batch["input_ids"], batch["attention_mask"], batch["labels"])
             outputs = run(model, layout, **head)
         mask = batch["labels"][:, 1:] != -100
         hits = None if outputs.is_top1 is None else spread(outputs.is_top1, layout, mask)
-        return spread(outputs.log_probs, layout, mask), mask, hits
+        return spread(outputs.log_probs, layout, mask), mask, hits, None
 
     # Rollouts without a gradient
 

@@ -221,6 +221,9 @@ def reason_for_padding(model: Any) -> str | None:
         "its rotary frequencies depend on the length": any(part["rope_type"] in _BY_LENGTH for part in ropes),
         "it has layers of other kinds than full and sliding attention": not layers <= _ATTENTION,
         "it draws dropout for each position": dropout or getattr(config, "attention_dropout", 0.0) > 0.0,
+        "its forward computes a load-balancing loss, which shared prompts would change": getattr(
+            config, "output_router_logits", False
+        ),
         "its adapter learns a prompt": getattr(peft, "is_prompt_learning", False),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -35,7 +35,10 @@ class PolicyLoss:
 
     def score(self, model: nn.Module, inputs: dict[str, Any]) -> Scores:
         """The forward that the loss would run, with its graph."""
-        return self._trainer._get_per_token_logps_and_entropies(model, *completions_of(inputs), compute_entropy=True)
+        trainer = self._trainer
+        return trainer._get_per_token_logps_and_entropies(
+            model, *completions_of(inputs), compute_entropy=True, compute_aux_loss=trainer.aux_loss_enabled
+        )
 
     def loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Scores]:
         """The loss at a model, with its graph, and the detached scores that it was formed of."""

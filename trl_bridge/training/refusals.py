@@ -79,7 +79,6 @@ REFUSED: Rules = {
     "use_transformers_continuous_batching": (
         "TRL casts the student's own weights for it where `bf16=True`. Set it to False, or use `use_vllm=True`"
     ),
-    "router_aux_loss_coef": "the shadow and the gain have no load-balancing term. Set it to 0",
     "enable_jit_checkpoint": (
         "it saves between the coordinator's step and the student's, and a resumed run would take one of them twice. "
         "Save often (`save_steps`) in place of it"

@@ -71,6 +71,7 @@ class DemonstrationTrainer(TrialTrainer):
     trains_by_advantage = True
     shards = True
     shards_adapters = True
+    balances_experts = True
 
     def __init__(
         self,
@@ -311,13 +312,15 @@ class DemonstrationTrainer(TrialTrainer):
             `torch.Tensor`: the loss, before the term's weight; the caller runs its backward.
         """
         share = window.shares[window.micro_batch]
-        log_probs, mask, hits = self._score(model, share)
+        log_probs, mask, hits, balance = self._score(model, share)
         tempered = self._tempered_sequence_log_probs(model, share, log_probs, mask)
         weights = self.weighting.token_weights(log_probs.detach(), mask, self.demonstrations.rows(share), tempered)
         weights = self.token_weights(log_probs.detach(), mask, weights)
         window.weighted = weights is not None
         loss, sums = demonstration_loss(log_probs, mask, weights, max(window.num_tokens, 1), self.backend.world_size)
         window.add({**sums, "hits": (hits * mask).sum()})
+        if balance is not None and share:  # as TRL's SFT: a mean over micro-batches
+            loss = loss + self.router_aux_loss_coef * balance / len(window.shares)
         return loss
 
     def end_of_window(self) -> None:
@@ -435,7 +438,7 @@ class DemonstrationTrainer(TrialTrainer):
         total = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad(), forked_torch_rng(self.accelerator.device):
             for share in shares:
-                log_probs, mask, _ = self._score(model, share)
+                log_probs, mask, *_ = self._score(model, share)
                 raw: Any = self.weighting.raw(log_probs, mask)
                 counted = mask if raw.size(1) == mask.size(1) else mask.any(dim=1, keepdim=True)
                 total += torch.stack([(raw * counted).sum(), counted.sum()]).double().cpu()
@@ -482,11 +485,9 @@ class DemonstrationTrainer(TrialTrainer):
 
     # Helpers
 
-    def _score(self, model: nn.Module, share: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Log-probabilities, mask of trained tokens and greedy hits of demonstrations, each of shape (B, T - 1)."""
-        log_probs, mask, hits = self.score_rows(model, self.demonstrations.batch(share), demonstration_head=True)
-        assert hits is not None
-        return log_probs, mask, hits
+    def _score(self, model: nn.Module, share: list[int]) -> Any:
+        """What `score_rows` returns of demonstrations."""
+        return self.score_rows(model, self.demonstrations.batch(share), demonstration_head=True)
 
     def _tempered_sequence_log_probs(
         self, model: nn.Module, share: list[int], log_probs: torch.Tensor, mask: torch.Tensor
@@ -495,5 +496,5 @@ class DemonstrationTrainer(TrialTrainer):
         if not self.weighting.needs_rollouts or self.temperature == 1.0:
             return None
         with torch.no_grad():
-            tempered, trained, _ = self.score_rows(model, self.demonstrations.batch(share), fused_lm_head=True)
+            tempered, trained, *_ = self.score_rows(model, self.demonstrations.batch(share), fused_lm_head=True)
         return (tempered * trained).sum(dim=1)

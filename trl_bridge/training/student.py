@@ -78,6 +78,8 @@ class StudentTrainer(Carded, PackedTrainer):
     shards = False
     # The same of a LoRA student.
     shards_adapters = False
+    # Whether the load-balancing loss of a mixture of experts is in every pass that trains.
+    balances_experts = False
     # Why tools are refused, environments or both; `None` where they are not.
     refuses_tools: str | None = None
     refuses_environments: str | None = None
@@ -111,9 +113,15 @@ class StudentTrainer(Carded, PackedTrainer):
         with fitted_vllm(args), without_reference_model(args) if own_reference else contextlib.nullcontext():
             super().__init__(model, args=args, processing_class=processing_class, peft_config=peft_config, **kwargs)
         refuse_pictures(owner, self.processing_class, self.model)
-        if self.aux_loss_enabled:
+        if self.aux_loss_enabled and not self.balances_experts:
             raise NotImplementedError(
-                "The load-balancing loss of Mixture-of-Experts models is not supported. Set `router_aux_loss_coef=0`."
+                f"The load-balancing loss of Mixture-of-Experts models is not supported by {owner}. Set `router_aux_loss_coef=0`."
+            )
+        config = self._plain_model.config.get_text_config()
+        if self.aux_loss_enabled and not (hasattr(config, "num_experts") and hasattr(config, "num_experts_per_tok")):
+            raise NotImplementedError(
+                f"`router_aux_loss_coef` is not supported with `{type(config).__name__}`: TRL reads `num_experts` and "
+                "`num_experts_per_tok` of it, which it has not. Set it to 0."
             )
         self.backend.check(args)
         check_served(args, self._plain_model)
@@ -240,7 +248,7 @@ class StudentTrainer(Carded, PackedTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         if SCORES not in inputs:
             return super()._compute_loss(model, inputs)
-        scores = self._get_per_token_logps_and_entropies(model, *completions_of(inputs), compute_entropy=True)
+        scores = self.policy.score(model, inputs)
         ratio, there = log_ratio(inputs, scores[0])
         self._record_teacher(ratio.detach(), there, inputs[WEIGHT])
         by_advantage, clip = self.args.teacher_form == "advantage", self.args.teacher_clip

@@ -223,7 +223,7 @@ class TrialTrainer(StudentTrainer):
             for share, is_last in zip(shares, [False] * (micro_batches - 1) + [True], strict=True):
                 with self._pass_of_window(is_last):
                     batch = self.demonstrations.batch(share)
-                    log_probs, mask, _ = self.score_rows(self.model_wrapped, batch, demonstration_head=True)
+                    log_probs, mask, *_ = self.score_rows(self.model_wrapped, batch, demonstration_head=True)
                     weights = torch.tensor([[chances[index]] for index in share], device=log_probs.device)
                     loss, _ = demonstration_loss(log_probs, mask, weights, tokens, backend.world_size)
                     backend.backward_alongside(loss)

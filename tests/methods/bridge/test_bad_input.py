@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from peft.tuners.lora.config import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import BitsAndBytesConfig
 from trl import GRPOConfig
 
 from tests.helpers.training import (
@@ -247,19 +247,6 @@ def test_quantisation_on_loading(tmp_path):
             small_model(), digits_reward, small_config(tmp_path), rl_rows(), sft_rows(),
             processing_class=tiny_tokenizer(), quantization_config=BitsAndBytesConfig(load_in_4bit=True),
         )  # fmt: skip
-
-
-def test_mixture_of_experts_with_its_auxiliary_loss(tmp_path):
-    tokenizer = tiny_tokenizer()
-    config = Qwen2MoeConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, moe_intermediate_size=8,
-        shared_expert_intermediate_size=8, num_experts=2, num_experts_per_tok=1, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
-    assert isinstance(model, Qwen2MoeForCausalLM)
-    _refused(tmp_path, NotImplementedError, "router_aux_loss_coef=0", model=model)
-    small_trainer(tmp_path, model=model, router_aux_loss_coef=0.0)
 
 
 # Other arguments

@@ -31,7 +31,7 @@ _REASONS = {
     "bias": "the coordinator is s B A alone. Set `bias='none'`",
     "lora_bias": "a bias of B is not part of theta + w. Set `lora_bias=False`",
     "lora_dropout": "the coordinator is added to the weights, where there is no input to drop. Set it to 0",
-    "target_parameters": "only whole linear layers can be targets. Use `target_modules`",
+    "target_parameters": "w is held as one product for each linear layer, and fused experts have one for each expert. Use `target_modules`",
     "layer_replication": "it changes the model. Remove it",
     "trainable_token_indices": "the coordinator is s B A alone. Remove it",
 }

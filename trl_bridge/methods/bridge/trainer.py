@@ -143,6 +143,11 @@ class BridgeTrainer(DemonstrationTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+        if self.aux_loss_enabled and self.args.shadow_rollout_fraction < 1.0:
+            raise NotImplementedError(
+                "`shadow_rollout_fraction` is not supported with the load-balancing loss of a mixture of experts: that of some "
+                "rollouts is not on average that of all. Set it to 1, or `router_aux_loss_coef=0`."
+            )
         self._student: Weights | None = None
         self._frozen_base: str | None = None
         self.coordinator: Coordinator

@@ -83,6 +83,11 @@ class Reference:
     def objective(self, log_p, entropy, old, batch, window, **changes):
         return objectives.policy_loss(log_p, entropy, old, batch, {**self.o, **changes}, window)
 
+    def balance(self, policy, batch, window):
+        """The load-balancing loss of a micro-batch, as it enters the window's sum."""
+        coefficient = self.o.get("balance")
+        return coefficient * objectives.rollout_balance(self.model, policy, batch) / window[0] if coefficient else 0.0
+
     def update(self, step, micro_batches, demonstrations, weights=None):
         """
         `micro_batches`: recorded RL batches of all ranks; `demonstrations`: recorded SFT batches; `weights`: recorded
@@ -102,7 +107,9 @@ class Reference:
         for batch in micro_batches:
             log_p, entropy = objectives.scores(self.model, policy, batch, o["temperature"])
             old = batch["old_per_token_logps"].double() if "old_per_token_logps" in batch else log_p.detach()
-            rl = rl + self.objective(log_p, entropy, old, batch, window) / world
+            rl = (
+                rl + (self.objective(log_p, entropy, old, batch, window) + self.balance(policy, batch, window)) / world
+            )
             if o["gain"] and o.get("rows"):
                 batch = {**batch, "row_weight": o["rows"](batch)}
             scored.append(
@@ -113,7 +120,10 @@ class Reference:
         for batch, old, student, its_window in shadows if o["gain"] else ():
             log_p_hat, entropy_hat = objectives.scores(self.model, shadow, batch, o["temperature"])
             trained_old = old if o["ratio"] else log_p_hat.detach()
-            rl_hat = rl_hat + self.objective(log_p_hat, entropy_hat, trained_old, batch, its_window) / world
+            balance = self.balance(shadow, batch, its_window)
+            rl_hat = (
+                rl_hat + (self.objective(log_p_hat, entropy_hat, trained_old, batch, its_window) + balance) / world
+            )
             better = self.objective(log_p_hat, entropy_hat, old, batch, its_window, **plain)
             gain += (float(better.detach()) - student) / world
             counts += torch.stack(objectives.clip_statistics(log_p_hat, old, batch, o)).detach()
@@ -125,6 +135,8 @@ class Reference:
         tokens = sum(int(mask.sum()) for _, mask, _ in parts)
         used = weights or [torch.ones(()) for _ in parts]
         sft = sum((-lp * m * w.double()).sum() for (lp, m, _), w in zip(parts, used, strict=True)) / tokens
+        if o.get("balance"):
+            sft = sft + o["balance"] * objectives.demonstration_balance(self.model, policy, demonstrations)
         nll = sum(float((-lp * m).sum()) for lp, m, _ in parts) / tokens
         sft_theta, sft_w = self.gradients(sft, base, a, b)
         fused = [(1 - lam) * s + lam * r for s, r in zip(sft_theta, rl_theta, strict=True)]

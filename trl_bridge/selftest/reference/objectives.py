@@ -14,6 +14,32 @@ def scores(model, weights, batch, temperature=1.0):
     return chosen, -(log_p.exp() * log_p).sum(-1)
 
 
+def load_balance(model, weights, ids, mask):
+    """
+    Load-balancing loss of a mixture of experts (arXiv 2101.03961, equations 4 to 6, as transformers has it for several
+    experts a token): E sum_e f_e P_e, with f_e the times that a token was sent to e and P_e the router's probability of e,
+    both means over all tokens that are there and all layers.
+    """
+    inputs = {"input_ids": ids, "attention_mask": mask, "output_router_logits": True}
+    layers = torch.func.functional_call(model, weights, (), inputs).router_logits
+    there = mask.reshape(-1).bool()
+    probs = torch.cat([torch.softmax(layer.double(), dim=-1)[there] for layer in layers])
+    sent = torch.zeros_like(probs).scatter(1, probs.topk(model.config.num_experts_per_tok, dim=-1).indices, 1.0)
+    return probs.size(1) * (sent.mean(0) * probs.mean(0)).sum()
+
+
+def rollout_balance(model, weights, batch):
+    """`load_balance` of a micro-batch of rollouts, prompts included."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    return load_balance(model, weights, ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1))
+
+
+def demonstration_balance(model, weights, batches):
+    """Mean of `load_balance` over micro-batches of demonstrations; one without a trained token adds nothing."""
+    trained = [batch for batch in batches if (batch["labels"] != -100).any()]
+    return sum(load_balance(model, weights, b["input_ids"], b["attention_mask"]) for b in trained) / len(batches)
+
+
 def policy_loss(log_p, entropy, old_log_p, batch, o, window):
     """
     GRPO's loss of one micro-batch, as it enters the window's sum.

@@ -41,6 +41,8 @@ class StreamReference:
             metrics["rl/loss"] = float(rl.detach())
         if demonstrations:
             sft, sft_metrics = self._sft(leaves, demonstrations, weights)
+            if o.get("balance"):
+                sft = sft + o["balance"] * objectives.demonstration_balance(self.model, leaves, demonstrations)
             loss = loss + o["sft_weight"](step) * sft
             metrics |= sft_metrics
         gradients, _ = clip(list(torch.autograd.grad(loss, list(leaves.values()))), o["max_grad_norm"])
@@ -57,6 +59,8 @@ class StreamReference:
             log_p, entropy = objectives.scores(self.model, leaves, batch, o["temperature"])
             old = batch["old_per_token_logps"].double() if "old_per_token_logps" in batch else log_p.detach()
             total = total + objectives.policy_loss(log_p, entropy, old, batch, o, window)
+            if o.get("balance"):
+                total = total + o["balance"] * objectives.rollout_balance(self.model, leaves, batch) / window[0]
         return total
 
     def _sft(self, leaves, demonstrations, weights):
