@@ -134,7 +134,7 @@ def _reward_functions(arguments: "RewardArguments") -> list[Any]:
 
 def _model_arguments(line: "CommandLine") -> dict[str, Any]:
     """`model`, and for a model made in memory its tokenizer. One that is loaded by name gets its `model_init_kwargs`."""
-    from ..models import check_found, check_name, is_builtin, load, load_tokenizer
+    from ..models import check_found, check_name, is_builtin, load, load_processing_class
 
     training = line.training
     name = check_name(line.model.model_name_or_path, "model_name_or_path", line.model.dtype)
@@ -145,7 +145,7 @@ def _model_arguments(line: "CommandLine") -> dict[str, Any]:
                 "(`trl_bridge.models.load` and `load_tokenizer`) to a folder and set `model_name_or_path` to that."
             )
         training.model_init_kwargs = None
-        return {"model": load(name, training.seed), "processing_class": load_tokenizer(name)}
+        return {"model": load(name, training.seed), "processing_class": load_processing_class(name)}
     check_found(name, "model_name_or_path", line.model.model_revision, training.trust_remote_code)
     training.model_init_kwargs = _init_kwargs(line, line.model.model_revision, training.model_init_kwargs)
     return {"model": name}

@@ -5,13 +5,15 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset
 from jinja2 import TemplateError
+from torch.nn import functional
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from trl.data_utils import prepare_multimodal_messages
 
+from .pictures import pictures_of, with_pictures
 from .rows import Prompt, check_dataset, prompt_key, python_rows, split_demonstration, without_none
 
 
@@ -127,8 +129,9 @@ class Renderer:
         ]
 
     def _row(self, written: _Written, number: int, prompt_ids: list[int], joint_ids: list[int]) -> dict[str, Any]:
-        prompt_ids = prompt_ids if written.prompt_ids is None else written.prompt_ids
         completion_ids = self._end_once(self._continuation(prompt_ids, joint_ids, written))
+        # A picture is one token of the text, and many of the processor's.
+        prompt_ids = prompt_ids if written.prompt_ids is None else written.prompt_ids
         if not prompt_ids:
             # Nothing predicts the first token of a text.
             prompt_ids, completion_ids = completion_ids[:1], completion_ids[1:]
@@ -144,14 +147,24 @@ class Renderer:
     def _written(self, example: dict[str, Any], number: int) -> _Written:
         row = f"`{self.source}` row {number}"
         prompt, completion = split_demonstration(example, row)
+        pictures = pictures_of(example)
+        if pictures and not isinstance(self.processing_class, ProcessorMixin):
+            raise ValueError(
+                f"{row} has a picture, which a tokenizer cannot show the model. Pass the model's processor."
+            )
         if isinstance(prompt, list) and isinstance(completion, list):
-            return self._conversational(prompt, completion, self._template_kwargs(example), row)
+            return self._conversational(prompt, completion, self._template_kwargs(example), row, pictures)
+        if pictures:
+            raise ValueError(
+                f"{row} has a picture, and is written as a string: write it as messages, which the processor's template can "
+                "put the picture into."
+            )
         if not completion:
             raise _nothing_to_learn(row)
         return _Written(row, prompt, str(prompt), f"{prompt}{completion}", bare=True)
 
     def _conversational(
-        self, prompt: list[dict], completion: list[dict], kwargs: dict[str, Any], row: str
+        self, prompt: list[dict], completion: list[dict], kwargs: dict[str, Any], row: str, pictures: list[Any]
     ) -> _Written:
         if self.chat_template is None and getattr(self.processing_class, "chat_template", None) is None:
             raise ValueError(
@@ -160,13 +173,14 @@ class Renderer:
             )
         if not any(value for message in completion for key, value in message.items() if key != "role"):
             raise _nothing_to_learn(row)
+        asked, told = self._as_taken(prompt, pictures, row), self._as_taken(completion, [], row)
         try:
-            prompt_text = self._apply_template(prompt, add_generation_prompt=True, tokenize=False, **kwargs)
-            text = self._apply_template(prompt + completion, tokenize=False, **kwargs)
+            prompt_text = self._apply_template(asked, add_generation_prompt=True, tokenize=False, **kwargs)
+            text = self._apply_template(asked + told, tokenize=False, **kwargs)
         except TemplateError as error:
             raise ValueError(f"{row}: the chat template refuses the conversation: {error}") from error
         _check_preserved(prompt_text, text, completion, row)
-        prompt_ids = self._processors_ids(prompt, kwargs)
+        prompt_ids = self._processors_ids(asked, kwargs)
         return _Written(row, prompt, prompt_text, text, bare=False, prompt_ids=prompt_ids)
 
     def _processors_ids(self, prompt: list[dict], kwargs: dict[str, Any]) -> list[int] | None:
@@ -200,6 +214,38 @@ class Renderer:
         processing_class = self.processing_class
         return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
+    def _as_taken(self, messages: list[dict], pictures: list[Any], row: str) -> list[dict]:
+        """Messages as the processing class takes them: GRPO hands processors structured ones."""
+        is_processor = isinstance(self.processing_class, ProcessorMixin)
+        return with_pictures(messages, pictures, row) if is_processor else messages
+
+    def picture_inputs(self, examples: Sequence[Mapping[str, Any]], length: int) -> dict[str, torch.Tensor]:
+        """
+        What a model reads of rows beside their tokens, as TRL collates it: pixels, grids, and types of tokens, (B, length).
+        """
+        texts, pictures = [], []
+        for example in examples:
+            example = without_none(dict(example))
+            prompt, _ = split_demonstration(example)
+            pictures.append(pictures_of(example))
+            taken = self._as_taken(prompt, pictures[-1], self.source) if isinstance(prompt, list) else prompt
+            kwargs = {"add_generation_prompt": True, "tokenize": False, **self._template_kwargs(example)}
+            texts.append(self._apply_template(taken, **kwargs) if isinstance(taken, list) else taken)
+        output = self.processing_class(
+            images=pictures if any(pictures) else None,
+            text=texts,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
+        longer = length - output["input_ids"].size(1)
+        return {
+            name: functional.pad(value, (0, longer)) if name.endswith("token_type_ids") else value
+            for name, value in output.items()
+            if name not in ("input_ids", "attention_mask")
+        }
+
     def _tokenize(self, texts: list[str], special: bool) -> list[list[int]]:
         if not texts:
             return []
@@ -216,8 +262,8 @@ class Renderer:
     def _apply_template(self, messages: list[dict], **kwargs: Any) -> Any:
         if not isinstance(self.processing_class, ProcessorMixin):
             return self.processing_class.apply_chat_template(messages, **kwargs)
-        # GRPO hands processors structured messages; what they return has a batch dimension.
-        output = self.processing_class.apply_chat_template([prepare_multimodal_messages(messages)], **kwargs)
+        # What a processor returns has a batch dimension.
+        output = self.processing_class.apply_chat_template([messages], **kwargs)
         return {key: value[0] for key, value in output.items()} if kwargs.get("return_dict") else output[0]
 
 

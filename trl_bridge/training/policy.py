@@ -9,6 +9,7 @@ from torch import nn
 from trl import GRPOTrainer
 
 from .._upstream import isolated_bookkeeping, policy_term_only, scored_by
+from .pictures import picture_inputs
 from .randomness import forked_torch_rng
 from .teacher import SCORES
 
@@ -35,7 +36,9 @@ class PolicyLoss:
 
     def score(self, model: nn.Module, inputs: dict[str, Any]) -> Scores:
         """The forward that the loss would run, with its graph."""
-        return self._trainer._get_per_token_logps_and_entropies(model, *completions_of(inputs), compute_entropy=True)
+        return self._trainer._get_per_token_logps_and_entropies(
+            model, *completions_of(inputs), compute_entropy=True, **picture_inputs(inputs)
+        )
 
     def loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Scores]:
         """The loss at a model, with its graph, and the detached scores that it was formed of."""

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .._upstream import DataCollatorForLanguageModeling
-from ..demonstrations.render import render_demonstrations
+from ..demonstrations.render import Renderer, render_demonstrations
 from ..demonstrations.rows import check_dataset, python_rows, split_demonstration
 from ..demonstrations.stream import window_share
 from ..objectives.sft import demonstration_loss
@@ -74,6 +74,7 @@ class DemonstrationTrainer(StudentTrainer):
 
     config_class: type[DemonstrationConfig] = DemonstrationConfig
     trains_by_advantage = True
+    sees_pictures = True
     shards = True
     shards_adapters = True
 
@@ -102,6 +103,7 @@ class DemonstrationTrainer(StudentTrainer):
             reward_funcs=reward_funcs,
             args=args,
             train_dataset=train_dataset,
+            sft_dataset=sft_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             reward_processing_classes=reward_processing_classes,
@@ -160,7 +162,7 @@ class DemonstrationTrainer(StudentTrainer):
         args: Any = self.args
         tokenizer: Any = self.processing_class
         template_kwargs: Any = self.chat_template_kwargs
-        own_eos = self._tokenizer.eos_token_id
+        eos = list(dict.fromkeys([self._tokenizer.eos_token_id, *self.eos_token_ids]))
         # The main process renders first, so that the others read its cache.
         with self.accelerator.main_process_first():
             rendered = render_demonstrations(
@@ -168,10 +170,11 @@ class DemonstrationTrainer(StudentTrainer):
                 tokenizer,
                 chat_template=self.chat_template,
                 chat_template_kwargs=template_kwargs,
-                eos_token_id=[own_eos, *(eos for eos in self.eos_token_ids if eos != own_eos)],
+                eos_token_id=eos,
                 max_length=args.sft_max_length,
                 overlong=args.sft_overlong,
             )
+        renderer = Renderer(tokenizer, self.chat_template, template_kwargs or {}, eos, "sft_dataset", None)
         self.demonstrations = Demonstrations(
             self._sft_dataset,
             rendered,
@@ -181,6 +184,7 @@ class DemonstrationTrainer(StudentTrainer):
             ),
             device=self.accelerator.device,
             prompts=self._paired_prompts() if args.sft_pairing == "prompt" else None,
+            picture_inputs=renderer.picture_inputs if self._is_vlm else None,
         )
 
     def _paired_prompts(self) -> Any:
