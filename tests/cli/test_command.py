@@ -200,7 +200,10 @@ def test_a_recipe_that_is_no_mapping_is_refused(capsys, tmp_path):
         (["reward_funcs: [closeness_rewrad]"], "did you mean `closeness_reward`?"),
         (["reward_funcs: [no_such_module.reward]"], "no_such_module.reward cannot be imported"),
         (["reward_funcs: []"], "`reward_funcs` is not set"),
-        (["model_name_or_path: builtin:huge"], "builtin:tiny, builtin:tiny-tools and builtin:smollm2-135m"),
+        (
+            ["model_name_or_path: builtin:huge"],
+            "builtin:tiny, builtin:tiny-tools, builtin:tiny-vision and builtin:smollm2-135m",
+        ),
         (["model_name_or_path: /no/such/model"], "there is no directory /no/such/model"),
         (
             ["model_name_or_path: no/such"],

@@ -1,13 +1,16 @@
 import itertools
 import json
+import math
 import re
 from fractions import Fraction
 
 import pytest
 from datasets import load_dataset
+from PIL import ImageColor, ImageDraw
 
 from trl_bridge import cli
-from trl_bridge.data.routes import all_routes, route_difficulty, route_text, routes_dataset
+from trl_bridge.data.route_maps import _COLOURS, draw_map
+from trl_bridge.data.routes import STOP_NAMES, all_routes, route_difficulty, route_text, routes_dataset
 from trl_bridge.data.rows import load_named_dataset
 from trl_bridge.rewards import RouteReward, route_reward
 from trl_bridge.rewards.route_rewards import CRITERIA, Network
@@ -236,3 +239,82 @@ def test_the_command_writes_two_files(tmp_path, capsys, kind):
 def test_bad_parameters_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         routes_dataset(**changes)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return routes_dataset(size=9, test_size=12, seed=2, images=True)
+
+
+def test_questions_with_maps_are_of_the_same_networks_and_graded(drawn):
+    assert drawn["train"]["mode"][:] == ["map", "table", "both"] * 3
+    plain = routes_dataset(size=1, test_size=1, seed=2)["train"].column_names
+    for mode in ("map", "table", "both"):
+        rows = drawn[mode]
+        assert set(rows.column_names) == {*plain, "mode", "images"} and set(rows["mode"]) == {mode}
+        assert [len(pictures) for pictures in rows["images"]] == [0 if mode == "table" else 1] * 12
+        assert route_reward(*(rows[name][:] for name in ("completion", "tables", "criteria"))) == [1.0] * 12
+    for shown, alone, both in zip(*(drawn[mode] for mode in ("map", "table", "both")), strict=True):
+        assert shown["images"][0].tobytes() == both["images"][0].tobytes()
+        assert alone["tables"] == both["tables"] and alone["routes"] == both["routes"]
+        stops = [{v["Vertex"] for v in json.loads(row["tables"])["vertices"]} for row in (shown, alone)]
+        assert stops[0] == stops[1]
+
+
+def test_what_a_question_leaves_to_the_map(drawn):
+    for shown, both in zip(drawn["map"], drawn["both"], strict=True):
+        tables = json.loads(both["tables"])
+        text, asked = both["prompt"][0]["content"], shown["prompt"][0]["content"]
+        assert not any(edge["Line"][0] in text for edge in tables["edges"])
+        assert all(" to ".join(edge["Edge"]) in text for edge in tables["edges"])
+        named = {v["Vertex"] for v in tables["vertices"] if re.search(rf"\b{v['Vertex']}\b", asked)}
+        assert named == {tables["start"], tables["goal"]}
+        # The fewest rides, by a search that knows nothing of costs.
+        reached, rides = {tables["start"]}, 0
+        joined = [set(edge["Edge"]) for edge in tables["edges"]]
+        while tables["goal"] not in reached:
+            reached, rides = reached.union(*(edge for edge in joined if edge & reached)), rides + 1
+        assert all(route.count("-") == rides for route in shown["routes"])
+
+
+def test_the_map_shows_every_line_and_stop(drawn):
+    for row in drawn["both"]:
+        tables, (picture,) = json.loads(row["tables"]), row["images"]
+        colours = {colour for count, colour in picture.getcolors(1 << 20) if count > 200}
+        assert colours >= {ImageColor.getrgb(_COLOURS[edge["Line"][0]]) for edge in tables["edges"]}
+        assert picture.format == "PNG" and picture.width >= 300
+
+
+def test_no_ride_passes_through_another_stop(monkeypatch):
+    lines = {name: STOP_NAMES[10 * number : 10 * number + 10] for number, name in enumerate(_COLOURS) if number < 8}
+    drawn_lines, dots = [], []
+    line, ellipse = ImageDraw.ImageDraw.line, ImageDraw.ImageDraw.ellipse
+    monkeypatch.setattr(ImageDraw.ImageDraw, "line", lambda s, xy, **k: drawn_lines.append(xy) or line(s, xy, **k))
+    monkeypatch.setattr(ImageDraw.ImageDraw, "ellipse", lambda s, xy, **k: dots.append(xy) or ellipse(s, xy, **k))
+    draw_map(lines, "seed")
+    centres = [((x0 + x1) / 2, (y0 + y1) / 2) for x0, y0, x1, y1 in dots]
+    assert len(set(centres)) == 80
+    rides = [points for points in drawn_lines if len(points) > 2]
+    assert len(rides) == 8 * 9
+    for points in rides:
+        others = [
+            centre for centre in centres if math.dist(centre, points[0]) > 1 and math.dist(centre, points[-1]) > 1
+        ]
+        assert len(others) == 78
+        assert min(math.dist(centre, point) for centre in others for point in points) > 8
+
+
+def test_the_command_draws_maps(tmp_path, capsys):
+    folder = str(tmp_path / "maps")
+    command = ["data", "routes", "--images", "--output_dir", folder, "--size", "3", "--test_size", "2"]
+    assert cli.main(command) == 0
+    files = {name: f"{folder}/{name}.parquet" for name in ("train", "map", "table", "both")}
+    loaded = load_dataset("parquet", data_files=files)
+    assert loaded["both"][0]["images"][0].format == "PNG" and loaded["table"][0]["images"] == []
+    assert (
+        load_named_dataset("builtin:routes", "images=true, size=3, test_size=2")["map"].features
+        == loaded["map"].features
+    )
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--force", "--format", "jsonl"])
+    assert "`--format jsonl` holds no pictures" in capsys.readouterr().err

@@ -252,7 +252,7 @@ def test_datasets_without_demonstrations_are_refused():
         render([{"prompt": "1+1="}], tok)
     with pytest.raises(ValueError, match="`sft_dataset` has none of the columns needed .*'question'"):
         render([{"question": "1+1="}], tok)
-    with pytest.raises(ValueError, match="pictures"):
+    with pytest.raises(ValueError, match="row 0 has a picture, which a tokenizer cannot show"):
         render([{"prompt": "1", "completion": "2", "image": "x"}], tok)
     with pytest.raises(ValueError, match="`sft_dataset` is empty"):
         render_demonstrations(Dataset.from_dict({"text": []}), tok, eos_token_id=1)

@@ -85,7 +85,7 @@ def test_the_whole_way_on_a_saved_model(tmp_path, capsys):
         ([*BASE, "--benchmarks", f"livecodebench={FIXTURES}/livecodebench.jsonl"], "TRL_BRIDGE_RUN_CODE=1"),
         (
             ["eval", "--model", "builtin:huge", "--benchmarks", "math500"],
-            "builtin:tiny, builtin:tiny-tools and builtin:smollm2-135m",
+            "builtin:tiny, builtin:tiny-tools, builtin:tiny-vision and builtin:smollm2-135m",
         ),
         (["eval", "--model", "./nowhere", "--benchmarks", "math500"], "there is no directory ./nowhere"),
     ],

@@ -142,7 +142,14 @@ def _add_check_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_route_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", required=True, metavar="FOLDER", help="where train and test are written")
-    parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="kind of the files (jsonl)")
+    parser.add_argument(
+        "--format", choices=("jsonl", "parquet"), help="kind of the files (jsonl; with pictures parquet)"
+    )
+    parser.add_argument(
+        "--images",
+        action="store_true",
+        help="draw maps: questions that need the map, the table or both, a test file each",
+    )
     for name, (default, what) in _ROUTES.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} ({default})")
     parser.add_argument(
@@ -214,12 +221,17 @@ def _prepare(options: argparse.Namespace) -> Printed:
 
 def _routes(options: argparse.Namespace) -> Printed:
     from ..data.files import write_rows
+    from ..data.route_maps import MODES
     from ..data.routes import routes_dataset
 
-    files = {split: Path(options.output_dir) / f"{split}.{options.format}" for split in ("train", "test")}
+    if options.images and options.format == "jsonl":
+        raise UsageError("`--format jsonl` holds no pictures: leave it out, or write --format parquet")
+    kind = options.format or ("parquet" if options.images else "jsonl")
+    names = ("train", *MODES) if options.images else ("train", "test")
+    files = {split: Path(options.output_dir) / f"{split}.{kind}" for split in names}
     for path in files.values():
         _refuse_existing(path, options)
-    splits = routes_dataset(**{name: getattr(options, name) for name in (*_ROUTES, "criteria")})
+    splits = routes_dataset(**{name: getattr(options, name) for name in (*_ROUTES, "criteria", "images")})
     lines = []
     for split, path in files.items():
         write_rows(splits[split], path)

@@ -37,34 +37,36 @@ def load_splits(
         return take_split(loaded, getattr(script, argument), "the dataset", argument)
 
     train = rows("dataset_train_split")
-    splits = {"train_dataset": train, "eval_dataset": rows("dataset_test_split") if evaluate else None}
+    splits = {"train_dataset": train}
+    tests = script.dataset_test_split.split("+") if evaluate else []
+    for test in tests:
+        splits[f"eval_dataset.{test}"] = take_split(loaded, test, "the dataset", "dataset_test_split")
     tokenizer = None if script.max_prompt_length is None else _tokenizer(model, training)
     kwargs = getattr(training, "chat_template_kwargs", None)
     if tokenizer is not None:
         kwargs = template_kwargs(tokenizer, LONGEST_DAY, kwargs)
     for name, raw in splits.items():
-        if raw is not None:
-            splits[name] = prepared(raw, "dataset_name", _columns(script, raw.column_names or []), prompting)
-            if isinstance(script, SupervisedArguments):
-                check_nulls(splits[name], f"dataset_name ({name})")
-            elif not isinstance(script, ScoredArguments):
-                check_prompts(splits[name], f"dataset_name ({name})")
-            if tokenizer is not None and script.max_prompt_length is not None:
-                what = f"dataset_name ({name})"
-                splits[name] = within_prompt_length(splits[name], tokenizer, script.max_prompt_length, what, kwargs)
-    if isinstance(script, ScoredArguments):
-        _check_complete(splits)
+        splits[name] = prepared(raw, "dataset_name", _columns(script, raw.column_names or []), prompting)
+        what = f"dataset_name ({name if len(tests) > 1 else name.partition('.')[0]})"
+        _check_rows(splits[name], script, what)
+        if tokenizer is not None and script.max_prompt_length is not None:
+            splits[name] = within_prompt_length(splits[name], tokenizer, script.max_prompt_length, what, kwargs)
+    evaluated = {test: splits.pop(f"eval_dataset.{test}") for test in tests}
+    splits["eval_dataset"] = evaluated if len(evaluated) > 1 else next(iter(evaluated.values()), None)
     if isinstance(script, StreamArguments):
         splits["sft_dataset"] = _demonstrations(train, script, prompting)
     return splits
 
 
-def _check_complete(splits: dict[str, Any]) -> None:
-    from ..distillation.scored_rows import check_complete
+def _check_rows(rows: Any, script: DatasetArguments, what: str) -> None:
+    if isinstance(script, SupervisedArguments):
+        check_nulls(rows, what)
+    elif isinstance(script, ScoredArguments):
+        from ..distillation.scored_rows import check_complete
 
-    for name, rows in splits.items():
-        if rows is not None:
-            check_complete(rows, f"dataset_name ({name})")
+        check_complete(rows, what)
+    else:
+        check_prompts(rows, what)
 
 
 def _check_prompts(script: DatasetArguments) -> None:

@@ -108,8 +108,8 @@ def build_trainer(method: Method, line: "CommandLine") -> Any:
         # TRL's own trainer does not look.
         check_size(splits["train_dataset"], line.training.generation_batch_size // line.training.num_generations)
     arguments.update(_model_arguments(line))
-    if getattr(line.script, "tools", None):
-        arguments["tools"] = _tools(method, line.script)
+    if names := getattr(line.script, "tools", None):
+        arguments["tools"] = _tools(method, names)
     if method.family == "distillation":
         arguments["teacher_model"] = _teacher(line)
     # The coordinator is always there, so its keys count without `use_peft`.
@@ -134,19 +134,19 @@ def _reward_functions(arguments: "RewardArguments") -> list[Any]:
     return rewards
 
 
-def _tools(method: Method, arguments: "RewardArguments") -> list[Any]:
+def _tools(method: Method, names: list[str]) -> list[Any]:
     from ..rewards.by_name import function_at
 
     if method.name == "two-stage":
         raise ValueError(
             "`tools`: the two stages of two-stage have none. Train with `trl-bridge bridge` or `naive-mix`"
         )
-    return [function_at(path, "tools") for path in arguments.tools or []]
+    return [function_at(path, "tools") for path in names]
 
 
 def _model_arguments(line: "CommandLine") -> dict[str, Any]:
     """`model`, and for a model made in memory its tokenizer. One that is loaded by name gets its `model_init_kwargs`."""
-    from ..models import check_found, check_name, is_builtin, load, load_tokenizer
+    from ..models import check_found, check_name, is_builtin, load, load_processing_class
 
     training = line.training
     name = check_name(line.model.model_name_or_path, "model_name_or_path", line.model.dtype)
@@ -157,7 +157,7 @@ def _model_arguments(line: "CommandLine") -> dict[str, Any]:
                 "(`trl_bridge.models.load` and `load_tokenizer`) to a folder and set `model_name_or_path` to that."
             )
         training.model_init_kwargs = None
-        return {"model": load(name, training.seed), "processing_class": load_tokenizer(name)}
+        return {"model": load(name, training.seed), "processing_class": load_processing_class(name)}
     check_found(name, "model_name_or_path", line.model.model_revision, training.trust_remote_code)
     training.model_init_kwargs = _init_kwargs(line, line.model.model_revision, training.model_init_kwargs)
     return {"model": name}

@@ -32,6 +32,7 @@ OVERRIDDEN = {
     "transformers.Trainer._save_optimizer_and_scheduler": "(self, output_dir)",
     "transformers.Trainer._load_optimizer_and_scheduler": "(self, checkpoint)",
     "transformers.Trainer._load_best_model": "(self)",
+    "transformers.Trainer._load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
     "transformers.Trainer._load_rng_state": "(self, checkpoint)",
     "trl.generation.vllm_client.VLLMClient.init_communicator": "(self, device=0)",
     "trl.generation.vllm_client.VLLMClient.update_named_params": "(self, metadata, named_params)",

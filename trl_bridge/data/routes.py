@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Image, List
 
 from ..rewards.route_rewards import CRITERIA, Network, Stop
+from .route_maps import MODES, draw_map, rides_alike
 
 
 LINE_NAMES = "Amber Azure Coral Ivory Jade Onyx Pearl Ruby Saffron Slate Teal Violet".split()
@@ -52,22 +53,31 @@ def routes_dataset(
     min_stops: int = 3,
     max_stops: int = 5,
     criteria: str | None = None,
+    images: bool = False,
 ) -> DatasetDict:
     """
     Route tasks, conversational, with worked solutions.
 
     Each row has a network of its own. At least two routes lead from start to goal; the best ones cost exactly the same
     (mostly there is one), and every other route costs at least 5% more.
+
+    With `images` a question needs the drawn map, the table, or both, in turn, and the splits are `train`, `map`, `table` and
+    `both`: the last three ask of the same networks.
     """
     _check(size, test_size, min_lines, max_lines, min_stops, max_stops)
     names = _criteria(criteria)
     sizes = ((min_lines, max_lines), (min_stops, max_stops))
     seen: set[str] = set()
-    splits = {}
-    for split, count in (("train", size), ("test", test_size)):
-        rows = [_row(f"{seed} {split} {index}", sizes, names, seen) for index in range(count)]
-        splits[split] = Dataset.from_list(rows)
-    return DatasetDict(splits)
+    modes = MODES if images else ("table",)
+    train, test = (
+        [_rows(f"{seed} {split} {index}", sizes, names, seen, modes) for index in range(count)]
+        for split, count in (("train", size), ("test", test_size))
+    )
+    splits = {"train": Dataset.from_list([each[modes[index % len(modes)]] for index, each in enumerate(train)])}
+    for mode in modes:
+        splits[mode if images else "test"] = Dataset.from_list([each[mode] for each in test])
+    made = DatasetDict(splits)
+    return made.cast_column("images", List(Image())) if images else made
 
 
 def route_difficulty(stops: int, edges: int) -> int:
@@ -124,10 +134,14 @@ def _criteria(text: str | None) -> list[str] | None:
     return names
 
 
-def _row(
-    place: str, sizes: tuple[tuple[int, int], tuple[int, int]], names: list[str] | None, seen: set[str]
-) -> dict[str, Any]:
-    """The row of a place in the dataset: its randomness depends on nothing else."""
+def _rows(
+    place: str,
+    sizes: tuple[tuple[int, int], tuple[int, int]],
+    names: list[str] | None,
+    seen: set[str],
+    modes: Sequence[str],
+) -> dict[str, dict[str, Any]]:
+    """The rows of a place in the dataset, one for each mode: their randomness depends on nothing else."""
     for attempt in range(_ATTEMPTS):
         rng = random.Random(f"{place} {attempt}")
         lines = _draw_lines(rng, rng.randint(*sizes[0]), rng.randint(*sizes[1]))
@@ -135,12 +149,20 @@ def _row(
             continue
         tables = _draw_tables(rng, lines)
         weights = _draw_weights(rng, names)
-        network = Network.read(tables, weights)
-        row = _question(rng, network, tables, weights, lines)
-        if row is not None and row["prompt"][0]["content"] not in seen:
-            seen.add(row["prompt"][0]["content"])
-            return row
+        asked = {}
+        for mode in sorted(modes, key=lambda mode: mode != "table"):
+            row = _question(rng, tables, weights, lines, mode)
+            if row is not None:
+                asked[mode] = row
+        if len(asked) == len(modes) and asked["table"]["prompt"][0]["content"] not in seen:
+            seen.add(asked["table"]["prompt"][0]["content"])
+            return asked if len(modes) == 1 else _with_maps(asked, lines, place)
     raise ValueError("there are too few different route tasks of this kind: ask for fewer rows or larger networks.")
+
+
+def _with_maps(rows: dict[str, dict[str, Any]], lines: dict[str, list[str]], place: str) -> dict[str, dict[str, Any]]:
+    picture = {"bytes": draw_map(lines, place), "path": None}
+    return {mode: {**row, "mode": mode, "images": [] if mode == "table" else [picture]} for mode, row in rows.items()}
 
 
 def _draw_lines(rng: random.Random, count: int, stops: int) -> dict[str, list[str]] | None:
@@ -189,12 +211,15 @@ def _draw_weights(rng: random.Random, names: list[str] | None) -> dict[str, str]
 
 def _question(
     rng: random.Random,
-    network: Network,
     tables: dict[str, Any],
     weights: dict[str, str],
     lines: dict[str, list[str]],
+    mode: str,
 ) -> dict[str, Any] | None:
     """The row, or `None` where the question is no good: one route alone, too many best ones, or a close second."""
+    if mode == "map":
+        tables, weights = rides_alike(tables), {"time": "1"}
+    network = Network.read(tables, weights)
     routes = all_routes(network)
     best = [route for cost, route in routes if cost == routes[0][0]]
     others = [found for found in routes if found[0] > routes[0][0]]
@@ -203,8 +228,9 @@ def _question(
     shown = routes[: max(2, rng.randint(2, _MOST_CANDIDATES), len(best) + 1)]
     rng.shuffle(shown)
     steps = _worked(network, shown, len(routes), best[0])
+    text = _map_prompt(tables) if mode == "map" else _prompt(tables, weights, lines if mode == "table" else None)
     return {
-        "prompt": [{"role": "user", "content": _prompt(tables, weights, lines)}],
+        "prompt": [{"role": "user", "content": text}],
         "completion": [{"role": "assistant", "content": "".join(steps)}],
         "solution": route_text(best[0]),
         "routes": [route_text(route) for route in best],
@@ -215,14 +241,30 @@ def _question(
     }
 
 
-def _prompt(tables: dict[str, Any], weights: dict[str, str], lines: dict[str, list[str]]) -> str:
+_FORM = (
+    "Join the stops by hyphens, with (transfer) after each stop where the line changes, and put the route in "
+    r"\boxed{}: for example \boxed{A-B(transfer)-C}."
+)
+
+
+def _map_prompt(tables: dict[str, Any]) -> str:
+    return (
+        f"Find the route with the fewest rides from {tables['start']} to {tables['goal']} on the map, whose lines run both ways: "
+        f"from a stop to the next one is a ride. No stop may be visited twice.\n{_FORM}"
+    )
+
+
+def _prompt(tables: dict[str, Any], weights: dict[str, str], lines: dict[str, list[str]] | None) -> str:
+    """The question with its tables; without `lines` the map says which line joins two stops."""
     columns = [_COLUMNS[name] for name in weights]
     at_stops = [*columns, "Transfer Time"] if "time" in weights else columns
     terms = " + ".join(f"{weight} * {_TERMS[name]}" for name, weight in weights.items())
     added = f" Where the line changes, add {weights.get('time')} * transfer time / 3 of that stop."
     change = added if "time" in weights else ""
     edges = [
-        " | ".join([" to ".join(edge["Edge"]), edge["Line"][0], *(edge[column] for column in columns)])
+        " | ".join(
+            [" to ".join(edge["Edge"]), *(edge["Line"] if lines else ()), *(edge[column] for column in columns)]
+        )
         for edge in tables["edges"]
     ]
     stops = [" | ".join([vertex["Vertex"], *(vertex[column] for column in at_stops)]) for vertex in tables["vertices"]]
@@ -230,10 +272,9 @@ def _prompt(tables: dict[str, Any], weights: dict[str, str], lines: dict[str, li
         [
             f"Find the route of least cost from {tables['start']} to {tables['goal']}.",
             "",
-            "Lines, which run both ways:",
-            *(f"{name}: {', '.join(line)}" for name, line in lines.items()),
+            *(_line_list(lines) if lines else ["The map shows the lines, which run both ways."]),
             "",
-            " | ".join(["Edge", "Line", *columns]),
+            " | ".join(["Edge", *(["Line"] if lines else []), *columns]),
             *edges,
             "",
             " | ".join(["Stop", *at_stops]),
@@ -241,10 +282,13 @@ def _prompt(tables: dict[str, Any], weights: dict[str, str], lines: dict[str, li
             "",
             f"Every edge of the route, and every stop but the last, costs {terms}.{change} No stop may be visited "
             "twice.",
-            "Join the stops by hyphens, with (transfer) after each stop where the line changes, and put the route in "
-            r"\boxed{}: for example \boxed{A-B(transfer)-C}.",
+            _FORM,
         ]
     )
+
+
+def _line_list(lines: dict[str, list[str]]) -> list[str]:
+    return ["Lines, which run both ways:", *(f"{name}: {', '.join(line)}" for name, line in lines.items())]
 
 
 def _worked(network: Network, shown: list[tuple[Fraction, list[Stop]]], count: int, best: Sequence[Stop]) -> list[str]:

@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset
 from jinja2 import TemplateError
+from torch.nn import functional
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from trl.data_utils import prepare_multimodal_messages
 
+from .pictures import pictures_of, with_pictures
 from .rows import Prompt, check_dataset, prompt_key, python_rows, split_demonstration, without_none
 from .tools import Schemas, calls, check_calls
 
@@ -139,14 +141,17 @@ class Renderer:
         ]
 
     def _row(self, written: _Written, number: int, joint: list[list[int]]) -> dict[str, Any]:
-        prompt_ids = joint[0] if written.prompt_ids is None else written.prompt_ids
+        before = joint[0]
+        # A picture is one token of the text, and many of the processor's.
+        prompt_ids = before if written.prompt_ids is None else written.prompt_ids
         ids, labels = list(prompt_ids), [-100] * len(prompt_ids)
         for place in range(1, len(joint)):
-            added = self._continuation(ids, joint[place], *written.texts[place - 1 : place + 1])
+            added = self._continuation(before, joint[place], *written.texts[place - 1 : place + 1])
             is_last, is_trained = place == len(joint) - 1, place % 2 == 1
             added = self._end_once(added) if is_last else added
             # As a rollout's turn it ends where the policy stops; what the template writes behind that is not its own.
             own = len(added) if is_last else self._turns_end(added) * is_trained
+            before = before + added
             ids += added
             labels += added[:own] + [-100] * (len(added) - own)
         if not prompt_ids:
@@ -163,17 +168,27 @@ class Renderer:
     def _written(self, example: dict[str, Any], number: int) -> _Written:
         row = f"`{self.source}` row {number}"
         prompt, completion = split_demonstration(example, row)
+        pictures = pictures_of(example)
+        if pictures and not isinstance(self.processing_class, ProcessorMixin):
+            raise ValueError(
+                f"{row} has a picture, which a tokenizer cannot show the model. Pass the model's processor."
+            )
         if isinstance(prompt, list) and isinstance(completion, list):
             kwargs = self._template_kwargs(example, row)
             column = "expert" if self.source_rows is not None else next(n for n in _COLUMNS if n in example)
             check_calls(prompt + completion, kwargs.get("tools") or [], f"{row}: `{column}`")
-            return self._conversational(prompt, completion, kwargs, row)
+            return self._conversational(prompt, completion, kwargs, row, pictures)
+        if pictures:
+            raise ValueError(
+                f"{row} has a picture, and is written as a string: write it as messages, which the processor's template can "
+                "put the picture into."
+            )
         if not completion:
             raise _nothing_to_learn(row)
         return _Written(row, prompt, [str(prompt), f"{prompt}{completion}"], bare=True)
 
     def _conversational(
-        self, prompt: list[dict], completion: list[dict], kwargs: dict[str, Any], row: str
+        self, prompt: list[dict], completion: list[dict], kwargs: dict[str, Any], row: str, pictures: list[Any]
     ) -> _Written:
         if self.chat_template is None and getattr(self.processing_class, "chat_template", None) is None:
             raise ValueError(
@@ -187,16 +202,18 @@ class Renderer:
             spoken = [(turn, turn + 1) for turn, said in enumerate(completion) if said["role"] == "assistant"]
         if not spoken:
             raise _nothing_to_learn(row)
+        asked, told = self._as_taken(prompt, pictures, row), self._as_taken(completion, [], row)
         texts = []
         try:
             for start, end in spoken:
-                asked = prompt + completion[:start]
-                texts.append(self._apply_template(asked, add_generation_prompt=True, tokenize=False, **kwargs))
-                texts.append(self._apply_template(prompt + completion[:end], tokenize=False, **kwargs))
+                texts.append(
+                    self._apply_template(asked + told[:start], add_generation_prompt=True, tokenize=False, **kwargs)
+                )
+                texts.append(self._apply_template(asked + told[:end], tokenize=False, **kwargs))
         except TemplateError as error:
             raise ValueError(f"{row}: the chat template refuses the conversation: {error}") from error
         _check_preserved(texts, completion[: spoken[-1][1]], row)
-        prompt_ids = self._processors_ids(prompt, kwargs)
+        prompt_ids = self._processors_ids(asked, kwargs)
         return _Written(row, prompt, texts, bare=False, prompt_ids=prompt_ids)
 
     def _processors_ids(self, prompt: list[dict], kwargs: dict[str, Any]) -> list[int] | None:
@@ -235,6 +252,38 @@ class Renderer:
         processing_class = self.processing_class
         return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
+    def _as_taken(self, messages: list[dict], pictures: list[Any], row: str) -> list[dict]:
+        """Messages as the processing class takes them: GRPO hands processors structured ones."""
+        is_processor = isinstance(self.processing_class, ProcessorMixin)
+        return with_pictures(messages, pictures, row) if is_processor else messages
+
+    def picture_inputs(self, examples: Sequence[Mapping[str, Any]], length: int) -> dict[str, torch.Tensor]:
+        """
+        What a model reads of rows beside their tokens, as TRL collates it: pixels, grids, and types of tokens, (B, length).
+        """
+        texts, pictures = [], []
+        for example in examples:
+            example = without_none(dict(example))
+            prompt, _ = split_demonstration(example)
+            pictures.append(pictures_of(example))
+            taken = self._as_taken(prompt, pictures[-1], self.source) if isinstance(prompt, list) else prompt
+            kwargs = {"add_generation_prompt": True, "tokenize": False, **self._template_kwargs(example, self.source)}
+            texts.append(self._apply_template(taken, **kwargs) if isinstance(taken, list) else taken)
+        output = self.processing_class(
+            images=pictures if any(pictures) else None,
+            text=texts,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
+        longer = length - output["input_ids"].size(1)
+        return {
+            name: functional.pad(value, (0, longer)) if name.endswith("token_type_ids") else value
+            for name, value in output.items()
+            if name not in ("input_ids", "attention_mask")
+        }
+
     def _tokenize(self, texts: list[str], special: bool) -> list[list[int]]:
         if not texts:
             return []
@@ -261,8 +310,8 @@ class Renderer:
     def _apply_template(self, messages: list[dict], **kwargs: Any) -> Any:
         if not isinstance(self.processing_class, ProcessorMixin):
             return self.processing_class.apply_chat_template(messages, **kwargs)
-        # GRPO hands processors structured messages; what they return has a batch dimension.
-        output = self.processing_class.apply_chat_template([prepare_multimodal_messages(messages)], **kwargs)
+        # What a processor returns has a batch dimension.
+        output = self.processing_class.apply_chat_template([messages], **kwargs)
         return {key: value[0] for key, value in output.items()} if kwargs.get("return_dict") else output[0]
 
 

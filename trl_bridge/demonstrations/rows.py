@@ -115,7 +115,7 @@ def _canonical_message(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_dataset(dataset: Dataset) -> None:
-    """Refuse a dataset that holds no demonstrations, or has pictures."""
+    """Refuse a dataset that holds no demonstrations."""
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"`sft_dataset` must be a `datasets.Dataset`, got `{type(dataset).__name__}`. Iterable datasets cannot be "
@@ -128,10 +128,6 @@ def check_dataset(dataset: Dataset) -> None:
     if not {"prompt", "completion"} <= columns and not columns & {"messages", "conversations", "text"}:
         missing = "a `prompt` column but no `completion`" if "prompt" in columns else "none of the columns needed"
         raise ValueError(f"`sft_dataset` has {missing} (its columns: {sorted(columns)}). {_FORMATS}")
-    if pictures := columns & {"image", "images"}:
-        raise ValueError(
-            f"`sft_dataset` has pictures (`{pictures.pop()}`), which demonstrations do not support. Remove the column."
-        )
 
 
 def split_demonstration(example: dict[str, Any], row: str = "the demonstration") -> tuple[Prompt, Prompt]:

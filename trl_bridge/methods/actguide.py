@@ -211,7 +211,7 @@ class ActGuideTrainer(ExpertTrainer):
             if not self.tools:
                 return [Sample(list(row), log_probs and list(log_probs[place])) for place, row in enumerate(ids)]
             ids, log_probs, own, turns = run_tools(self, prompt_ids, ids, log_probs)
-            values = log_probs or [None] * len(ids)
+            values = itertools.repeat(None, len(ids)) if log_probs is None else log_probs
             return [Sample(*parts) for parts in zip(ids, values, own, turns, strict=True)]
         finally:
             self._plan = plan

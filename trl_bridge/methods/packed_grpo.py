@@ -55,6 +55,7 @@ class PackedGRPOTrainer(StudentTrainer):
 
     config_class: type[StudentConfig] = PackedGRPOConfig
     trains_by_advantage = True
+    sees_pictures = True
     shards = True
     shards_adapters = True
     balances_experts = True

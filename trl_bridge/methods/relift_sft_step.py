@@ -34,7 +34,7 @@ class SFTPass:
         wrapped: nn.Module,
         backend: Backend,
         collator: DataCollatorForLanguageModeling,
-        score: Callable[[nn.Module, dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor, Any]],
+        score: Callable[[nn.Module, dict[str, torch.Tensor]], tuple[Any, ...]],
         *,
         own: Callable[[list[int]], list[bool]],
         batch_size: int,

@@ -81,9 +81,8 @@ def small_trainer(
         kwargs["peft_config"] = grpo_adapter
     kwargs.setdefault("reward_funcs", digits_reward)
     kwargs.setdefault("train_dataset", rl_rows())
-    return trainer_class(
-        model=small_model() if model is None else model, args=args, processing_class=tiny_tokenizer(), **kwargs
-    )
+    kwargs.setdefault("processing_class", tiny_tokenizer())
+    return trainer_class(model=small_model() if model is None else model, args=args, **kwargs)
 
 
 _TRAINER_ARGUMENTS = (
@@ -94,6 +93,7 @@ _TRAINER_ARGUMENTS = (
     "callbacks",
     "optimizers",
     "rollout_func",
+    "processing_class",
 )
 
 

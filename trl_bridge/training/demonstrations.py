@@ -1,7 +1,7 @@
 """The demonstration stream: rendered rows, the order they come in, and their batches."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class Demonstrations:
         collator: DataCollatorForLanguageModeling,
         device: torch.device,
         prompts: Iterable[Any] | None = None,
+        picture_inputs: Callable[[list[dict[str, Any]], int], dict[str, torch.Tensor]] | None = None,
     ):
         self.source = source
         self.rendered = rendered
@@ -39,6 +40,7 @@ class Demonstrations:
         self._num_tokens = [sum(label != -100 for label in row) for row in labels]
         self._lengths = [len(row) for row in labels]
         self._collator = collator
+        self._picture_inputs = picture_inputs
         self._device = device
         self._index = None if prompts is None else self._index_prompts(prompts, seed)
 
@@ -93,9 +95,9 @@ class Demonstrations:
 
     def batch(self, share: list[int]) -> dict[str, torch.Tensor]:
         """
-        Collate demonstrations.
+        Collate demonstrations, with their pictures where the model sees them.
 
-        Shapes: returns (B, T).
+        Shapes: tokens, mask and labels (B, T).
         """
         # Every rank runs the same passes: a micro-batch without a demonstration runs one that trains on nothing.
         examples = [self.rendered[index] for index in share or [0]]
@@ -103,7 +105,11 @@ class Demonstrations:
         batch = dict(self._collator(features))
         if not share:
             batch["labels"] = torch.full_like(batch["labels"], -100)
-        return {name: batch[name].to(self._device) for name in ("input_ids", "attention_mask", "labels")}
+        batch = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+        if self._picture_inputs is not None:
+            sources = [self.source[row] for row in self.rows(share or [0])]
+            batch |= self._picture_inputs(sources, batch["input_ids"].size(1))
+        return {name: value.to(self._device) for name, value in batch.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Position of the stream and running counts."""

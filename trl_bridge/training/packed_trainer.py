@@ -20,6 +20,7 @@ from .packing import (
     run,
     spread,
 )
+from .pictures import picture_inputs, rows_of
 from .policy import Completions, Scores, completions_of
 from .randomness import forked_torch_rng
 from .teacher import SCORES
@@ -85,6 +86,12 @@ class PackedTrainer(ResumableTrainer):
         *args: Any,
         **kwargs: Any,
     ) -> Scores:
+        pictures = picture_inputs(kwargs)
+        if "pixel_values" in pictures:
+            size = batch_size or len(input_ids)
+            return self._score_seeing(
+                model, (input_ids, attention_mask, logits_to_keep), pictures, size, compute_entropy
+            )
         live = self._live
         rows = range(len(input_ids)) if live is None else live.rows.nonzero().flatten().tolist()
         inputs = (input_ids, attention_mask, logits_to_keep)
@@ -100,6 +107,20 @@ class PackedTrainer(ResumableTrainer):
         if live is not None:
             log_probs, entropies = self._fill(model, inputs, live, log_probs, entropies)
         return log_probs, entropies if compute_entropy else None, None
+
+    def _score_seeing(
+        self, model: nn.Module, inputs: Completions, pictures: dict[str, Any], size: int, compute_entropy: bool
+    ) -> Scores:
+        """TRL's forward, which takes no chunk without a picture beside others with one."""
+        ids, mask, length = inputs
+        parts = []
+        for start in range(0, len(ids), size):
+            rows = list(range(start, min(start + size, len(ids))))
+            self._count(ids[rows].numel(), (ids[rows], mask[rows], length), range(len(rows)))
+            score = super()._get_per_token_logps_and_entropies
+            parts.append(score(model, ids[rows], mask[rows], length, None, compute_entropy, **rows_of(pictures, rows)))
+        log_probs, entropies, _ = zip(*parts, strict=True)
+        return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None
 
     def _score_packed(
         self, model: nn.Module, inputs: Completions, rows: Sequence[int], batch_size: int, **head: Any

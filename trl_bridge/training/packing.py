@@ -213,6 +213,9 @@ def reason_for_padding(model: Any) -> str | None:
     peft = getattr(model, "active_peft_config", None)
     dropout = any(isinstance(part, nn.Dropout) and part.p > 0 for part in model.modules())
     reasons = {
+        "it is a vision-language model, whose pictures have positions and masks of their own": hasattr(
+            model.config, "vision_config"
+        ),
         "its attention is its own, not one of transformers' functions": not model._supports_attention_backend,
         f"its attention is {config._attn_implementation!r}; it is tested with 'sdpa'": config._attn_implementation
         != "sdpa",

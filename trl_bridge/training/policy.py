@@ -9,6 +9,7 @@ from torch import nn
 from trl import GRPOTrainer
 
 from .._upstream import isolated_bookkeeping, policy_term_only, scored_by
+from .pictures import picture_inputs
 from .randomness import forked_torch_rng
 from .teacher import SCORES
 
@@ -36,8 +37,9 @@ class PolicyLoss:
     def score(self, model: nn.Module, inputs: dict[str, Any]) -> Scores:
         """The forward that the loss would run, with its graph."""
         trainer = self._trainer
+        seen = picture_inputs(inputs)
         return trainer._get_per_token_logps_and_entropies(
-            model, *completions_of(inputs), compute_entropy=True, compute_aux_loss=trainer.aux_loss_enabled
+            model, *completions_of(inputs), compute_entropy=True, compute_aux_loss=trainer.aux_loss_enabled, **seen
         )
 
     def loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Scores]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from transformers import ProcessorMixin, SchedulerType
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, SchedulerType
 from transformers.training_args import OptimizerNames
 
 
@@ -38,14 +38,14 @@ def other_than(*allowed: Any) -> Callable[[Any], bool]:
     return lambda value: value not in allowed
 
 
-def refuse(args: Any, rules: Rules) -> None:
+def refuse(args: Any, rules: Rules, where: str = "") -> None:
     """Refuse options by their rules."""
     for name, rule in rules.items():
         refuses, reason = (is_set, rule) if isinstance(rule, str) else rule
         value = getattr(args, name)
         if refuses(value):
             shown = f"{name}={getattr(value, 'value', value)!r}" if isinstance(value, str) else name
-            raise NotImplementedError(f"`{shown}` is not supported by {type(args).__name__}: {reason}.")
+            raise NotImplementedError(f"`{shown}` is not supported by {type(args).__name__}{where}: {reason}.")
 
 
 REFUSED: Rules = {
@@ -106,24 +106,68 @@ def _has_picture(value: Any) -> bool:
     return isinstance(value, list) and any(map(_has_picture, value))
 
 
+def check_seeing(owner: str, processing_class: Any, model: Any = None, **datasets: Any) -> None:
+    """Refuse pictures that the model does not see, and rows whose pictures cannot be read."""
+    from ..demonstrations.pictures import check_pictures
+
+    config = getattr(model, "config", None)
+    if hasattr(config, "audio_config"):
+        raise NotImplementedError(f"{owner} does not support models that hear, and `model` has an `audio_config`.")
+    sees = hasattr(config, "vision_config")
+    if sees and isinstance(processing_class, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"`model` has a `vision_config`, and `processing_class` is a tokenizer: {owner} needs the model's processor "
+            "(`AutoProcessor.from_pretrained`), or a text-only `model`."
+        )
+    if isinstance(processing_class, ProcessorMixin):
+        if config is not None and not sees:
+            raise ValueError(
+                "`processing_class` is a processor, and `model` has no `vision_config`. Pass a vision-language model, or a tokenizer."
+            )
+        for name, dataset in datasets.items():
+            check_pictures(dataset, name)
+    elif processing_class is not None:
+        _refuse_rows_with_pictures(owner, datasets)
+
+
+# With a model that sees.
+_BLIND: Rules = {
+    "teachers": "a teacher would be asked without the pictures. Set it to None",
+    "dynamic_sampling": "pixels of one prompt cannot be put in another's place. Set it to False",
+    "sft_pairing": (other_than("independent"), "the same words may be asked of several pictures. Use 'independent'"),
+}
+
+
+def refuse_blind_options(args: Any) -> None:
+    """Refuse options that would forget the pictures."""
+    refuse(args, {name: rule for name, rule in _BLIND.items() if hasattr(args, name)}, " with a vision-language model")
+
+
 def refuse_pictures(owner: str, processing_class: Any, model: Any = None, **datasets: Any) -> None:
     """Refuse models and rows with pictures or sound, which would be trained on without them."""
-    # Late: --help, which reads the rules, need not wait for pandas and Arrow.
-    from datasets import Dataset
-
     parts = [name for name in ("vision_config", "audio_config") if hasattr(getattr(model, "config", None), name)]
     if parts or isinstance(processing_class, ProcessorMixin):
         found = f"`model` has a `{parts[0]}`" if parts else "`processing_class` is a processor"
         raise NotImplementedError(
             f"{owner} does not support vision-language models, and {found}. Pass a text-only `model` and a tokenizer."
         )
+    _refuse_rows_with_pictures(owner, datasets)
+
+
+def _refuse_rows_with_pictures(owner: str, datasets: Mapping[str, Any]) -> None:
+    # Late: --help, which reads the rules, need not wait for pandas and Arrow.
+    from datasets import Dataset
+
     for name, dataset in datasets.items():
         for split in dataset.values() if isinstance(dataset, Mapping) else [dataset]:
             columns = {"image", "images"} & set(getattr(split, "column_names", None) or ())
             if columns:
+                column = columns.pop()
+                first = next((row for row, value in enumerate(split[column]) if value), None)
+                where = "" if first is None else f" (the first picture is in row {first})"
                 raise NotImplementedError(
-                    f"`{name}` has a column `{columns.pop()}`, but {owner} trains on text only. Remove it "
-                    "(`remove_columns`), or take rows without pictures."
+                    f"`{name}` has a column `{column}`{where}, but {owner} trains on text only. Remove it (`remove_columns`), or "
+                    "take rows without pictures."
                 )
             if isinstance(split, Dataset) and len(split) and _has_picture(split[0]):
                 raise NotImplementedError(

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.utils import logging
 
 from .._upstream import DataCollatorForLanguageModeling, tool_schemas
-from ..demonstrations.render import render_demonstrations
+from ..demonstrations.render import Renderer, render_demonstrations
 from ..demonstrations.rows import check_dataset, python_rows, split_demonstration
 from ..demonstrations.stream import window_share
 from ..objectives.sft import demonstration_loss
@@ -69,6 +69,7 @@ class DemonstrationTrainer(TrialTrainer):
 
     config_class: type[DemonstrationConfig] = DemonstrationConfig
     trains_by_advantage = True
+    sees_pictures = True
     shards = True
     shards_adapters = True
     balances_experts = True
@@ -98,6 +99,7 @@ class DemonstrationTrainer(TrialTrainer):
             reward_funcs=reward_funcs,
             args=args,
             train_dataset=train_dataset,
+            sft_dataset=sft_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             reward_processing_classes=reward_processing_classes,
@@ -114,11 +116,8 @@ class DemonstrationTrainer(TrialTrainer):
         self.render_rows()
         self.weighting = DemonstrationWeighting(
             self.resolve_weighting(sft_dataset),
-            judge_window=args.judge_window,
-            judge_beta=args.judge_beta,
-            judge_penalty=args.judge_penalty,
-            judge_per_token=args.judge_per_token,
             verdict_calls=args.verdict_calls,
+            **{f"judge_{name}": getattr(args, f"judge_{name}") for name in ("window", "beta", "penalty", "per_token")},
         )
         if self.weighting.needs_verdicts:
             self._check_verdict_columns(sft_dataset)
@@ -130,7 +129,6 @@ class DemonstrationTrainer(TrialTrainer):
     # Arguments
 
     def _check_datasets(self, train_dataset: Any, sft_dataset: Any) -> None:
-        owner = type(self).__name__
         if sft_dataset is None:
             remedy = ""
             if "expert" in (getattr(train_dataset, "column_names", None) or []):
@@ -139,7 +137,7 @@ class DemonstrationTrainer(TrialTrainer):
                     "is `train_dataset.select_columns(['prompt', 'expert']).rename_column('expert', 'completion')`."
                 )
             raise ValueError(
-                f"{owner} needs `sft_dataset`: a `Dataset` of demonstrations in any of TRL's SFT formats.{remedy}"
+                f"{type(self).__name__} needs `sft_dataset`: a `Dataset` of demonstrations in any of TRL's SFT formats.{remedy}"
             )
         check_dataset(sft_dataset)
 
@@ -157,8 +155,8 @@ class DemonstrationTrainer(TrialTrainer):
     def render_rows(self) -> None:
         args: Any = self.args
         tokenizer: Any = self.processing_class
-        template_kwargs: Any = self.chat_template_kwargs
-        own_eos = self._tokenizer.eos_token_id
+        template_kwargs, tools = cast(dict[str, Any], self.chat_template_kwargs or {}), tool_schemas(self)
+        eos = list(dict.fromkeys([self._tokenizer.eos_token_id, *self.eos_token_ids]))
         # The main process renders first, so that the others read its cache.
         with self.accelerator.main_process_first():
             rendered = render_demonstrations(
@@ -166,11 +164,12 @@ class DemonstrationTrainer(TrialTrainer):
                 tokenizer,
                 chat_template=self.chat_template,
                 chat_template_kwargs=template_kwargs,
-                eos_token_id=[own_eos, *(eos for eos in self.eos_token_ids if eos != own_eos)],
+                eos_token_id=eos,
                 max_length=args.sft_max_length,
                 overlong=args.sft_overlong,
-                tools=tool_schemas(self),
+                tools=tools,
             )
+        renderer = Renderer(tokenizer, self.chat_template, template_kwargs, eos, "sft_dataset", None, tools)
         self.demonstrations = Demonstrations(
             self._sft_dataset,
             rendered,
@@ -180,6 +179,7 @@ class DemonstrationTrainer(TrialTrainer):
             ),
             device=self.accelerator.device,
             prompts=self._paired_prompts() if args.sft_pairing == "prompt" else None,
+            picture_inputs=renderer.picture_inputs if self._is_vlm else None,
         )
 
     def _paired_prompts(self) -> Any:

@@ -44,8 +44,9 @@ from .checkpoint.registry import SHARED, Registry
 from .dynamic_sampling import FreshPrompts, alike, exchanged, moved_by_advantage
 from .packed_trainer import PackedTrainer
 from .packing import reason_for_padding
+from .pictures import one_entry_for_each_row
 from .policy import PolicyLoss, Scores, completions_of
-from .refusals import refuse_pictures
+from .refusals import check_seeing, refuse_blind_options, refuse_pictures
 from .student_config import StudentConfig
 from .teacher import SCORES, WEIGHT, Teachers, log_ratio
 from .teacher_config import named, place_of
@@ -83,6 +84,8 @@ class StudentTrainer(Carded, PackedTrainer):
     # Why tools are refused, environments or both; `None` where they are not.
     refuses_tools: str | None = None
     refuses_environments: str | None = None
+    # Whether the update is tested with pictures.
+    sees_pictures = False
 
     def __init__(
         self,
@@ -93,6 +96,7 @@ class StudentTrainer(Carded, PackedTrainer):
         peft_config: Any,
         tools: Any,
         environment_factory: Any,
+        sft_dataset: Any = None,
         **kwargs: Any,
     ):
         owner = type(self).__name__
@@ -107,12 +111,19 @@ class StudentTrainer(Carded, PackedTrainer):
                 "Take a `Dataset`, or set it to False."
             )
         datasets = {name: kwargs.get(name) for name in ("train_dataset", "eval_dataset")}
-        refuse_pictures(owner, processing_class, model, **datasets)
+        datasets["sft_dataset"] = sft_dataset
+        check_sight: Any = check_seeing if self.sees_pictures else refuse_pictures
+        check_sight(owner, processing_class, model, **datasets)
         own_reference = args.beta != 0.0 and isinstance(model, PreTrainedModel) and peft_config is None
         kwargs |= {"tools": tools, "environment_factory": environment_factory}
         with fitted_vllm(args), without_reference_model(args) if own_reference else contextlib.nullcontext():
             super().__init__(model, args=args, processing_class=processing_class, peft_config=peft_config, **kwargs)
-        refuse_pictures(owner, self.processing_class, self.model)
+        check_sight(owner, self.processing_class, self.model, **({} if processing_class else datasets))
+        if self._is_vlm:
+            refuse_blind_options(args)
+            refuse_sharding(self.accelerator.distributed_type, f"{owner} of a vision-language model")
+        if args.freeze_vision_tower:
+            self._freeze_vision_tower()
         if self.aux_loss_enabled and not self.balances_experts:
             raise NotImplementedError(
                 f"The load-balancing loss of Mixture-of-Experts models is not supported by {owner}. Set `router_aux_loss_coef=0`."
@@ -158,6 +169,11 @@ class StudentTrainer(Carded, PackedTrainer):
                 f"`args` of {cls.__name__} must be a `{cls.config_class.__name__}`, got `{type(args).__name__}`."
             )
         return args
+
+    def _freeze_vision_tower(self) -> None:
+        if not self._is_vlm:
+            raise ValueError("`freeze_vision_tower` has no effect: `model` has no vision tower. Set it to False.")
+        self._plain_model.get_encoder(modality="image").requires_grad_(False)
 
     def after_step(self) -> None:
         """After the student's optimizer step, before user callbacks and saving. Nothing here."""
@@ -273,7 +289,7 @@ class StudentTrainer(Carded, PackedTrainer):
 
     def sample_groups(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """A generation batch as TRL samples and scores it. Collective."""
-        output = super()._generate_and_score_completions(inputs)
+        output = one_entry_for_each_row(super()._generate_and_score_completions(inputs))
         if self.model.training and self.fresh_prompts is not None:
             # TRL's mean of equal rewards may round, and what is left would be scaled up.
             equal = alike(self.rollouts.total_rewards().view(-1, int(self.num_generations or 0))).tolist()
@@ -416,6 +432,11 @@ class StudentTrainer(Carded, PackedTrainer):
         return rewards[first : first + len(examples)].tolist()
 
     # TRL's trainer
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        *generated, images, tool_images = super()._generate(prompts)
+        # A row without a picture beside others with one has `None`, which no processor takes.
+        return *generated, images and [pictures or [] for pictures in images], tool_images
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any

@@ -21,6 +21,8 @@ class StudentConfig(TeacherConfig):
     padded passes run."""
     share_prompts: bool = True
     """Whether the rollouts of a group share one computation of their prompt (`padding_free` only)."""
+    freeze_vision_tower: bool = False
+    """Whether the vision tower of a vision-language model stays as it is. What joins it to the language model is trained."""
     vllm_dtype: str | None = field(default=None, metadata=one_of(*VLLM_DTYPES))
     """Type of the weights that vLLM samples with in colocate mode. `None` leaves it to vLLM, which takes bfloat16 for a
     model in float32. A server is started with its own."""

@@ -180,7 +180,13 @@ class TrialTrainer(StudentTrainer):
                 "ones from wrong ones. Give them what the rewards read, or set it to None."
             )
         kept = [index for index, chance in chances.items() if chance > _DOUBTFUL]
-        values = {"demonstrations": len(kept), "verdicts": calls, "kept_steps": 0, "sft_steps": 0, "rollouts": 0}
+        values: dict[str, float] = {
+            "demonstrations": len(kept),
+            "verdicts": calls,
+            "kept_steps": 0,
+            "sft_steps": 0,
+            "rollouts": 0,
+        }
         if not kept:
             return values
         # Looked up now: forwards hide the weights that FSDP holds behind gathered ones, and may move its shards.

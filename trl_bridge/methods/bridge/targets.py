@@ -99,7 +99,7 @@ def _placed(part: torch.Tensor, like: torch.Tensor, where: tuple[slice, ...]) ->
     return whole
 
 
-def check_base_model(model: PreTrainedModel, keeps_master: bool = False) -> None:
+def check_base_model(model: PreTrainedModel, keeps_master: bool = False, tower_is_frozen: bool = False) -> None:
     """Refuse a base model that cannot hold theta + w."""
     if isinstance(model, PeftModel):
         raise TypeError(
@@ -111,7 +111,7 @@ def check_base_model(model: PreTrainedModel, keeps_master: bool = False) -> None
             "`model` is quantised, and its weights cannot be trained. Pass it in float32 (`dtype=torch.float32`)."
         )
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    if frozen:
+    if frozen and not tower_is_frozen:
         raise ValueError(
             f"`model` has {len(frozen)} frozen parameters (the first is {frozen[0]!r}), but BRIDGE trains the whole "
             "base. Call `model.requires_grad_(True)`."
@@ -179,13 +179,23 @@ def check_layers(layers: Mapping[str, Any], adapter: str) -> None:
                 f"`peft_config.target_modules` matches {name!r}, a {kind}; the coordinator acts on linear layers. "
                 "Exclude it (`exclude_modules`)."
             )
+        if not layer.lora_A[adapter].weight.requires_grad:
+            raise _frozen(name)
 
 
-def note_fused_experts(model: nn.Module) -> None:
+def _frozen(name: str) -> ValueError:
+    return ValueError(
+        f"`peft_config.target_modules` matches {name!r}, which `freeze_vision_tower` freezes. Exclude it (`exclude_modules`), or set "
+        "`freeze_vision_tower=False`."
+    )
+
+
+def note_fused_experts(model: Any) -> None:
     """Say in the log which weights no target can be."""
+    told: Any = model.get_decoder() if hasattr(model.config, "vision_config") else model
     fused = {
         type(module).__name__
-        for module in model.modules()
+        for module in told.modules()
         for weight in module._parameters.values()
         if weight is not None and dimensions(weight) == 3 and not isinstance(module, nn.Conv1d)
     }
@@ -213,6 +223,8 @@ def check_targets(model: PreTrainedModel, targets: list[Target]) -> None:
                 f"`peft_config.target_modules` matches {target.module!r}, a {type(module).__name__}; the coordinator "
                 "acts on linear layers. Exclude it (`exclude_modules`)."
             )
+        if not weight.requires_grad:
+            raise _frozen(target.module)
         shared = users[id(weight)]
         if len(shared) > 1:
             raise ValueError(

@@ -158,7 +158,7 @@ class BridgeTrainer(DemonstrationTrainer):
             # Now: TRL's sync with vLLM merges adapters into the base and takes them out again, which leaves rounding.
             self._frozen_base = base_identity(self._plain_model, self.backend)
         else:
-            check_base_model(self._plain_model, self.backend.keeps_master)
+            check_base_model(self._plain_model, self.backend.keeps_master, self.args.freeze_vision_tower)
             self.coordinator = self._build_coordinator(peft_config)
         note_fused_experts(self._plain_model)
         self.coordinator_optimizer: torch.optim.Optimizer | None = None

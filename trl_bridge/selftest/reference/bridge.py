@@ -75,10 +75,12 @@ class Reference:
         return base, a, b
 
     def gradients(self, loss, base, a, b):
-        flat = torch.autograd.grad(loss, [*base.values(), *a.values(), *b.values()])
+        leaves = [*base.values(), *a.values(), *b.values()]
+        flat = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         n, w = len(base), len(a)
         w_grads = [g for pair in zip(flat[n : n + w], flat[n + w :], strict=True) for g in pair]
-        return list(flat[:n]), w_grads
+        frozen = self.o.get("frozen", ())
+        return [g * (name not in frozen) for name, g in zip(base, flat[:n], strict=True)], w_grads
 
     def objective(self, log_p, entropy, old, batch, window, **changes):
         return objectives.policy_loss(log_p, entropy, old, batch, {**self.o, **changes}, window)

@@ -3,11 +3,21 @@
 import torch
 
 
+# What a model that sees reads beside tokens.
+SEEN = "pixel_values image_grid_thw pixel_attention_mask token_type_ids mm_token_type_ids".split()
+
+
+def seen(batch):
+    values = {name: batch[name] for name in SEEN if batch.get(name) is not None}
+    return {name: value.double() if value.is_floating_point() else value for name, value in values.items()}
+
+
 def scores(model, weights, batch, temperature=1.0):
     """Log-probabilities and entropies of the completion tokens, (B, C) each, at logits / temperature."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    logits = torch.func.functional_call(model, weights, (), {"input_ids": ids, "attention_mask": mask}).logits
+    inputs = {"input_ids": ids, "attention_mask": mask, **seen(batch)}
+    logits = torch.func.functional_call(model, weights, (), inputs).logits
     length = batch["completion_ids"].size(1)
     log_p = torch.log_softmax(logits[:, -length - 1 : -1] / temperature, dim=-1)
     chosen = log_p.gather(2, batch["completion_ids"].unsqueeze(2)).squeeze(2)
@@ -122,7 +132,7 @@ def clip_statistics(log_p, old_log_p, batch, o):
 
 def demonstration_scores(model, weights, batch):
     """Log-probabilities, mask and greedy hits of demonstrations at temperature 1, (B, T - 1) each."""
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **seen(batch)}
     logits = torch.func.functional_call(model, weights, (), inputs).logits[:, :-1]
     labels = batch["labels"][:, 1:]
     mask = labels != -100

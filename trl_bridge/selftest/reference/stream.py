@@ -45,7 +45,8 @@ class StreamReference:
                 sft = sft + o["balance"] * objectives.demonstration_balance(self.model, leaves, demonstrations)
             loss = loss + o["sft_weight"](step) * sft
             metrics |= sft_metrics
-        gradients, _ = clip(list(torch.autograd.grad(loss, list(leaves.values()))), o["max_grad_norm"])
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        gradients, _ = clip(list(gradients), o["max_grad_norm"])
         rate = o["lr"] * o["schedule"](step)
         for name, direction in zip(self.weights, self.optimizer.directions(gradients), strict=True):
             self.weights[name] = self.weights[name] - rate * direction

@@ -3,10 +3,10 @@
 import functools
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import is_peft_model, send_to_device
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -34,7 +34,7 @@ class Sealed(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        keep_4_bit_weights(self.model)
+        keep_4_bit_weights(cast(torch.nn.Module, self.model))
 
     @functools.cached_property
     def _sealing(self) -> Background:
@@ -229,8 +229,19 @@ class Resumable(Sealed):
             # Not those of the run's start, which would draw the first updates' numbers again.
             seed_anew(self.args.seed, self.state.global_step, self.args.process_index)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_renamed(resume_from_checkpoint)
+
+    def _load_renamed(self, checkpoint: str) -> None:
+        # transformers saves vision-language models under other names than their own, and its trainer goes on without them.
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if hasattr(model.config, "vision_config") and not is_peft_model(model):
+            model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
+
     def _load_best_model(self) -> None:
         super()._load_best_model()
+        self._load_renamed(str(self.state.best_model_checkpoint))
         checkpoints.read_weights(Path(str(self.state.best_model_checkpoint)), self.saved)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ....training.backends import Backend
+from ....training.pictures import picture_inputs, rows_of
 from ....training.policy import PolicyLoss, Scores, Snapshot, detached
 from .model import Shadow
 
@@ -121,7 +122,10 @@ class ShadowPass:
         # nothing.
         scored = rows if len(rows) else torch.zeros(1, dtype=torch.long, device=weight.device)
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-        log_probs, entropies, _ = self._policy.score(shadow.model, {name: inputs[name][scored] for name in names})
+        part = {name: inputs[name][scored] for name in names}
+        if "pixel_values" in inputs:
+            part |= rows_of(picture_inputs(inputs), scored.tolist())
+        log_probs, entropies, _ = self._policy.score(shadow.model, part)
         scores = (_placed(student[0], rows, log_probs), _placed(student[1], rows, entropies), None)
         return weight.max() * self._policy.loss_of(scores, inputs), detached(scores)
 
