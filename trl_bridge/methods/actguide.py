@@ -1,5 +1,6 @@
 """ActGuide: groups without a success are rolled out again with as little guidance as works."""
 
+import itertools
 import math
 import re
 from dataclasses import field
