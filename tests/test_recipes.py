@@ -40,8 +40,8 @@ TRAINING = [name for name in NAMES if not name.startswith("comparison/")]
 
 
 def method_of(name):
-    # A form of a method follows its name: `bridge-lean`.
-    return METHODS[name.split("/")[-1].removesuffix("-lean")]
+    # A form of a method follows its name: `bridge-lean`, `bridge-vision`.
+    return METHODS[name.split("/")[-1].removesuffix("-lean").removesuffix("-vision")]
 
 
 def test_the_shipped_recipes():
