@@ -76,7 +76,7 @@ def _fault(picture: Any) -> str | None:
     """Why a stored picture cannot be read."""
     from PIL import Image
 
-    stored = {"path": picture} if isinstance(picture, str) else picture
+    stored: Any = {"path": picture} if isinstance(picture, str) else picture
     if not isinstance(stored, Mapping) or not (stored.get("bytes") or stored.get("path")):
         return f"holds no picture, but {picture!r}"
     source: Any = io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"]

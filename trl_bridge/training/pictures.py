@@ -25,7 +25,9 @@ def one_entry_for_each_row(inputs: dict[str, Any]) -> dict[str, Any]:
 def rows_of(inputs: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
     """The forward's inputs of some rows; without pixels where none of these has a picture, which no model takes."""
     whole: dict[str, Any] = split_pixel_values_by_grid(one_entry_for_each_row(inputs))
-    part = {name: v[rows] if isinstance(v, torch.Tensor) else [v[row] for row in rows] for name, v in whole.items()}
+    part: dict[str, Any] = {
+        name: v[rows] if isinstance(v, torch.Tensor) else [v[row] for row in rows] for name, v in whole.items()
+    }
     part = unsplit_pixel_values_by_grid(part)
     padding = part.get("pixel_attention_mask")
     seen = part["pixel_values"].numel() if padding is None else padding.any()

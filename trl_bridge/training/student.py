@@ -424,13 +424,13 @@ class StudentTrainer(Carded, PackedTrainer):
 
     # TRL's trainer
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         # TRL gives the rewards of each of several evaluation datasets the same name, whose last one is then shown.
         names = [name[5:-5] for name in logs if name.startswith("eval_") and name.endswith("_loss")]
         for name in filter(None, names):
             values = self._metrics["eval"]
             self._metrics["eval"] = defaultdict(list, {f"{name}_{metric}": value for metric, value in values.items()})
-        super().log(logs, start_time)
+        super().log(logs, *args, **kwargs)
 
     def _generate(self, prompts: list[Any]) -> Any:
         *generated, images, tool_images = super()._generate(prompts)
