@@ -2,6 +2,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -40,8 +41,8 @@ TRAINING = [name for name in NAMES if not name.startswith("comparison/")]
 
 
 def method_of(name):
-    # A form of a method follows its name: `bridge-lean`, `grpo-with-teacher`.
-    return METHODS[name.split("/")[-1].removesuffix("-lean").removesuffix("-with-teacher")]
+    # A form of a method follows its name: `bridge-lean`, `bridge-vision`, `grpo-with-teacher`.
+    return METHODS[re.sub("-(lean|vision|with-teacher)$", "", name.split("/")[-1])]
 
 
 def test_the_shipped_recipes():

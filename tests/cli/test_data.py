@@ -178,6 +178,18 @@ def test_sources_serve_every_family():
         assert all(row["prompt"][-1]["content"].endswith(BOXED) for row in both[split])
 
 
+def test_several_test_splits():
+    made = {"dataset_name": "builtin:routes", "dataset_config": "images=true, size=3, test_size=2"}
+    read = splits("rl", evaluate=True, dataset_test_split="map+table+both", **made)["eval_dataset"]
+    assert {name: rows["mode"][:] for name, rows in read.items()} == {m: [m] * 2 for m in ("map", "table", "both")}
+    one = splits("rl", evaluate=True, dataset_test_split="both", **made)["eval_dataset"]
+    assert one["mode"][:] == ["both"] * 2 and splits("rl", dataset_test_split="none", **made)["eval_dataset"] is None
+    with pytest.raises(
+        ValueError, match="`dataset_test_split: text`: the dataset has no such split; it has: train, map,"
+    ):
+        splits("rl", evaluate=True, dataset_test_split="map+text", **made)
+
+
 def test_template_system_prompt_and_length_act_in_this_order(caplog):
     # user\n...assistant\n and five marks around template and system prompt, one token per character.
     longest = max(

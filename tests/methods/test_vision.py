@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, Image
 from peft import LoraConfig
 from trl import GRPOTrainer
@@ -189,6 +190,18 @@ def test_bridge_resumes_inside_a_generation_batch(tmp_path, family, lean):
     assert_same(metrics_of(resumed, 1), metrics_of(straight, 1))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"freeze_vision_tower": True}, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}],
+    ids=["the tower", "the cut"],
+)
+def test_what_a_resumed_run_must_share(tmp_path, change):
+    options = saving_options(max_steps=2)
+    vision_trainer(tmp_path, CHORDTrainer, callbacks=[StopAt(1)], **options).train()
+    with pytest.raises(ValueError, match=next(iter(change))):
+        vision_trainer(tmp_path, CHORDTrainer, **{**options, **change}).train(resume_from_checkpoint=True)
+
+
 def test_the_best_checkpoint_comes_back(tmp_path):
     options = {
         **saving_options(max_steps=3),
@@ -208,6 +221,17 @@ def test_the_best_checkpoint_comes_back(tmp_path):
     trainer.train()
     saved = type(trainer.model).from_pretrained(trainer.state.best_model_checkpoint)
     assert_same(dict(trainer.model.state_dict()), dict(saved.state_dict()))
+
+
+def test_several_evaluation_datasets_have_rewards_of_their_own(tmp_path):
+    datasets = {"seen": picture_rows(4), "unseen": picture_rows(4, pictures=lambda n: 0)}
+    options = {"eval_dataset": datasets, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    trainer = vision_trainer(tmp_path, CHORDTrainer, "smolvlm", **options)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if any(name.startswith("eval_") for name in entry)]
+    assert [[name for name in entry if name.endswith("_reward")] for entry in entries] == [
+        ["eval_seen_reward"], ["eval_unseen_reward"]
+    ]  # fmt: skip
 
 
 # What is refused
@@ -310,6 +334,12 @@ def test_options_that_would_forget_the_pictures(tmp_path, options):
     name = next(iter(options))
     with pytest.raises(NotImplementedError, match=f"`{name}.*is not supported by BridgeConfig with a vision-language"):
         vision_trainer(tmp_path, BridgeTrainer, **options)
+
+
+def test_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
+    with pytest.raises(NotImplementedError, match="CHORDTrainer has not been tested .*on several processes"):
+        vision_trainer(tmp_path, CHORDTrainer)
 
 
 def test_a_target_in_a_frozen_tower(tmp_path):

@@ -76,7 +76,7 @@ def _fault(picture: Any) -> str | None:
     """Why a stored picture cannot be read."""
     from PIL import Image
 
-    stored = {"path": picture} if isinstance(picture, str) else picture
+    stored: Any = {"path": picture} if isinstance(picture, str) else picture
     if not isinstance(stored, Mapping) or not (stored.get("bytes") or stored.get("path")):
         return f"holds no picture, but {picture!r}"
     content: Any = stored.get("bytes")

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -121,7 +122,10 @@ class StudentTrainer(Carded, PackedTrainer):
         check_sight(owner, self.processing_class, self.model, **({} if processing_class else datasets))
         if self._is_vlm:
             refuse_blind_options(args)
-            refuse_sharding(self.accelerator.distributed_type, f"{owner} of a vision-language model")
+            if self.accelerator.num_processes > 1:
+                raise NotImplementedError(
+                    f"{owner} has not been tested with a vision-language model on several processes. Launch it on one device."
+                )
         if args.freeze_vision_tower:
             self._freeze_vision_tower()
         if self.aux_loss_enabled and not self.balances_experts:
@@ -433,6 +437,14 @@ class StudentTrainer(Carded, PackedTrainer):
 
     # TRL's trainer
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        # TRL gives the rewards of each of several evaluation datasets the same name, whose last one is then shown.
+        names = [name[5:-5] for name in logs if name.startswith("eval_") and name.endswith("_loss")]
+        for name in filter(None, names):
+            values = self._metrics["eval"]
+            self._metrics["eval"] = defaultdict(list, {f"{name}_{metric}": value for metric, value in values.items()})
+        super().log(logs, *args, **kwargs)
+
     def _generate(self, prompts: list[Any]) -> Any:
         *generated, images, tool_images = super()._generate(prompts)
         # A row without a picture beside others with one has `None`, which no processor takes.
@@ -447,6 +459,10 @@ class StudentTrainer(Carded, PackedTrainer):
 
     def register_state(self, saved: Registry) -> None:
         super().register_state(saved)
+        if self._is_vlm:
+            # Buffered pixels are not cut anew.
+            saved.must_match("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
+            saved.must_match("freeze_vision_tower")
         if self.fresh_prompts is not None:
             saved.must_match("dynamic_sampling", "max_resample_times")
             saved.add("fresh_prompts", self.fresh_prompts, SHARED)

@@ -229,8 +229,8 @@ class Resumable(Sealed):
             # Not those of the run's start, which would draw the first updates' numbers again.
             seed_anew(self.args.seed, self.state.global_step, self.args.process_index)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         self._load_renamed(resume_from_checkpoint)
 
     def _load_renamed(self, checkpoint: str) -> None:
