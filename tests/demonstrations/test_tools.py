@@ -1,8 +1,11 @@
 """Demonstrations with tools: which tokens they have, which of them are trained, and what is refused."""
 
+import copy
 import json
+from pathlib import Path
 
 import pytest
+import trl
 from datasets import Dataset
 from transformers.utils import get_json_schema
 from trl.chat_template_utils import qwen3_training_chat_template
@@ -140,6 +143,11 @@ BAD = {
         {},
         "row 1: the arguments of a call of 'add' are no JSON",
     ),
+    "no object": (
+        {"messages": [user("a"), {**assistant(""), "tool_calls": [{"function": {"name": "add", "arguments": "[1, 2]"}}]}]},
+        {},
+        r"row 1: the arguments of a call of 'add' are no JSON object: \[1, 2\]",
+    ),
     "no turn": ({"prompt": [user("a")], "completion": [user("b")]}, {}, "row 1 has no completion tokens"),
 }  # fmt: skip
 
@@ -161,6 +169,43 @@ def test_a_template_that_drops_calls_or_results_is_refused():
         ValueError, match="row 0: the chat template drops the completion's tool calls or their results"
     ):
         render([ROW], plain)
+
+
+def templated(template):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def of_trl(name):
+    return templated((Path(trl.__path__[0]) / "chat_templates" / f"{name}.jinja").read_text())
+
+
+@pytest.mark.parametrize("name", ["lfm2", "lfm2_training"])
+def test_a_template_that_has_schemas_and_no_calls_is_refused(name):
+    with pytest.raises(ValueError, match="row 0: the chat template drops the completion's tool calls"):
+        render([{"messages": [user("1+2="), call(1, 2), told("sum 3"), assistant("3")]}], of_trl(name))
+
+
+def test_an_answer_that_repeats_the_result_does_not_stand_for_it():
+    template = (
+        "{% for m in messages %}{% if m.role != 'tool' %}{{ m.role }}\n{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}"
+        "<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
+    )
+    rows = [{"messages": [user("1+2="), call(1, 2), told("3"), assistant("It is 3.")]}]
+    with pytest.raises(
+        ValueError, match="row 0: the chat template drops the completion's tool calls or their results"
+    ):
+        render(rows, templated(template))
+    shown = template.replace("m.role != 'tool'", "true")
+    assert pieces(render(rows, templated(shown))[0], TOKENIZER)[0][-1] == "It is 3.<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["llama3_1", "llama3_2", "gptoss_training"])
+def test_results_and_calls_may_be_written_as_json(name):
+    said = 'sum\nof "two" 3'
+    example = render([{"messages": [user("1+2="), call(1, 2), told(said), assistant("3")]}], of_trl(name))[0]
+    assert any(r"sum\nof" in text for text in pieces(example)[1])
 
 
 def experts(rows, **changes):

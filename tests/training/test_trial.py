@@ -6,10 +6,12 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from tests.helpers import engines, streams
 from tests.helpers.resume import StopAt, assert_same, metrics_of
 from tests.helpers.streams import make, weights_of
+from tests.helpers.tools import agent_trainer
 from tests.helpers.training import (
     digits_reward,
     movement_error,
@@ -320,6 +322,61 @@ def needs_answer(completions, answer, **kwargs):
 def test_what_cannot_judge_is_refused(tmp_path, error, message, changes):
     with pytest.raises(error, match=message):
         small_trainer(tmp_path, **TRIAL, **changes)
+
+
+def test_environments_are_refused(tmp_path):
+    class Environment:
+        def reset(self, **kwargs):
+            return None
+
+        def add(self, a: int, b: int) -> str:
+            """
+            Add.
+
+            Args:
+                a: A number.
+                b: Another.
+            """
+            return str(a + b)
+
+    with pytest.raises(ValueError, match="which no environment has seen. Set it to None; .* take 'selective'"):
+        agent_trainer(tmp_path, BridgeTrainer, environment_factory=Environment, **TRIAL)
+
+
+def test_packing_is_compared_before_the_first_update_and_again_for_rl(tmp_path):
+    events = []
+
+    class Watched(paying(NaiveMixTrainer, RISING)):
+        def _check_packing(self, inputs):
+            events.append("compared")
+            super()._check_packing(inputs)
+
+        def before_trial_step(self):
+            events.append("update")
+
+        def policy_loss(self, model, inputs):
+            events.append("rl")
+            return super().policy_loss(model, inputs)
+
+    trainer = make(Watched, tmp_path, **TRIAL, max_steps=1)
+    trainer.train()
+    assert trainer._packs and events[:2] == ["compared", "update"]
+    assert events[events.index("rl") - 1] == "compared" and events.count("compared") == 2
+
+
+def test_it_is_logged_once_trackers_are_set_up(tmp_path):
+    class Tracker(TrainerCallback):
+        logged = None
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.logged = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.logged.append(sorted(logs))
+
+    tracker = Tracker()
+    make(paying(NaiveMixTrainer, RISING), tmp_path, **TRIAL, callbacks=[tracker]).train()
+    assert "trial/kept_steps" in tracker.logged[0] and "trial/kept_steps" not in tracker.logged[1]
 
 
 def test_deepspeed_is_refused(tmp_path, monkeypatch):

@@ -88,8 +88,8 @@ class Recorder(TrainerCallback):
         self.rollouts = len(rollouts)
         self.generated_tokens = sum(map(len, rollouts["completion_ids"]))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if not self._in_first_stage(args):
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 0 and not self._in_first_stage(args):
             self._measure(0, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

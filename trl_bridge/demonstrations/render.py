@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .pictures import pictures_of, with_pictures
 from .rows import Prompt, check_dataset, prompt_key, python_rows, split_demonstration, without_none
-from .tools import Schemas, calls, check_calls
+from .tools import Schemas, check_calls, is_shown
 
 
 logger = get_logger(__name__)
@@ -175,8 +175,11 @@ class Renderer:
             )
         if isinstance(prompt, list) and isinstance(completion, list):
             kwargs = self._template_kwargs(example, row)
-            column = "expert" if self.source_rows is not None else next(n for n in _COLUMNS if n in example)
-            check_calls(prompt + completion, kwargs.get("tools") or [], f"{row}: `{column}`")
+            column, advice = "expert", ""  # whose prompts are the policy's own
+            if self.source_rows is None:
+                column = next(name for name in _COLUMNS if name in example)
+                advice = " (or `environment_factory`), or add a column `tools` with their JSON schemas"
+            check_calls(prompt + completion, kwargs.get("tools") or [], f"{row}: `{column}`", advice)
             return self._conversational(prompt, completion, kwargs, row, pictures)
         if pictures:
             raise ValueError(
@@ -212,7 +215,7 @@ class Renderer:
                 texts.append(self._apply_template(asked + told[:end], tokenize=False, **kwargs))
         except TemplateError as error:
             raise ValueError(f"{row}: the chat template refuses the conversation: {error}") from error
-        _check_preserved(texts, completion[: spoken[-1][1]], row)
+        _check_preserved(texts, completion, spoken, row)
         prompt_ids = self._processors_ids(asked, kwargs)
         return _Written(row, prompt, texts, bare=False, prompt_ids=prompt_ids)
 
@@ -327,7 +330,7 @@ def _nothing_to_learn(row: str) -> ValueError:
     return ValueError(f"{row} has no completion tokens: there is nothing to learn from it. Remove the row.")
 
 
-def _check_preserved(texts: list[str], completion: list[dict], row: str) -> None:
+def _check_preserved(texts: list[str], completion: list[dict], spoken: Sequence[tuple[int, int]], row: str) -> None:
     for prompt_text, text in pairwise(texts):
         if text.startswith(prompt_text):
             continue
@@ -338,7 +341,7 @@ def _check_preserved(texts: list[str], completion: list[dict], row: str) -> None
             "`processing_class.chat_template` to one that keeps it (see `trl.get_training_chat_template`)."
         )
     shown = "".join(texts[-1].split())
-    for message in completion:
+    for message in completion[: spoken[-1][1]]:
         for field in _SPOKEN_FIELDS:
             value = message.get(field)
             if message["role"] == "assistant" and isinstance(value, str) and "".join(value.split()) not in shown:
@@ -346,13 +349,15 @@ def _check_preserved(texts: list[str], completion: list[dict], row: str) -> None
                     f"{row}: the chat template drops a part of the completion's `{field}` (often its reasoning). Set "
                     "`processing_class.chat_template` to one that keeps it (see `trl.get_training_chat_template`)."
                 )
-        told = message["content"] if message["role"] == "tool" and isinstance(message.get("content"), str) else ""
-        for part in (told, *(call.get("name") or "" for call in calls(message))):
-            if "".join(part.split()) not in shown:
-                raise ValueError(
-                    f"{row}: the chat template drops the completion's tool calls or their results. Set "
-                    "`processing_class.chat_template` to one that supports tools."
-                )
+    # In the part of its own: a prompt's schemas have a call's name, and an answer may repeat a result.
+    parts = [texts[0], *(text.removeprefix(before) for before, text in pairwise(texts))]
+    bounds = [0, *chain.from_iterable(spoken)]
+    for part, (start, end) in zip(parts, pairwise(bounds), strict=True):
+        if not all(is_shown(message, part) for message in completion[start:end]):
+            raise ValueError(
+                f"{row}: the chat template drops the completion's tool calls or their results. Set "
+                "`processing_class.chat_template` to one that supports tools."
+            )
 
 
 def _limit_length(rendered: Dataset, max_length: int, overlong: str, num_proc: int | None) -> Dataset:

@@ -14,15 +14,16 @@ def calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [call.get("function") or call for call in message.get("tool_calls") or []]
 
 
-def check_calls(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], place: str) -> None:
+def check_calls(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], place: str, advice: str
+) -> None:
     """Refuse a conversation that calls tools whose schemas the prompt would not have."""
     known = {(tool.get("function") or tool).get("name") for tool in tools}
     for message in messages:
         names = [call.get("name") for call in calls(message)]
         if not tools and (any(names) or message["role"] == "tool"):
             raise ValueError(
-                f"{place} uses tools, and nothing says which there are. Pass the trainer's `tools` (or `environment_factory`), "
-                "or add a column `tools` with their JSON schemas."
+                f"{place} uses tools, and nothing says which there are. Pass the trainer's `tools`{advice}."
             )
         for name in names:
             if tools and name not in known:
@@ -55,6 +56,24 @@ def _with_arguments(call: dict[str, Any], place: str) -> dict[str, Any]:
             raise ValueError(
                 f"{place}: the arguments of a call of {call.get('name')!r} are no JSON: {error}."
             ) from error
-    elif isinstance(arguments, dict):
+    if isinstance(arguments, dict):
         arguments = {name: value for name, value in arguments.items() if value is not None}
+    elif arguments is not None:
+        raise ValueError(
+            f"{place}: the arguments of a call of {call.get('name')!r} are no JSON object: {arguments!r}."
+        )
     return {**call, "arguments": arguments or {}}
+
+
+def is_shown(message: Mapping[str, Any], text: str) -> bool:
+    """Whether a template has written a message's calls, or what a tool has answered, into its part of a conversation."""
+    shown = "".join(text.split())
+    parts = [message["content"]] if message["role"] == "tool" and isinstance(message.get("content"), str) else []
+    for call in calls(message):
+        arguments = call.get("arguments") or {}
+        parts += [call.get("name") or "", *arguments, *(v for v in arguments.values() if isinstance(v, str))]
+    # As it stands, or as JSON.
+    return all(
+        any("".join(form.split()) in shown for form in (part, json.dumps(part, ensure_ascii=False)[1:-1]))
+        for part in parts
+    )

@@ -16,6 +16,7 @@ from ..demonstrations.stream import DemonstrationStream, window_share
 from ..objectives.sft import demonstration_loss
 from .checkpoint.registry import Registry
 from .demonstrations import Demonstrations
+from .policy import completions_of
 from .randomness import forked_python_rng, forked_torch_rng, seed_anew
 from .student import StudentTrainer
 from .verdicts import AskRewards, collect_verdicts, missing_columns
@@ -105,16 +106,26 @@ def verify(
 
 
 class _BeforeRL(TrainerCallback):
-    """Calls `try_demonstrations` where a run starts, before user callbacks; a resumed run has had its trial."""
+    """The trial, where a run starts, before user callbacks; a resumed run has had it."""
 
     def __init__(self, trainer: "TrialTrainer"):
         self.trainer = trainer
+        self._values: dict[str, float] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step == 0:
-            self.trainer.try_demonstrations()
+            self._values = self.trainer.try_demonstrations()
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Not before: trackers that are logged to set themselves up when training begins.
+        if self._values:
+            # TRL's own would print a table of no completions.
+            Trainer.log(self.trainer, {f"trial/{name}": value for name, value in self._values.items()})
+            self._values = {}
 
 
 class TrialTrainer(StudentTrainer):
@@ -136,6 +147,11 @@ class TrialTrainer(StudentTrainer):
                 "`trial_steps` draws prompts from `train_dataset` by their number, which an iterable one has not. Take a "
                 "`Dataset`, or set it to None."
             )
+        if self.environment_factories is not None:
+            raise ValueError(
+                "`trial_steps` asks the reward functions about demonstrations, which no environment has seen. Set it to None; in place "
+                "of `preset='trial'` take 'selective'."
+            )
         missing = missing_columns(self.reward_funcs, dataset.column_names, sft_dataset)
         if missing:
             raise ValueError(
@@ -151,14 +167,18 @@ class TrialTrainer(StudentTrainer):
     def after_trial(self) -> None:
         """When the policy has kept what it has learnt in a trial. Nothing here."""
 
-    def try_demonstrations(self) -> None:
-        """The trial. Random numbers, optimizer and metrics of RL go on as if there had been none. Collective."""
+    def try_demonstrations(self) -> dict[str, float]:
+        """
+        The trial, and what it has measured and cost. Random numbers, optimizer and metrics of RL go on as if there had been
+        none. Collective.
+        """
         self.model.train()
         with forked_torch_rng(self.accelerator.device), forked_python_rng():
             values = self._tried()
         forget_synced_weights(self)
-        # TRL's own would print a table of no completions.
-        Trainer.log(self, {f"trial/{name}": value for name, value in values.items()})
+        # RL compares its own first rollouts, as it would without a trial.
+        self._packing_is_checked = not self._packs
+        return values
 
     def _tried(self) -> dict[str, float]:
         args, backend = self.args, self.backend
@@ -264,7 +284,9 @@ class TrialTrainer(StudentTrainer):
         rewards = []
         for rows in batches:
             with isolated_generation(self), self.rollouts.set_aside():
-                self.sample_groups([dict(row) for row in rows])
+                output = self.sample_groups([dict(row) for row in rows])
+                if self._packs and not self._packing_is_checked:
+                    self._check_packing(completions_of(output))
                 rewards.append(self.rollouts.total_rewards())
         mean = torch.cat(rewards).nanmean().item()
         if mean != mean:
