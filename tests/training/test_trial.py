@@ -81,6 +81,8 @@ class Asked:
         self.draw, self.flip, self.silent, self.calls = random.Random(0), flip, silent, {}
 
     def __call__(self, examples, filler):
+        prompts = [example["prompt"] for example in examples]
+        assert len(set(prompts)) == len(prompts)  # copies in one call may have one opinion
         return [self.reward(int(example["prompt"].partition("+")[0])) for example in examples]
 
     def reward(self, row):
@@ -111,7 +113,7 @@ def test_a_verifier_that_agrees_with_itself_is_asked_three_times(tmp_path):
 def test_a_noisy_verifier_is_asked_again_where_in_doubt(tmp_path):
     asked = Asked(flip=0.2)
     chances, calls = judged(tmp_path, asked)
-    assert calls == sum(asked.calls.values()) and min(asked.calls.values()) == 3 and max(asked.calls.values()) == 11
+    assert calls == sum(asked.calls.values()) and min(asked.calls.values()) == 3 < max(asked.calls.values()) <= 11
     wrong = sum(chance for index, chance in chances.items() if index % 2)
     right = sum(chance for index, chance in chances.items() if index % 2 == 0)
     assert right > 27 and wrong < 3  # of 30 each; three calls alone leave 0.17 of a wrong one on average

@@ -23,8 +23,8 @@ from .verdicts import AskRewards, collect_verdicts, missing_columns
 from .weighting import DemonstrationWeighting
 
 
-# Calls of the reward functions at a visit (one more at the first), and visits of a demonstration at most.
-_CALLS, _VISITS = 2, 5
+# Calls of the reward functions on every demonstration, and at most on one that is in doubt.
+_CALLS, _MOST_CALLS = 3, 11
 # Probability of being right above which a demonstration takes part; up to one minus it, it is visited again.
 _DOUBTFUL = 0.05
 # Added to the run's seed, which is below it: the stream of RL's updates has another order.
@@ -91,13 +91,17 @@ def verify(
     Probability of being right of each demonstration that the reward functions can judge, and the number of their calls.
     Those in doubt are visited again. Collective.
     """
-    weighting = DemonstrationWeighting("verdict", verdict_calls=_CALLS)
+    weighting = DemonstrationWeighting("verdict")
     rows = demonstrations.rows(candidates)
     doubtful, calls, chances = candidates, [0], {}
-    for _ in range(_VISITS):
+    for visit in range(1, _MOST_CALLS + 1):
+        # Each opinion in a call of its own: a verifier may say the same of all copies in one.
         for start in range(0, len(doubtful), at_once * world_size):
             part = doubtful[start : start + at_once * world_size][rank::world_size]
-            collect_verdicts(ask, weighting, demonstrations, part, rank=rank, success_threshold=success_threshold)
+            options = {"rank": rank, "success_threshold": success_threshold, "once": True}
+            collect_verdicts(ask, weighting, demonstrations, part, **options)
+        if visit < _CALLS:
+            continue
         weighting.begin_window()
         calls, right = weighting.verdicts(rows)
         chances = {i: p for i, p, n in zip(candidates, right.tolist(), calls, strict=True) if n}
