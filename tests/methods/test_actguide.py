@@ -341,6 +341,7 @@ def test_clipping_of_tokens_that_only_guidance_makes_likely(tmp_path, advantage,
         "prompt_mask": torch.ones(1, 1),
         "completion_ids": torch.tensor([[6]]),
         "completion_mask": torch.ones(1, 1, dtype=torch.long),
+        "tool_mask": torch.ones(1, 1, dtype=torch.long),
         "num_items_in_batch": torch.tensor(float(trainer.args.steps_per_generation)),
     }
     loss = trainer.policy.loss_of(scores, trainer.policy_inputs(inputs, scores))
