@@ -3,9 +3,9 @@
 #
 # Expected: a resumed run goes on from the checkpoint's weights, those that `from_pretrained` reads there.
 # Seen:     `save_pretrained` renames this family's weights to the names of its releases, and only `from_pretrained` renames them back.
-#           Resuming loads by name and without insisting: it warns of missing and unexpected keys, leaves every weight as the new model
-#           has it, reads the optimizer's state, which belongs to the others, and trains.
-# Hurts:    whoever resumes a run of such a model in a new process, which has the base's weights: training silently starts over.
+#           Resuming loads by name and without insisting: it warns of missing and unexpected keys, leaves every weight but the head's as
+#           the new model has it, reads the optimizer's state, which belongs to the others, and trains.
+# Hurts:    whoever resumes a run of such a model in a new process, which has the base's weights: training starts over, with a warning in the log.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -51,5 +51,5 @@ for name, (model_class, config) in families.items():
     read, kept = (sum(torch.equal(saved[w], other[w]) for w in moved) for other in (loaded, resumed))
     print(f"{name}: of {len(moved)} weights from_pretrained reads {read}, resume_from_checkpoint {kept}")
     assert read == len(moved), "changed: this finding is out of date"
-    assert (kept == len(moved)) == (name == "Llama") and (name == "Llama" or kept == 0), "changed: this finding is out of date"
+    assert (kept == len(moved)) == (name == "Llama") and (name == "Llama" or kept == 1), "changed: this finding is out of date"
 PY
