@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
+VLLM_TESTS ?= tests/vllm
 
 .PHONY: setup demo test test-all test-matrix test-quantised test-vllm lint stub docs mutants benchmark clean
 
@@ -56,7 +57,7 @@ test-quantised: build/bitsandbytes/.done
 	PYTHONPATH=build/bitsandbytes $(BIN)/python -m pytest -n 0 -m '' tests/methods/bridge/test_quantised.py
 
 test-vllm: $(VLLM_VENV)/.done
-	$(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile -m vllm tests/vllm
+	$(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile -m vllm $(VLLM_TESTS)
 
 # Names of new methods for type checkers, from the catalogue.
 stub: setup

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -13,7 +14,8 @@ from trl_bridge.comparison.workers import read_records
 from trl_bridge.generation.records import append_lines, read_lines
 
 
-PUBLISHED = Path(__file__).parents[2] / "docs" / "results" / "comparison"
+ROOT = Path(__file__).parents[2]
+PUBLISHED, TRIAL = ROOT / "docs" / "results" / "comparison", ROOT / "docs" / "results" / "trial"
 VALUES = {
     "task": {"name": "addition"},
     "settings": {"half": {"wrong_share": 0.5}, "good": None},
@@ -157,6 +159,48 @@ def test_published_tables_are_those_of_the_published_runs(folder):
     assert "different base models" not in report(load_comparison(f"comparison/{folder}"), records)
     # Made from a commit, not from files that nobody has.
     assert not [record["commit"] for record in records.values() if record["commit"].endswith("+")]
+
+
+SAME_GRPO = [{"half-wrong", "all-wrong", "helpful", "half-leading-zero"}, {"other-form"}, {"half-wrong-flipped"}]
+
+
+def behind_grpo(records, row, setting):
+    """Lowest mean difference of probability against GRPO at equal rollouts after the first quarter, and the seeds that both have."""
+    curves = {}
+    for record in records.values():
+        if record["method"] == row and record["setting"] == setting:
+            curves[record["seed"]] = [record["curve"]]
+    for record in records.values():
+        # GRPO reads no demonstrations: its runs go by the first setting that wanted them.
+        same = [s for s in SAME_GRPO if setting in s][0]
+        if record["method"] == "grpo" and record["setting"] in same and record["seed"] in curves:
+            curves[record["seed"]].append(record["curve"])
+    pairs = [pair for pair in curves.values() if len(pair) == 2]
+    gaps = [
+        [p["probability"] - at(theirs, p["rollouts"]) for p in own if p["rollouts"] > 960] for own, theirs in pairs
+    ]
+    return (min(map(statistics.fmean, zip(*gaps, strict=True))), len(pairs)) if pairs else None
+
+
+def at(curve, rollouts):
+    left, right = next((a, b) for a, b in itertools.pairwise(curve) if rollouts <= b["rollouts"])
+    share = (rollouts - left["rollouts"]) / (right["rollouts"] - left["rollouts"])
+    return left["probability"] + share * (right["probability"] - left["probability"])
+
+
+def test_how_far_a_trial_falls_behind_grpo_is_that_of_the_published_runs():
+    records, comparison = read_records(TRIAL), load_comparison(str(ROOT / "benchmarks" / "trial.yaml"))
+    assert report(comparison, records) == (TRIAL / "table.md").read_text()
+    rows = [row.name for row in comparison.rows if row.name != "grpo"]
+    lines = []
+    for setting in comparison.settings:
+        found = [behind_grpo(records, row, setting.name) for row in rows]
+        if all(found):
+            cells = [f"{gap:+.3f}" for gap, _ in found]
+            lines.append(f"| {setting.name} | {min(seeds for _, seeds in found)} | {' | '.join(cells)} |")
+    head = ["setting", "seeds", *(f"`{row}`" for row in rows)]
+    table = "\n".join([f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *lines])
+    assert table in (PUBLISHED.parents[1] / "results.md").read_text(), table
 
 
 def test_pictures_are_labelled_and_told_apart_by_colour_and_without(given, tmp_path, monkeypatch):
