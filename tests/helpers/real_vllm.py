@@ -187,11 +187,11 @@ class Watched:
         def watched_sync(generation):
             served = generation.mode == "server"
             if served and self.syncs:
-                self.changes.append(self._off_the_server(generation.vllm_client))
+                self.changes.append(max(self._off_the_server(generation.vllm_client)))
             sync(generation)
             self.syncs += 1
             if served:
-                self.log_probs.append(self._off_the_server(generation.vllm_client))
+                self.log_probs.append(_most(self._off_the_server(generation.vllm_client)))
             else:
                 held = weights_of(generation.llm)
                 self.weights.append(largest_difference(held, policy_of(self.trainer)))
@@ -218,7 +218,7 @@ class Watched:
         """How far the server is off the policy on one sequence."""
         found = client.get_sequence_logprobs([SEQUENCE], [1], top_logprobs=1)["actual_logprobs"][0]
         own = log_probs(self.trainer, [SEQUENCE[:1]], [SEQUENCE[1:]])[0]
-        return _most(abs(a - b) for (a,), b in zip(found, own, strict=True))
+        return [abs(a - b) for (a,), b in zip(found, own, strict=True)]
 
     def _compare(self, ids, completions, scores):
         own = log_probs(self.trainer, ids, completions)
