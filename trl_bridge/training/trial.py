@@ -98,8 +98,9 @@ def verify(
         # Each opinion in a call of its own: a verifier may say the same of all copies in one.
         for start in range(0, len(doubtful), at_once * world_size):
             part = doubtful[start : start + at_once * world_size][rank::world_size]
-            options = {"rank": rank, "success_threshold": success_threshold, "once": True}
-            collect_verdicts(ask, weighting, demonstrations, part, **options)
+            collect_verdicts(
+                ask, weighting, demonstrations, part, rank=rank, success_threshold=success_threshold, once=True
+            )
         if visit < _CALLS:
             continue
         weighting.begin_window()
