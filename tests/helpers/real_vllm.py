@@ -30,7 +30,7 @@ NEEDS_VLLM = [
 ]
 
 TOLERANCE = 1e-5  # nats
-# A token in some hundred is where a layer's sums all but cancel: up to 5e-5 off a float64 forward, beside neighbours at 1e-7.
+# Now and then a token is where a layer's sums all but cancel: up to 5e-5 off a float64 forward, beside neighbours at 1e-7.
 # Weights of the update before are off by 1e-2.
 ROUNDING = 3e-4
 
