@@ -128,6 +128,7 @@ def test_stream_methods_equal_reference(tmp_path, name, family):
     cls, options, (rl, sft) = METHODS[name]
     trainer = vision_trainer(tmp_path, recording(cls), family, train_dataset=MIXED, **ACCUMULATED, **options)
     trainer.train()
+    assert trainer.windows and len(trainer.states) == len(trainer.windows)
     replay_stream(trainer, vision_model(family)[0], rl_weight=lambda step: rl, sft_weight=lambda step: sft)
 
 

@@ -9,7 +9,7 @@ OWN_NAMES = frozenset(
     _entropy _example _expert_term _fill _fill_places _finish_window _freeze_vision_tower _from_all_ranks _frozen_copy
     _guided_log_probs _guided_rollouts _guided_rows _held _is_cut _learner _load_renamed _load_rollouts _local_teacher
     _log_student _log_update _measure _micro_batches_add_up _move_coordinator _needs_policy_part _observe _pad _paid
-    _paired_prompts _parent_scores_old_policy _pass_of_window _plain_model _put_among_rollouts _record
+    _paired_prompts _parent_scores_old_policy _plain_model _put_among_rollouts _record
     _record_guidance _record_prefixes _record_rewards _record_teacher _replace_dead_groups _reshard_rollouts
     _reshard_step _reward_guided _rows_hash _run_passes _run_shadow _score _score_by_teacher _score_packed
     _score_seeing _score_with _sealing _set_initial_mean _set_up_packing _sft_share _sft_term _shadow_is_due

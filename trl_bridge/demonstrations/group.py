@@ -125,10 +125,13 @@ class _Turns(NamedTuple):
 def _traces_of_turns(rendered: Dataset, traces: Dataset) -> dict[tuple[int, ...], _Turns]:
     """Traces in which tools answer, by their tokens."""
     found = {}
-    for row, trace in zip(rendered, traces, strict=True):
-        ids, own = completion_of(row)
-        if not all(own):
-            messages = with_arguments(without_none(trace["completion"]), "`train_dataset`")
+    for index, labels in enumerate(rendered["labels"]):
+        first = next(place for place, label in enumerate(labels) if label != -100)
+        # Rows and messages are read for these alone: most datasets have none.
+        if -100 in labels[first:]:
+            row = rendered[index]
+            ids, own = completion_of(row)
+            messages = with_arguments(without_none(traces[index]["completion"]), "`train_dataset`")
             found[tuple(ids)] = _Turns(row["row"], own, messages)
     return found
 

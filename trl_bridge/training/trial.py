@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -252,7 +252,7 @@ class TrialTrainer(StudentTrainer):
             )
             backend.before_micro_batch(self.model_wrapped)
             for share, is_last in zip(shares, [False] * (micro_batches - 1) + [True], strict=True):
-                with self._pass_of_window(is_last):
+                with contextlib.nullcontext() if is_last else backend.earlier_pass(self.model_wrapped):
                     batch = self.demonstrations.batch(share)
                     log_probs, mask, *_ = self.score_rows(self.model_wrapped, batch, demonstration_head=True)
                     weights = torch.tensor([[chances[index]] for index in share], device=log_probs.device)
@@ -265,11 +265,6 @@ class TrialTrainer(StudentTrainer):
             optimizer.zero_grad(set_to_none=True)
 
         return learn
-
-    @contextlib.contextmanager
-    def _pass_of_window(self, is_last: bool) -> Iterator[None]:
-        with contextlib.nullcontext() if is_last else self.backend.earlier_pass(self.model_wrapped):
-            yield
 
     def _trial_prompts(self) -> list[list[dict[str, Any]]]:
         """This rank's rows of the generation batches of a measurement, which has whole ones."""

@@ -93,12 +93,14 @@ def collect_verdicts(
 ) -> None:
     """Ask the reward functions about a window's demonstrations, `once` or as often as is due. Collective: every rank calls."""
     rows = demonstrations.rows(indices)
-    # A first visit has one more call, and ranks may visit a row first in the same window: the calls due are counted
-    # over all ranks' rows, in rank order.
-    everyone = gather_object([rows])
-    before = sum(len(other) for other in everyone[:rank])
-    due = weighting.visits_due([row for other in everyone for row in other])[before : before + len(rows)]
-    asked = rows if once else [row for row, calls in zip(rows, due, strict=True) for _ in range(calls)]
+    asked = rows
+    if not once:
+        # A first visit has one more call, and ranks may visit a row first in the same window: the calls due are counted
+        # over all ranks' rows, in rank order.
+        everyone = gather_object([rows])
+        before = sum(len(other) for other in everyone[:rank])
+        due = weighting.visits_due([row for other in everyone for row in other])[before : before + len(rows)]
+        asked = [row for row, calls in zip(rows, due, strict=True) for _ in range(calls)]
     filler = _as_rollout(demonstrations, demonstrations.rows([0])[0])
     rewards = ask([_as_rollout(demonstrations, row) for row in asked], filler)
     # A demonstration that no reward function could score has no verdict.

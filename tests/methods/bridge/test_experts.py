@@ -97,6 +97,7 @@ def test_stream_method(tmp_path):
     )
     trainer.train()
     method = {"rl_weight": lambda step: 1 - 0.8, "sft_weight": lambda step: 0.8, "balance": COEFFICIENT}
+    assert trainer.windows and len(trainer.states) == len(trainer.windows)
     replay_stream(trainer, plain(), **method)
 
 

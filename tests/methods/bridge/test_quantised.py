@@ -184,6 +184,7 @@ def test_stream_method(tmp_path, folder, kind):
     trainer = in_float32(make(recording(CHORDTrainer), tmp_path, **changes))
     trainer.train()
     weight = {"rl_weight": lambda step: 1 - 0.8, "sft_weight": lambda step: 0.8}
+    assert trainer.windows and len(trainer.states) == len(trainer.windows)
     replay(trainer, model=dequantised(folder, kind), peft_config=lora, **weight)
 
 
