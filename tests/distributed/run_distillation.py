@@ -10,8 +10,8 @@ from tests.distributed.cases import FSDP, on_main_process, zero
 from tests.distributed.run import pretend_accelerator
 from tests.helpers import lightning_opd
 from tests.helpers.distillation import distillation_trainer, recording, small_student, small_teacher
-from tests.helpers.resume import StopAt, rows_of
-from tests.helpers.streams import optimizer_state_of, weights_of
+from tests.helpers.resume import StopAt
+from tests.helpers.streams import held_by
 from tests.helpers.training import small_lora
 from trl_bridge import AOPDTrainer, LightningOPDTrainer, OPDTrainer
 
@@ -112,16 +112,6 @@ def build(kind, case, folder, recorded=False, **changes):
     return distillation_trainer(folder, trainer_class, **{**models, **ROWS, **options, **way, **changes})
 
 
-def state_of(trainer):
-    return {
-        "weights": weights_of(trainer),
-        "optimizer": optimizer_state_of(trainer),
-        "shared": trainer.saved.state("shared"),
-        "local": trainer.saved.state("local"),
-        "rows": rows_of(trainer),
-    }
-
-
 def main(kind: str, place: str, *names: str) -> None:
     folder = Path(place)
     stored_rows()  # before a trainer lets TRL's head believe that every model is spread by ZeRO-3
@@ -150,5 +140,5 @@ def main(kind: str, place: str, *names: str) -> None:
         build(kind, name, folder / f"{name}-halves", callbacks=[StopAt(2)], **SAVING).train()
         resumed = build(kind, name, folder / f"{name}-halves", **SAVING)
         resumed.train(resume_from_checkpoint=True)
-        both = [state_of(trainer) for trainer in (straight, resumed)]
+        both = [held_by(trainer) for trainer in (straight, resumed)]
         torch.save(both, folder / f"{name}-resume-{resumed.accelerator.process_index}.pt")

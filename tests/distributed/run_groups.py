@@ -11,8 +11,8 @@ from tests.distributed.cases import FSDP, zero
 from tests.distributed.run import pretend_accelerator
 from tests.helpers.group_losses import watch_buffer, watch_guidance
 from tests.helpers.groups import group_trainer, hint_rows, options, recording
-from tests.helpers.resume import StopAt, rows_of
-from tests.helpers.streams import optimizer_state_of, weights_of
+from tests.helpers.resume import StopAt
+from tests.helpers.streams import held_by
 from tests.helpers.training import small_lora
 from trl_bridge.methods.catalogue import METHODS
 
@@ -151,16 +151,6 @@ def build(kind, case, folder, recorded=False, **changes):
     return group_trainer(folder, trainer_class, **options)
 
 
-def state_of(trainer):
-    return {
-        "weights": weights_of(trainer),
-        "optimizer": optimizer_state_of(trainer),
-        "shared": trainer.saved.state("shared"),
-        "local": trainer.saved.state("local"),
-        "rows": rows_of(trainer),
-    }
-
-
 def main(kind: str, place: str, *names: str) -> None:
     folder = Path(place)
     if kind != "ddp":
@@ -194,5 +184,5 @@ def main(kind: str, place: str, *names: str) -> None:
         build(kind, name, folder / f"{name}-halves", callbacks=[StopAt(2)], **saving).train()
         resumed = build(kind, name, folder / f"{name}-halves", **saving)
         resumed.train(resume_from_checkpoint=True)
-        both = [state_of(trainer) for trainer in (straight, resumed)]
+        both = [held_by(trainer) for trainer in (straight, resumed)]
         torch.save(both, folder / f"{name}-resume-{resumed.accelerator.process_index}.pt")

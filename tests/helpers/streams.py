@@ -5,7 +5,7 @@ from peft import get_peft_model
 from torch.distributed.tensor import DTensor
 from trl import GRPOTrainer
 
-from tests.helpers.resume import StopAt, assert_same
+from tests.helpers.resume import StopAt, assert_same, rows_of
 from trl_bridge.selftest.runs import movement_error, small_model
 from trl_bridge.selftest.streams import *  # noqa: F403
 from trl_bridge.selftest.streams import make, replay_stream, weights_of
@@ -120,6 +120,17 @@ def state_of(trainer):
         "log": [{k: v for k, v in e.items() if "time" not in k and "runtime" not in k and "per_second" not in k}
                 for e in trainer.state.log_history if "loss" in e][-1],
     }  # fmt: skip
+
+
+def held_by(trainer):
+    """What this rank holds of a run, that an exact resume must bring back."""
+    return {
+        "weights": weights_of(trainer),
+        "optimizer": optimizer_state_of(trainer),
+        "shared": trainer.saved.state("shared"),
+        "local": trainer.saved.state("local"),
+        "rows": rows_of(trainer),
+    }
 
 
 def assert_resumes(trainer_class, tmp_path, stops, max_steps=4, **changes):
