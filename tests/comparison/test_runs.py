@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from trl_bridge import recipes
 from trl_bridge.comparison.file import load_comparison, parse_comparison
@@ -177,6 +178,36 @@ def test_the_tasks_teacher_is_the_trainers(cache, tmp_path):
         runs_of(given, given.rows[0], given.settings[1], 1e-3)[0], task, str(tmp_path), []
     ).teacher_model
     assert torch.equal(own.state_dict()["lm_head.weight"], tiny_model(task.tokenizer, seed=5).lm_head.weight)
+
+
+def test_the_tasks_teacher_beside_the_reward(cache, tmp_path):
+    methods = {"taught": {"method": "grpo", "teachers": ["task"]}}
+    run = a_run("taught", **{**TEACHER, "methods": methods})
+    task = run.setting.task.build(0, Path(cache))
+    trainer = build_trainer(run, task, str(tmp_path), [])
+    assert trainer.teachers is not None and trainer.reward_funcs
+    saved = load_file(tmp_path / "task" / "model.safetensors")
+    weights = {name: task.teacher.state_dict()[name] for name in saved}
+    assert saved and all(torch.equal(saved[name], weight) for name, weight in weights.items())
+    # It reads both: other rewards are another run, and another teacher is.
+    fields = run.content["task"][1]
+    assert fields["reward_flip"] == 0.5 and fields["teacher_probability"] == 0.005
+    record = execute(run, cache)
+    assert record["updates"] == {"rl": 4, "sft": 0} and record["rollouts"] == 32
+    assert record["series"]["teacher/reverse_kl"]
+    # And a task without one is refused.
+    given = parse_comparison({**copy.deepcopy(VALUES), "methods": methods})
+    with pytest.raises(
+        ValueError, match="`methods: taught`: `grpo` needs a teacher, and the task of `settings: wrong`"
+    ):
+        check_rows(given, str(tmp_path))
+
+
+def test_rollouts_of_replaced_groups_are_counted(cache):
+    methods = {"dynamic": {"method": "grpo", "dynamic_sampling": True, "max_resample_times": 2}}
+    record = execute(a_run("dynamic", methods=methods), cache)
+    # A base model that is hardly ever paid: each of the four updates has all three generations of eight.
+    assert record["rollouts"] == 4 * 3 * 8 and record["curve"][-1]["rollouts"] == 96
 
 
 def test_stored_rollouts_are_the_students_with_the_teachers_scores(cache, tmp_path):

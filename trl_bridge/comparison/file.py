@@ -26,6 +26,8 @@ from .tasks.specs import TASKS, Number, Strict, TaskSpec
 # Families of methods that read demonstrations, and of those that read a teacher.
 _WITH_DEMONSTRATIONS = ("bridge", "stream", "group", "sft")
 _WITH_TEACHER = ("distillation", "scored")
+# As a row's `teachers`: the teacher that the task makes.
+TASKS_TEACHER = "task"
 
 
 def _different(values: list[Any]) -> list[Any]:
@@ -67,12 +69,17 @@ class Row(Strict, extra="allow"):
     @property
     def reads_rewards(self) -> bool:
         """Whether rewards change the result."""
-        return self.family != "sft" and not self.reads_teacher
+        return self.family not in ("sft", *_WITH_TEACHER)
 
     @property
     def reads_teacher(self) -> bool:
-        """Whether a teacher changes the result."""
-        return self.family in _WITH_TEACHER
+        """Whether the task's teacher changes the result."""
+        return self.family in _WITH_TEACHER or self.teacher_beside_reward
+
+    @property
+    def teacher_beside_reward(self) -> bool:
+        """Whether the task's teacher stands beside the reward."""
+        return self.fields.get("teachers") == [TASKS_TEACHER]
 
 
 @dataclasses.dataclass(frozen=True)

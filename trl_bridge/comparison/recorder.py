@@ -39,6 +39,8 @@ _SERIES = (
     "bridge/coordinator_norm",
     "bridge/shadow_distance",
     "opd/reverse_kl",
+    "teacher/reverse_kl",
+    "dynamic_sampling/dead_groups",
     "opd/teacher_logprob",
     "aopd/gate_fraction",
     "actguide/hard_rate",
@@ -111,7 +113,7 @@ class Recorder(TrainerCallback):
         if supervised:
             self.sft_tokens += args.per_device_train_batch_size * self._mean_demonstration
         elif "completions/mean_length" in values:
-            rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+            rows = self._sampled(args, values)
             # Those that guidance asks for beside them; their length is taken to be that of the others.
             rows += round(rows * values.get("actguide/guided_rate", 0.0) + values.get("actguide/probe_rollouts", 0.0))
             self.rollouts += rows
@@ -136,6 +138,11 @@ class Recorder(TrainerCallback):
             for name, mean in short({name: sum(each) / len(each) for name, each in logged.items() if each}).items():
                 found.setdefault(name, []).append(mean)
         return found
+
+    def _sampled(self, args: Any, values: Mapping[str, float]) -> int:
+        """Rollouts of this update, with those of groups that were replaced: these are taken to be as long as what is kept."""
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        return rows * round(values.get("dynamic_sampling/generations", 1))
 
     def _add_trial(self, args: Any, logs: Mapping[str, Any]) -> None:
         self.trial = {name.removeprefix("trial/"): float(logs[name]) for name in logs if name.startswith("trial/")}

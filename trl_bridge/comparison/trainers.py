@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from ..methods.catalogue import METHODS, Method, import_by_path
 from ..rewards.noise import noisy
-from .file import Comparison, Row
+from .file import TASKS_TEACHER, Comparison, Row
 from .plan import Run, runs_of
 from .tasks.scored_rollouts import SAMPLING, scored_rollouts
 from .tasks.task import BuiltTask
@@ -99,6 +99,8 @@ def build_trainer(
         arguments["sft_dataset"] = task.demonstrations
     if row.family == "distillation" and not _has_own_teacher(row):
         arguments["teacher_model"] = task.fresh_teacher()
+    if row.teacher_beside_reward:
+        _save_teacher(task, output_dir)
     if lora := {_LORA[name]: value for name, value in row.fields.items() if name in _LORA}:
         from peft import LoraConfig
 
@@ -121,7 +123,18 @@ def _train_dataset(row: Row, task: BuiltTask, rollouts: Dataset | None) -> Datas
 
 
 def _config(run: Run, output_dir: str) -> Any:
-    return import_by_path(METHODS[run.row.method].config)(**config_fields(run), output_dir=output_dir)
+    fields = config_fields(run)
+    if run.row.teacher_beside_reward:
+        fields["teachers"] = [str(Path(output_dir) / TASKS_TEACHER)]
+    return import_by_path(METHODS[run.row.method].config)(**fields, output_dir=output_dir)
+
+
+def _save_teacher(task: BuiltTask, output_dir: str) -> None:
+    """`teachers` are named by where they are."""
+    teacher, folder = task.teacher, Path(output_dir) / TASKS_TEACHER
+    assert teacher is not None  # check_rows
+    teacher.save_pretrained(folder)
+    task.tokenizer.save_pretrained(folder)
 
 
 def _check_teacher(comparison: Comparison, row: Row) -> None:
