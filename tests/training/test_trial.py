@@ -260,7 +260,58 @@ def test_every_measurement_has_the_weights_of_now_in_vllm(tmp_path, monkeypatch)
     assert trainer.vllm_generation.syncs == 3 + 2
 
 
+# What it takes
+
+
+def test_its_rollouts_are_taken_off_the_end(tmp_path):
+    # Three measurements of one generation batch of four groups, which lasts for two updates: six updates' worth.
+    options = {**TRIAL, "trial_takes_updates": True, "max_steps": 9, "steps_per_generation": 2}
+    trainer = make(paying(NaiveMixTrainer, RISING), tmp_path, gradient_accumulation_steps=1, **options)
+    trainer.train()
+    sampled = trainer.state.log_history[0]["trial/rollouts"]
+    assert sampled == 3 * trainer.args.generation_batch_size and trainer.state.global_step == 9 - 6
+    # The schedule is that of all.
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates == pytest.approx([trainer.args.learning_rate * (1 - step / 9) for step in range(3)])
+
+
+def test_where_nothing_is_tried_nothing_is_taken(tmp_path):
+    options = {**TRIAL, "trial_takes_updates": True, "max_steps": 8, "success_threshold": 2.0}
+    trainer = small_trainer(tmp_path, paying(BridgeTrainer, RISING), **options)
+    trainer.train()
+    assert trainer.state.global_step == 8
+
+
+def test_alternating_gives_whole_phases(tmp_path):
+    options = {**TRIAL, "trial_takes_updates": True, "max_steps": 20, "rl_steps": 4, "sft_steps": 1}
+    trainer = make(paying(AlternatingTrainer, RISING), tmp_path, gradient_accumulation_steps=1, **options)
+    trainer.train()
+    # Six generation batches are two phases of four updates, with the SFT update of each.
+    assert trainer.state.global_step == 20 - 10
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 6}, {"max_steps": -1, "num_train_epochs": 0.5}])
+def test_a_trial_that_leaves_no_update_is_refused(tmp_path, length):
+    options = {**TRIAL, "trial_takes_updates": True, "gradient_accumulation_steps": 1, **length}
+    trainer = make(paying(NaiveMixTrainer, RISING), tmp_path, **options)
+    with pytest.raises(ValueError, match="`trial_takes_updates`: the 3 measurements of the trial take .* as 6 updates"):
+        trainer.train()
+    assert not trainer.trials
+
+
 # Stopped and resumed
+
+
+def test_a_resumed_run_ends_where_it_would_have_ended(tmp_path):
+    options = {**TRIAL, "trial_takes_updates": True, "max_steps": 9, "save_strategy": "steps", "save_steps": 1}
+    options["gradient_accumulation_steps"] = 1
+    straight = make(paying(NaiveMixTrainer, RISING), tmp_path / "straight", **options)
+    straight.train()
+    make(paying(NaiveMixTrainer, RISING), tmp_path / "stopped", callbacks=[StopAt(1)], **options).train()
+    resumed = make(paying(NaiveMixTrainer, RISING), tmp_path / "stopped", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == straight.state.global_step == 3 and resumed.trials == 0
+    assert_same(weights_of(resumed), weights_of(straight))
 
 
 def test_a_resumed_run_does_not_try_again(tmp_path):

@@ -102,6 +102,11 @@ class AlternatingTrainer(DemonstrationTrainer):
     def demonstrations_due(self) -> bool:
         return not self.policy_due()
 
+    def updates_worth(self, rollouts: int) -> int:
+        # Those in which nothing is sampled go with them.
+        phases = -(-super().updates_worth(rollouts) // self.args.rl_steps)
+        return phases * (self.args.rl_steps + self.args.sft_steps)
+
     def end_of_window(self) -> None:
         self.record({"alternating/rl_update": float(self.policy_due())})
 

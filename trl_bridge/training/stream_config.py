@@ -8,7 +8,13 @@ from .student_config import StudentConfig
 
 
 # What a trial reads besides its length.
-_TRIAL = {"trial_learning_rate_factor": 3.0, "trial_eval_steps": 30, "trial_prompts": 64, "trial_tolerance": 0.005}
+_TRIAL = {
+    "trial_learning_rate_factor": 3.0,
+    "trial_eval_steps": 30,
+    "trial_prompts": 64,
+    "trial_tolerance": 0.005,
+    "trial_takes_updates": False,
+}
 
 
 @options
@@ -66,6 +72,9 @@ class DemonstrationConfig(StudentConfig):
     prompts each time."""
     trial_tolerance: float = field(default=0.005, metadata=at_least(0))
     """How far below the policy's mean reward that of the best point may be."""
+    trial_takes_updates: bool = False
+    """Whether the updates that the measurements' rollouts are worth are taken off the end of the run, so that it samples as many
+    as one without a trial. The learning rate's schedule stays that of `max_steps`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

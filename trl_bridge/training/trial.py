@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from .._upstream import forget_synced_weights, isolated_generation, optimizer_for
 from ..demonstrations.stream import DemonstrationStream, window_share
 from ..objectives.sft import demonstration_loss
-from .checkpoint.registry import Registry
+from .checkpoint.registry import SHARED, Registry, attribute
 from .demonstrations import Demonstrations
 from .policy import completions_of
 from .randomness import forked_python_rng, forked_torch_rng, seed_anew
@@ -121,7 +121,10 @@ class _BeforeRL(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step == 0:
+            self.trainer.check_updates_left(state.max_steps)
             self._values = self.trainer.try_demonstrations()
+        # Each call of `train` sets it anew from the options.
+        state.max_steps -= self.trainer.taken_updates
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -137,6 +140,14 @@ class TrialTrainer(StudentTrainer):
     """GRPO whose policy may try out its demonstrations before RL begins: the layer under the template of streams."""
 
     demonstrations: Demonstrations
+    # Off the end of the run, for what the trial has sampled.
+    taken_updates = 0
+
+    def updates_worth(self, rollouts: int) -> int:
+        """RL updates that take at least so many rollouts."""
+        args = self.args
+        batches = -(-rollouts // args.generation_batch_size)
+        return -(-batches * args.num_iterations * args.steps_per_generation // args.gradient_accumulation_steps)
 
     def set_up_trial(self, sft_dataset: Dataset) -> None:
         """Refuse what cannot be tried out, and see to it that the trial comes first."""
@@ -166,6 +177,22 @@ class TrialTrainer(StudentTrainer):
             )
         self.callback_handler.callbacks.insert(0, _BeforeRL(self))
 
+    def check_updates_left(self, max_steps: int) -> None:
+        """Refuse a trial that would take all updates."""
+        args = self.args
+        measurements = 1 - (-args.trial_steps // args.trial_eval_steps)
+        taken = self.updates_worth(measurements * self._trial_batches * args.generation_batch_size)
+        if args.trial_takes_updates and taken >= max_steps:
+            raise ValueError(
+                f"`trial_takes_updates`: the {measurements} measurements of the trial take as many rollouts as {taken} updates, and the "
+                f"run has {max_steps}. Lower `trial_prompts`, raise `trial_eval_steps`, or set it to False."
+            )
+
+    @property
+    def _trial_batches(self) -> int:
+        """Generation batches of a measurement."""
+        return -(-self.args.trial_prompts // self.prompts_per_generation)
+
     def before_trial_step(self) -> None:
         """When a trial's gradient is whole, before clipping. Nothing here."""
 
@@ -181,6 +208,8 @@ class TrialTrainer(StudentTrainer):
         with forked_torch_rng(self.accelerator.device), forked_python_rng():
             values = self._tried()
         forget_synced_weights(self)
+        if self.args.trial_takes_updates:
+            self.taken_updates = self.updates_worth(int(values["rollouts"]))
         # RL compares its own first rollouts, as it would without a trial.
         self._packing_is_checked = not self._packs
         return values
@@ -271,8 +300,7 @@ class TrialTrainer(StudentTrainer):
         dataset: Any = self.train_dataset
         if self.args.remove_unused_columns:
             dataset = dataset.select_columns("prompt")
-        groups = self.prompts_per_generation
-        batches = -(-self.args.trial_prompts // groups)
+        groups, batches = self.prompts_per_generation, self._trial_batches
         drawn = DemonstrationStream(len(dataset), self.args.seed + _APART).draw(batches * groups)
         places = self.places(self.args.generation_batch_size // self.backend.world_size)
         return [[dataset[drawn[batch * groups + group]] for group, _ in places] for batch in range(batches)]
@@ -298,3 +326,6 @@ class TrialTrainer(StudentTrainer):
     def register_state(self, saved: Registry) -> None:
         super().register_state(saved)
         saved.must_match("trial_steps")
+        if self.args.trial_takes_updates:
+            saved.must_match("trial_takes_updates")
+            saved.add("trial_updates", attribute(self, "taken_updates"), SHARED)
