@@ -356,6 +356,10 @@ def test_the_preset(tmp_path):
     args = small_config(tmp_path, preset="trial")
     assert (args.trial_steps, args.cooperative_gain, args.sft_weighting) == (240, False, None)
     assert small_config(tmp_path, preset="trial", trial_steps=7).trial_steps == 7
+    # Ten times theta's rate would undo what the trial has learnt.
+    assert args.coordinator_rate == args.learning_rate
+    assert small_config(tmp_path, preset="trial", coordinator_learning_rate=0.5).coordinator_rate == 0.5
+    assert small_config(tmp_path, preset="selective").coordinator_rate == 10 * args.learning_rate
     assert small_config(tmp_path, preset="selective").trial_steps is None
     assert small_trainer(tmp_path, args=args).weighting.kind == "judge_verdict"
 

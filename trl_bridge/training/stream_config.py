@@ -10,7 +10,7 @@ from .student_config import StudentConfig
 # What a trial reads besides its length.
 _TRIAL = {
     "trial_learning_rate_factor": 3.0,
-    "trial_eval_steps": 30,
+    "trial_eval_steps": 60,
     "trial_prompts": 64,
     "trial_tolerance": 0.005,
     "trial_takes_updates": False,
@@ -65,7 +65,7 @@ class DemonstrationConfig(StudentConfig):
     rollouts are paid as well as before; else nothing has happened. `None` makes none. Not with DeepSpeed."""
     trial_learning_rate_factor: float = field(default=3.0, metadata=above(0))
     """The trial's learning rate over `learning_rate`."""
-    trial_eval_steps: int = field(default=30, metadata=at_least(1))
+    trial_eval_steps: int = field(default=60, metadata=at_least(1))
     """Every so many of its updates, and after the last one, rollouts are sampled and paid. The best point is kept."""
     trial_prompts: int = field(default=64, metadata=at_least(1))
     """Prompts of such a measurement, with `num_generations` rollouts each; rounded up to whole generation batches. The same

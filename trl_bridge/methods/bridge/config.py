@@ -31,14 +31,14 @@ class BridgeConfig(DemonstrationConfig):
     """Fills `cooperative_gain` and `sft_weighting` where they are `None`. 'paper': `cooperative_gain=True`,
     `sft_weighting='none'`. 'selective' (ours, not the paper's): `cooperative_gain=False`,
     `sft_weighting='judge_verdict'`, or 'judge' where the demonstrations lack the columns that the reward functions
-    need. 'trial': as 'selective', after a trial of 240 updates (`trial_steps`)."""
+    need. 'trial': as 'selective', after a trial of 240 updates (`trial_steps`), with the coordinator at the student's rate."""
     cooperative_gain: bool | None = None
     """Whether the coordinator's gradient carries the cooperative-gain term. Without it no shadow is built: the
     coordinator then follows the fused gradient."""
     coordinator_learning_rate: float | None = field(default=None, metadata=at_least(0))
     """Learning rate of the coordinator `w`. `None` takes `10 * learning_rate`: at equal rates a LoRA is nearly inert
-    beside fully trained weights under AdamW. With `lean=True`, where theta is a LoRA too, `None` takes
-    `learning_rate`. The paper never prints its rate."""
+    beside fully trained weights under AdamW. With `lean=True`, where theta is a LoRA too, and after a trial, which ten
+    times would undo, `None` takes `learning_rate`. The paper never prints its rate."""
 
     # The RL-only shadow
 
@@ -151,7 +151,7 @@ class BridgeConfig(DemonstrationConfig):
         """Base learning rate of the coordinator; an explicit 0 is a rate."""
         if self.coordinator_learning_rate is not None:
             return self.coordinator_learning_rate
-        return self.learning_rate if self.lean else 10 * self.learning_rate
+        return self.learning_rate if self.lean or self.preset == "trial" else 10 * self.learning_rate
 
     @property
     def lean_alpha(self) -> float:
