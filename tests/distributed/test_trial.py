@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.distributed.launch import folder_of_runs, load
+from tests.distributed.launch import DEEPSPEED, folder_of_runs, load
 from tests.helpers.resume import assert_same
 from tests.helpers.streams import TOLERANCE
 from tests.helpers.training import movement_error, small_model
@@ -11,12 +11,21 @@ from trl_bridge.selftest.reference.stream import StreamReference
 
 
 pytestmark = pytest.mark.distributed
-KINDS = ("ddp", "fsdp")
+KINDS = ["ddp", "fsdp"]
+STAGES = [
+    pytest.param(name, marks=[DEEPSPEED] if name == "zero-3" else [DEEPSPEED, pytest.mark.exhaustive])
+    for name in ("zero-1", "zero-2", "zero-3")
+]
 folder = folder_of_runs("run_trial")
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*KINDS, *STAGES])
 def ranks(folder, request):
+    return load(folder(request.param), "seen")
+
+
+@pytest.fixture(params=KINDS)
+def lean_ranks(folder, request):
     return load(folder(request.param), "seen")
 
 
@@ -42,15 +51,20 @@ def test_ranks_agree_and_a_refused_trial_leaves_nothing(ranks):
         assert_same(rank["refused"], rank["plain"])
 
 
-@pytest.mark.parametrize("name", ["bridge", "lean"])
-def test_kept_it_is_where_the_student_and_the_spread_shadow_start(ranks, name):
-    after, policy, theta, hat = ranks[0][name]
+def test_kept_it_is_where_the_student_and_the_spread_shadow_start(ranks):
+    after, policy, theta, hat = ranks[0]["bridge"]
     assert_same(policy, after)
     assert_same(hat, theta)
 
 
-def test_lean_slices_of_w_are_where_they_were(ranks):
-    policy, before = ranks[0]["lean"][1], ranks[0]["lean before"]
+def test_kept_it_is_where_lean_slices_start(lean_ranks):
+    after, policy, theta, hat = lean_ranks[0]["lean"]
+    assert_same(policy, after)
+    assert_same(hat, theta)
+
+
+def test_lean_slices_of_w_are_where_they_were(lean_ranks):
+    policy, before = lean_ranks[0]["lean"][1], lean_ranks[0]["lean before"]
     moved = {name: (policy[name] - was).abs() for name, was in before.items()}
     assert all(part[6:].max() == 0 and part[:6].max() > 0 for name, part in moved.items() if "lora_A" in name)
     assert all(part[:, 6:].max() == 0 and part[:, :6].max() > 0 for name, part in moved.items() if "lora_B" in name)

@@ -7,6 +7,13 @@ TRIAL = {"trial_steps": 4, "trial_eval_steps": 2, "trial_prompts": 3}
 RISING, FALLING = [0.1, 0.2, 0.3], [0.3, 0.2, 0.1]
 
 
+def learner_of(trainer):
+    """Weights of what learns in a trial: the student, or under DeepSpeed a copy of it."""
+    if trainer._fork is None:
+        return weights_of(trainer)
+    return {name: trainer._fork.held.full(name).clone() for name in trainer._fork.held.parameters}
+
+
 def paying(trainer_class, rewards):
     """The trainer, whose measurements sample as they do and come to given rewards."""
 
@@ -30,7 +37,7 @@ def paying(trainer_class, rewards):
             def recorded(drawn):
                 learn(drawn)
                 self.drawn.append(drawn)
-                self.after.append(weights_of(self))
+                self.after.append(learner_of(self))
 
             return recorded
 

@@ -294,7 +294,9 @@ def test_alternating_gives_whole_phases(tmp_path):
 def test_a_trial_that_leaves_no_update_is_refused(tmp_path, length):
     options = {**TRIAL, "trial_takes_updates": True, "gradient_accumulation_steps": 1, **length}
     trainer = make(paying(NaiveMixTrainer, RISING), tmp_path, **options)
-    with pytest.raises(ValueError, match="`trial_takes_updates`: the 3 measurements of the trial take .* as 6 updates"):
+    with pytest.raises(
+        ValueError, match="`trial_takes_updates`: the 3 measurements of the trial take .* as 6 updates"
+    ):
         trainer.train()
     assert not trainer.trials
 
@@ -436,10 +438,12 @@ def test_it_is_logged_once_trackers_are_set_up(tmp_path):
     assert "trial/kept_steps" in tracker.logged[0] and "trial/kept_steps" not in tracker.logged[1]
 
 
-def test_deepspeed_is_refused(tmp_path, monkeypatch):
-    trainer = small_trainer(tmp_path)
+def test_an_adapter_with_deepspeed_is_refused(tmp_path, monkeypatch):
+    trainer = small_trainer(tmp_path, **LEAN)
     monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType.DEEPSPEED)
-    with pytest.raises(NotImplementedError, match="`trial_steps` is not supported by BridgeTrainer with DeepSpeed"):
+    with pytest.raises(
+        NotImplementedError, match="`trial_steps` of BridgeTrainer is not supported with DeepSpeed for a LoRA"
+    ):
         trainer.set_up_trial(sft_rows())
 
 

@@ -62,7 +62,7 @@ class DemonstrationConfig(StudentConfig):
 
     trial_steps: int | None = field(default=None, metadata=at_least(1))
     """Updates of a trial before RL: the policy learns from verified demonstrations alone, and keeps what it has learnt if its
-    rollouts are paid as well as before; else nothing has happened. `None` makes none. Not with DeepSpeed."""
+    rollouts are paid as well as before; else nothing has happened. `None` makes none."""
     trial_learning_rate_factor: float = field(default=3.0, metadata=above(0))
     """The trial's learning rate over `learning_rate`."""
     trial_eval_steps: int = field(default=60, metadata=at_least(1))

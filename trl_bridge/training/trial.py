@@ -6,18 +6,33 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from .._upstream import forget_synced_weights, isolated_generation, optimizer_for
+from .._upstream import (
+    add_demonstration_head,
+    forget_synced_weights,
+    isolated_generation,
+    optimizer_for,
+    plain_copy,
+)
 from ..demonstrations.stream import DemonstrationStream, window_share
 from ..objectives.sft import demonstration_loss
+from .backends import Storage, Weights
 from .checkpoint.registry import SHARED, Registry, attribute
 from .demonstrations import Demonstrations
 from .policy import completions_of
 from .randomness import forked_python_rng, forked_torch_rng, seed_anew
+from .side_model import SideModel
 from .student import StudentTrainer
 from .verdicts import AskRewards, collect_verdicts, missing_columns
 from .weighting import DemonstrationWeighting
@@ -142,6 +157,9 @@ class TrialTrainer(StudentTrainer):
     demonstrations: Demonstrations
     # Off the end of the run, for what the trial has sampled.
     taken_updates = 0
+    # Under DeepSpeed, whose engine steps by itself, a sharded copy learns in the student's place: before it is filled, and after.
+    _meta_fork: PreTrainedModel | None = None
+    _fork: SideModel | None = None
 
     def updates_worth(self, rollouts: int) -> int:
         """RL updates that take at least so many rollouts."""
@@ -152,10 +170,10 @@ class TrialTrainer(StudentTrainer):
     def set_up_trial(self, sft_dataset: Dataset) -> None:
         """Refuse what cannot be tried out, and see to it that the trial comes first."""
         owner, kind = type(self).__name__, self.accelerator.distributed_type
-        if kind == DistributedType.DEEPSPEED:
+        if kind == DistributedType.DEEPSPEED and is_peft_model(self._plain_model):
             raise NotImplementedError(
-                f"`trial_steps` is not supported by {owner} with DeepSpeed, whose engine steps by itself. Launch it on one device, "
-                "with DDP (torchrun) or with FSDP2, or set it to None."
+                f"`trial_steps` of {owner} is not supported with DeepSpeed for a LoRA student: there a copy of the whole model learns. "
+                "Launch it on one device, with DDP (torchrun) or with FSDP2, train in full, or set it to None."
             )
         dataset: Any = self.train_dataset
         if isinstance(dataset, IterableDataset):
@@ -207,6 +225,7 @@ class TrialTrainer(StudentTrainer):
         self.model.train()
         with forked_torch_rng(self.accelerator.device), forked_python_rng():
             values = self._tried()
+        self._fork = self._meta_fork = None
         forget_synced_weights(self)
         if self.args.trial_takes_updates:
             self.taken_updates = self.updates_worth(int(values["rollouts"]))
@@ -246,32 +265,73 @@ class TrialTrainer(StudentTrainer):
         # Looked up now: forwards hide the weights that FSDP holds behind gathered ones, and may move its shards.
         weights = backend.weights(self._plain_model)
         trained = {name: weight for name, weight in weights.parameters.items() if weight.requires_grad}
+        if self._meta_fork is not None:
+            self._fork = self._filled_fork(self._meta_fork, weights)
+        fork = self._fork
         stream, learn = DemonstrationStream(len(kept), seed), self._learner(chances, list(trained.values()))
         batches = self._trial_prompts()
 
         def shards() -> dict[str, torch.Tensor]:
+            if fork is not None:
+                return fork.weights
             backend.drop_gathered(self.model_wrapped)
             return {name: piece for name, piece in weights.shards().items() if name in trained}
+
+        def hand_over() -> None:
+            if fork is not None:
+                for name in trained:
+                    weights.write_(name, (slice(None),) * len(weights.shape(name)), fork.held.full(name))
+
+        def paid() -> float:
+            hand_over()
+            return self._paid(batches)
 
         outcome = try_out(
             shards,
             lambda: learn([kept[number] for number in stream.draw(count)]),
-            lambda: self._paid(batches),
+            paid,
             steps=args.trial_steps,
             every=args.trial_eval_steps,
             tolerance=args.trial_tolerance,
         )
+        hand_over()
         if outcome.kept:
             self.after_trial()
         rollouts = outcome.measurements * len(batches) * args.generation_batch_size
         costs = {"kept_steps": outcome.kept, "sft_steps": args.trial_steps, "rollouts": rollouts}
         return {**values, **costs, "reward_before": outcome.before, "reward": outcome.best}
 
+    def _filled_fork(self, blank: PreTrainedModel, student: Weights) -> SideModel:
+        """A copy of the student that learns in its place. Collective."""
+        args = self.args
+
+        def optimizer(leaves: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+            groups = [{"params": list(leaves.values()), "weight_decay": 0.0}]
+            return optimizer_for(self, groups, args.learning_rate * args.trial_learning_rate_factor, args.optim)
+
+        return SideModel(blank, self.backend.materialize(blank, student, Storage()), optimizer, args.max_grad_norm)
+
     def _learner(self, chances: Mapping[int, float], parameters: list[nn.Parameter]) -> Callable[[list[int]], None]:
         """An SFT update on demonstrations (of all ranks), by an optimizer of its own. Collective."""
-        args, backend = self.args, self.backend
+        args, backend, fork = self.args, self.backend, self._fork
         rate = args.learning_rate * args.trial_learning_rate_factor
-        optimizer = optimizer_for(self, [{"params": parameters, "weight_decay": 0.0}], rate, args.optim)
+        if fork is None:
+            optimizer = optimizer_for(self, [{"params": parameters, "weight_decay": 0.0}], rate, args.optim)
+
+        def pass_of(is_last: bool) -> contextlib.AbstractContextManager[None]:
+            if fork is not None:
+                return backend.alongside()
+            return contextlib.nullcontext() if is_last else backend.earlier_pass(self.model_wrapped)
+
+        def step() -> None:
+            if fork is not None:
+                fork.step(1.0)
+                return
+            self.before_trial_step()
+            if args.max_grad_norm > 0:
+                nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
         def learn(drawn: list[int]) -> None:
             tokens = sum(self.demonstrations.num_tokens(index) for index in drawn)
@@ -279,19 +339,17 @@ class TrialTrainer(StudentTrainer):
             shares = window_share(
                 self.demonstrations.by_length(drawn), micro_batches, backend.world_size, backend.rank
             )
-            backend.before_micro_batch(self.model_wrapped)
+            model = self.model_wrapped if fork is None else fork.model
+            if fork is None:
+                backend.before_micro_batch(model)
             for share, is_last in zip(shares, [False] * (micro_batches - 1) + [True], strict=True):
-                with contextlib.nullcontext() if is_last else backend.earlier_pass(self.model_wrapped):
+                with pass_of(is_last):
                     batch = self.demonstrations.batch(share)
-                    log_probs, mask, *_ = self.score_rows(self.model_wrapped, batch, demonstration_head=True)
+                    log_probs, mask, *_ = self.score_rows(model, batch, demonstration_head=True)
                     weights = torch.tensor([[chances[index]] for index in share], device=log_probs.device)
                     loss, _ = demonstration_loss(log_probs, mask, weights, tokens, backend.world_size)
                     backend.backward_alongside(loss)
-            self.before_trial_step()
-            if args.max_grad_norm > 0:
-                nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            step()
 
         return learn
 
@@ -322,6 +380,17 @@ class TrialTrainer(StudentTrainer):
                 "`trial_steps`: no reward function has scored any of the rollouts that the trial is judged by."
             )
         return mean
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if self.args.trial_steps and self.backend.steps_in_backward and not resume_from_checkpoint:
+            # From the plain model, before the engine takes hold of it.
+            self._meta_fork = self.backend.meta_copy(self._plain_model, self._copy_for_trial)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _copy_for_trial(self, model: PreTrainedModel, memo: dict[int, Any] | None = None) -> PreTrainedModel:
+        copy = plain_copy(model, self.temperature, self.args.cast_lm_head_to_fp32, entropy=False, memo=memo)
+        add_demonstration_head(copy, self.args.cast_lm_head_to_fp32)
+        return copy
 
     def register_state(self, saved: Registry) -> None:
         super().register_state(saved)

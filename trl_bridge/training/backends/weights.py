@@ -12,8 +12,8 @@ from .reducer import Reducer
 
 # Rows first to last of an addition to a weight, in the weight's own orientation.
 Rows = Callable[[int, int], torch.Tensor]
-# Rows and columns of a weight.
-Part = tuple[slice, slice]
+# Rows, and columns where there are, of a weight.
+Part = tuple[slice, ...]
 
 
 class Weights:

@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 from ....training.backends import Backend, Weights, copy_rows_
 from ....training.checkpoint.sharded_state import ShardedState
+from ....training.side_model import SideModel
 
 
-class Shadow:
-    """The RL-only copy, its optimizer, and its steps. It holds M_hat = theta_hat + s B A."""
+class Shadow(SideModel):
+    """The RL-only copy. It holds M_hat = theta_hat + s B A."""
 
     def __init__(
         self,
@@ -22,51 +23,13 @@ class Shadow:
         optimizer_for: Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer],
         max_grad_norm: float,
     ):
-        self.model = model
-        self.held = weights
-        # An ordinary optimizer steps on this rank's rows: its step goes element by element.
-        self._leaves = weights.leaves()
-        self.optimizer = optimizer_for(self._leaves)
+        super().__init__(model, weights, optimizer_for, max_grad_norm)
         # M_hat itself (not theta_hat: a difference would not come back bit for bit) and the optimizer's state.
         self.saved = ShardedState(weights, self._leaves, self.optimizer)
-        self.max_grad_norm = max_grad_norm
 
     def active(self, backend: Backend) -> contextlib.AbstractContextManager[None]:
         """Around the shadow's forward and backward: it is a model of its own, beside the backend's."""
         return backend.alongside()
-
-    @property
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The rows of M_hat that this rank holds, by the plain model's names."""
-        return self.held.shards()
-
-    def gradients(self) -> dict[str, torch.Tensor]:
-        """Accumulated gradient G_hat of these rows by name; zero where the loss does not reach them."""
-        return {name: self.held.gradient(name) for name in self._leaves}
-
-    def step(self, rate_factor: float, counts_zeros: bool = False) -> None:
-        """Clip, step, and clear the gradient."""
-        self.held.offload()
-        self.held.refresh(self._leaves)
-        if counts_zeros:
-            for name, leaf in self._leaves.items():
-                if leaf.grad is None:
-                    leaf.grad = self.held.gradient(name)
-        if self.max_grad_norm > 0:
-            leaves = list(self._leaves.values())
-            square = nn.utils.get_total_norm([p.grad for p in leaves if p.grad is not None]).square()
-            self.held.reduce_shards_([square])
-            nn.utils.clip_grads_with_norm_(leaves, self.max_grad_norm, square.sqrt())
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate_factor
-        self.optimizer.step()
-        self.clear_gradients()
-
-    def clear_gradients(self) -> None:
-        """Forget G_hat."""
-        self.held.offload()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.held.clear_gradients()
 
     def reset(self, student: Weights) -> None:
         """Set M_hat to M and forget the optimizer's state (`shadow_reset_steps`). Collective."""
