@@ -32,7 +32,7 @@ def test_the_whole_demo(tmp_path, capsys):
         assert [point["rollouts"] for point in result["points"]] == [0, 64, 128]
     # All but the cold start begin at the base model.
     starts = [result["points"][0]["accuracy"] for name, result in results["methods"].items() if name != "cold start"]
-    assert starts == [results["base"]["accuracy"]] * 3
+    assert starts == [results["base"]["accuracy"]] * 4
     assert shown.count(" before ") == 3
     assert (output / "curves.png").read_bytes()[:4] == b"\x89PNG"
     model = AutoModelForCausalLM.from_pretrained(output / "model")

@@ -8,6 +8,8 @@ import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+from tests.helpers.resume import assert_same
+from tests.helpers.streams import make, weights_of
 from tests.helpers.training import (
     RecordingTrainer,
     digits_reward,
@@ -17,6 +19,7 @@ from tests.helpers.training import (
     small_model,
     small_trainer,
 )
+from trl_bridge import NaiveMixTrainer
 from trl_bridge.models import tiny_tokenizer
 from trl_bridge.training.stream import DemonstrationTrainer
 from trl_bridge.training.stream_config import DemonstrationConfig
@@ -39,6 +42,30 @@ def test_a_window_cut_off_by_an_exception_leaves_nothing_behind(tmp_path):
     trainer.train()
     assert trainer.state.global_step == 3 and trainer._window is None
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_an_update_that_clipping_has_cut_off_is_not_resumed(tmp_path, monkeypatch):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    straight = make(NaiveMixTrainer, tmp_path / "straight", **options)
+    straight.train()
+    cut = make(NaiveMixTrainer, tmp_path / "cut", **options)
+    clip = cut.accelerator.clip_grad_norm_
+
+    def failing(*args, **kwargs):
+        if cut.state.global_step == 3:
+            raise MemoryError
+        return clip(*args, **kwargs)
+
+    # The gradient is whole then, its demonstrations are drawn, and nothing has stepped.
+    monkeypatch.setattr(cut.accelerator, "clip_grad_norm_", failing)
+    with pytest.raises(MemoryError):
+        cut.train()
+    cut._save_checkpoint(cut.model, trial=None)
+    cut._sealing.wait()
+    assert (tmp_path / "cut" / "checkpoint-3").exists()
+    monkeypatch.undo()
+    cut.train(resume_from_checkpoint=True)
+    assert_same(weights_of(cut), weights_of(straight))
 
 
 def test_windows_without_a_demonstration(tmp_path):

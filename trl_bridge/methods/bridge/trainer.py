@@ -442,10 +442,6 @@ class BridgeTrainer(DemonstrationTrainer):
 
     # Saving and resuming
 
-    @property
-    def inside_update(self) -> bool:
-        return super().inside_update or self._fused is not None
-
     def register_state(self, saved: Registry) -> None:
         super().register_state(saved)
         args = self.args

@@ -89,7 +89,7 @@ class Sealed(Trainer):
 
 
 class _Stepping(TrainerCallback):
-    """Notes when the optimizer has stepped and `global_step` does not count it yet."""
+    """Notes when an update's gradients are whole and `global_step` does not count it yet."""
 
     under_way = False
 
@@ -97,11 +97,6 @@ class _Stepping(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.under_way = False  # an exception may have cut off an earlier call of `train`
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.under_way = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -174,6 +169,11 @@ class Resumable(Sealed):
         return self.inside_update or self._stepping.under_way
 
     # TRL's methods
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._stepping.under_way = self.accelerator.sync_gradients
+        return loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
