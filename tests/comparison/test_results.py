@@ -16,7 +16,7 @@ from trl_bridge.generation.records import append_lines, read_lines
 
 
 ROOT = Path(__file__).parents[2]
-PUBLISHED, TRIAL = ROOT / "docs" / "results" / "comparison", ROOT / "docs" / "results" / "trial"
+PUBLISHED = ROOT / "docs" / "results" / "comparison"
 VALUES = {
     "task": {"name": "addition"},
     "settings": {"half": {"wrong_share": 0.5}, "good": None},
@@ -162,7 +162,7 @@ def test_published_tables_are_those_of_the_published_runs(folder):
     assert not [record["commit"] for record in records.values() if record["commit"].endswith("+")]
 
 
-@pytest.mark.parametrize("name", ["gain_term", "trial"])
+@pytest.mark.parametrize("name", ["gain_term", "trial", "trial_rule"])
 def test_tables_of_benchmarks_are_those_of_their_runs(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     if (ROOT / "benchmarks" / f"{name}.py").is_file():
@@ -173,7 +173,11 @@ def test_tables_of_benchmarks_are_those_of_their_runs(name, monkeypatch):
     assert overview(comparison, records) in (PUBLISHED.parents[1] / "results.md").read_text()
 
 
-SAME_GRPO = [{"half-wrong", "all-wrong", "helpful", "half-leading-zero"}, {"other-form"}, {"half-wrong-flipped"}]
+SAME_GRPO = [
+    {"half-wrong", "all-wrong", "helpful", "half-leading-zero", "half-subtraction"},
+    {"half-wrong-flipped", "flipped"},
+    *({name} for name in ("other-form", "sparse", "half-own-error")),
+]
 
 
 def behind_grpo(records, row, setting):
@@ -200,8 +204,10 @@ def at(curve, rollouts):
     return left["probability"] + share * (right["probability"] - left["probability"])
 
 
-def test_how_far_a_trial_falls_behind_grpo_is_that_of_the_published_runs():
-    records, comparison = read_records(TRIAL), load_comparison(str(ROOT / "benchmarks" / "trial.yaml"))
+@pytest.mark.parametrize("name", ["trial", "trial_rule"])
+def test_how_far_a_trial_falls_behind_grpo_is_that_of_the_published_runs(name):
+    records = read_records(PUBLISHED.parent / name)
+    comparison = load_comparison(str(ROOT / "benchmarks" / f"{name}.yaml"))
     rows = [row.name for row in comparison.rows if row.name != "grpo"]
     lines = []
     for setting in comparison.settings:
