@@ -16,7 +16,6 @@ HEADING = "| option | status | by which test, or why |"
 # A value of each refused option that is refused.
 VALUES = {
     "fp16": True,
-    "neftune_noise_alpha": 5.0,
     "use_liger_kernel": True,
     "torch_compile": True,
     "lr_scheduler_type": "reduce_lr_on_plateau",

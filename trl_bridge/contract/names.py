@@ -27,7 +27,7 @@ OWN_NAMES = frozenset(
     sft_steps sft_weights shadow_state_dict shards shards_adapters student take_over
     taken_updates teacher_top_k theta_state_dict
     token_losses token_weights trains_by_advantage try_demonstrations window_metrics window_share with_signal
-    check_updates_left updates_worth write_experts
+    check_updates_left under_noise updates_worth write_experts
     """.split()
 )
 

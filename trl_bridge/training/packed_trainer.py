@@ -1,11 +1,12 @@
 """GRPO whose passes run without padding: the layer of TRL's trainer under every trainer of ours."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.logging import get_logger
 from torch import nn
+from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 from .._upstream import attend_in_segments
 from .checkpoint.layout import filler
@@ -209,6 +210,20 @@ class PackedTrainer(ResumableTrainer):
         mask = batch["labels"][:, 1:] != -100
         hits = None if outputs.is_top1 is None else spread(outputs.is_top1, layout, mask)
         return spread(outputs.log_probs, layout, mask), mask, hits, None
+
+    def under_noise(self, model: nn.Module, score: Callable[[], Any]) -> Any:
+        """A pass over demonstrations, with NEFTune's noise on the embeddings where it is asked for."""
+        alpha = self.args.neftune_noise_alpha
+        if alpha is None:
+            return score()
+        # Its scale is that of a row's length, which a packed pass does not have.
+        packs, self._packs = self._packs, False
+        hook = activate_neftune(model, alpha, self.accelerator)
+        try:
+            return score()
+        finally:
+            deactivate_neftune(model, hook, self.accelerator)
+            self._packs = packs
 
     # Rollouts without a gradient
 

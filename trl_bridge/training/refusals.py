@@ -50,7 +50,6 @@ def refuse(args: Any, rules: Rules, where: str = "") -> None:
 
 REFUSED: Rules = {
     "fp16": "a gradient scaler would skip updates after the parts beside the student have moved. Use `bf16=True`",
-    "neftune_noise_alpha": "its noise would enter the RL log-probabilities and their ratios. Set it to None",
     "use_liger_kernel": (
         "its kernels cannot be carried to the model copies in a tested way. Set it to False, or use "
         "`model_init_kwargs={'use_kernels': True}`"
@@ -85,6 +84,13 @@ REFUSED: Rules = {
     ),
 }
 
+
+# Where there is no SFT pass of its own to have the noise.
+NOISE: Rules = {
+    "neftune_noise_alpha": (
+        "its noise would enter the RL log-probabilities and their ratios, of which the experts' rows are a part here. Set it to None"
+    ),
+}
 
 # Where a group may leave the RL loss.
 SCALED_BY_GROUP: Rules = {
@@ -175,9 +181,9 @@ def _refuse_rows_with_pictures(owner: str, datasets: Mapping[str, Any]) -> None:
                 )
 
 
-def check_config(args: Any) -> None:
-    """Refuse options that no trainer with a demonstration stream supports."""
-    refuse(args, REFUSED)
+def check_config(args: Any, noisy_demonstrations: bool = False) -> None:
+    """Refuse options that no trainer on GRPO supports. `noisy_demonstrations`: SFT passes of their own may have noise."""
+    refuse(args, REFUSED if noisy_demonstrations else {**REFUSED, **NOISE})
     check_best_model(args)
 
 

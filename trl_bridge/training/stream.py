@@ -312,7 +312,7 @@ class DemonstrationTrainer(TrialTrainer):
             `torch.Tensor`: the loss, before the term's weight; the caller runs its backward.
         """
         share = window.shares[window.micro_batch]
-        log_probs, mask, hits, balance = self._score(model, share)
+        log_probs, mask, hits, balance = self.under_noise(model, lambda: self._score(model, share))
         tempered = self._tempered_sequence_log_probs(model, share, log_probs, mask)
         weights = self.weighting.token_weights(log_probs.detach(), mask, self.demonstrations.rows(share), tempered)
         weights = self.token_weights(log_probs.detach(), mask, weights)

@@ -94,7 +94,12 @@ class DemonstrationConfig(StudentConfig):
         changed = [name for name, default in _TRIAL.items() if getattr(self, name) != default]
         if changed and self.trial_steps is None:
             raise ValueError(f"`{changed[0]}` has no effect without a trial. Set `trial_steps`, or remove it.")
-        check_config(self)
+        check_config(self, noisy_demonstrations=True)
+        if self.neftune_noise_alpha is not None and self.sft_weighting not in (None, "none", "verdict"):
+            raise NotImplementedError(
+                f"`neftune_noise_alpha` is not supported with `sft_weighting={self.sft_weighting!r}`, whose likelihoods would be those "
+                "of noisy passes. Set it to None, or take 'none' or 'verdict'."
+            )
 
     @property
     def demonstration_batch_size(self) -> int:

@@ -153,6 +153,8 @@ class StudentTrainer(Carded, PackedTrainer):
         if own_reference:
             self.beta = args.beta
             self.ref_model: Any = self._frozen_copy()
+        # The SFT pass alone has noise (`under_noise`); transformers' own would be in every pass.
+        self.neftune_noise_alpha = None
         self.policy = PolicyLoss(self)
         self.rollouts = RolloutRewards()
         self._set_up_packing()

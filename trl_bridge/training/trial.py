@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -344,8 +345,8 @@ class TrialTrainer(StudentTrainer):
                 backend.before_micro_batch(model)
             for share, is_last in zip(shares, [False] * (micro_batches - 1) + [True], strict=True):
                 with pass_of(is_last):
-                    batch = self.demonstrations.batch(share)
-                    log_probs, mask, *_ = self.score_rows(model, batch, demonstration_head=True)
+                    score = functools.partial(self.score_rows, model, self.demonstrations.batch(share))
+                    log_probs, mask, *_ = self.under_noise(model, functools.partial(score, demonstration_head=True))
                     weights = torch.tensor([[chances[index]] for index in share], device=log_probs.device)
                     loss, _ = demonstration_loss(log_probs, mask, weights, tokens, backend.world_size)
                     backend.backward_alongside(loss)

@@ -111,6 +111,11 @@ class BridgeConfig(DemonstrationConfig):
             self.cooperative_gain = self.preset == "paper"
         if self.sft_weighting is None and self.preset == "paper":
             self.sft_weighting = "none"
+        elif self.sft_weighting is None and self.neftune_noise_alpha is not None:
+            raise NotImplementedError(
+                f"`neftune_noise_alpha` is not supported with `preset={self.preset!r}`, whose likelihoods would be those of noisy passes. "
+                "Set it to None, or `sft_weighting='verdict'`."
+            )
         check_side_optimizer("optim", self.optim)
         if self.shadow_optim is not None:
             check_side_optimizer("shadow_optim", self.shadow_optim)
