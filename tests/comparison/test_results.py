@@ -162,7 +162,7 @@ def test_published_tables_are_those_of_the_published_runs(folder):
     assert not [record["commit"] for record in records.values() if record["commit"].endswith("+")]
 
 
-@pytest.mark.parametrize("name", ["gain_term", "trial", "trial_rule"])
+@pytest.mark.parametrize("name", ["gain_term", "trial", "trial_rule", "trial_long"])
 def test_tables_of_benchmarks_are_those_of_their_runs(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     if (ROOT / "benchmarks" / f"{name}.py").is_file():
