@@ -13,7 +13,7 @@ from ._lazy import exports
 from .methods.catalogue import METHODS
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _SUPPORTED_TRL = SpecifierSet(">=1.16,<2")
 
