@@ -339,7 +339,7 @@ def test_options_that_would_forget_the_pictures(tmp_path, options):
 
 def test_several_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
-    with pytest.raises(NotImplementedError, match="CHORDTrainer has not been tested .*on several processes"):
+    with pytest.raises(NotImplementedError, match="`sft_dataset` row 2 has no picture, and on several processes"):
         vision_trainer(tmp_path, CHORDTrainer)
 
 

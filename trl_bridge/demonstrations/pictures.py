@@ -62,6 +62,20 @@ def check_pictures(dataset: Any, what: str) -> None:
     _check_prompts(dataset, what)
 
 
+def check_each_has_one(dataset: Any, what: str) -> None:
+    """
+    Refuse rows without a picture where several processes train: one that runs no vision tower would leave the others waiting.
+    """
+    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
+        seeing = {row for row, _, stored in _stored(dataset) if stored}
+        first = next((row for row in range(len(dataset)) if row not in seeing), None)
+        if first is not None:
+            raise NotImplementedError(
+                f"`{what}` row {first} has no picture, and on several processes each row needs one: the processes run the vision tower "
+                "together. Remove such rows, or launch it on one device."
+            )
+
+
 def _stored(dataset: Dataset) -> Iterator[tuple[int, str, Any]]:
     """Row, column and what is stored there: no picture is decoded."""
     for column in set(COLUMNS) & set(dataset.column_names):

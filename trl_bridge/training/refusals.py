@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -134,6 +136,20 @@ def check_seeing(owner: str, processing_class: Any, model: Any = None, **dataset
             check_pictures(dataset, name)
     elif processing_class is not None:
         _refuse_rows_with_pictures(owner, datasets)
+
+
+def check_ranks_seeing(accelerator: Accelerator, owner: str, **datasets: Any) -> None:
+    """Refuse what several processes cannot train a model that sees with."""
+    from ..demonstrations.pictures import check_each_has_one
+
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise NotImplementedError(
+            f"{owner} has not been tested with a vision-language model and {kind.value}. Launch it on one device, or with DDP (torchrun)."
+        )
+    if accelerator.num_processes > 1:
+        for name, dataset in datasets.items():
+            check_each_has_one(dataset, name)
 
 
 # With a model that sees.

@@ -47,7 +47,7 @@ from .packed_trainer import PackedTrainer
 from .packing import reason_for_padding
 from .pictures import one_entry_for_each_row
 from .policy import PolicyLoss, Scores, completions_of
-from .refusals import check_seeing, refuse_blind_options, refuse_pictures
+from .refusals import check_ranks_seeing, check_seeing, refuse_blind_options, refuse_pictures
 from .student_config import StudentConfig
 from .teacher import SCORES, WEIGHT, Teachers, log_ratio
 from .teacher_config import named, place_of
@@ -122,10 +122,9 @@ class StudentTrainer(Carded, PackedTrainer):
         check_sight(owner, self.processing_class, self.model, **({} if processing_class else datasets))
         if self._is_vlm:
             refuse_blind_options(args)
-            if self.accelerator.num_processes > 1:
-                raise NotImplementedError(
-                    f"{owner} has not been tested with a vision-language model on several processes. Launch it on one device."
-                )
+            check_ranks_seeing(
+                self.accelerator, owner, train_dataset=datasets["train_dataset"], sft_dataset=sft_dataset
+            )
         if args.freeze_vision_tower:
             self._freeze_vision_tower()
         if self.aux_loss_enabled and not self.balances_experts:
