@@ -68,7 +68,8 @@ def test_quickstart(tmp_path, monkeypatch, capsys):
 def test_consulting_a_helper(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run_example("consult_a_helper.py", monkeypatch, "--steps", 2, "--sft_steps", 2)
-    assert "| 1 to 1 | " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "| 1 to 1 | " in shown and "Without consultants, greedily, 0." in shown
 
 
 def test_a_method_of_ones_own(tmp_path, monkeypatch, capsys):
