@@ -114,8 +114,11 @@ def local_model(
     return ask
 
 
-def served_model(url: str, model: str, max_new_tokens: int = 256) -> Callable[[str], str]:
-    """A model behind an OpenAI-compatible server (vLLM's, at `http://localhost:8000/v1`) as a consultant: its greedy answer."""
+def served_model(url: str, model: str, max_new_tokens: int = 256, timeout: float = 60.0) -> Callable[[str], str]:
+    """
+    A model behind an OpenAI-compatible server (vLLM's, at `http://localhost:8000/v1`) as a consultant: its greedy answer. One that
+    does not answer within `timeout` seconds has failed.
+    """
 
     def ask(question: str) -> str:
         messages = [{"role": "user", "content": str(question)}]
@@ -123,7 +126,7 @@ def served_model(url: str, model: str, max_new_tokens: int = 256) -> Callable[[s
         # Not huggingface_hub's client, which refuses a server on this machine too where HF_HUB_OFFLINE is set.
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{url}/chat/completions", json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request) as reply:
+        with urllib.request.urlopen(request, timeout=timeout) as reply:
             return json.load(reply)["choices"][0]["message"]["content"] or ""
 
     return ask
