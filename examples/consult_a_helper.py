@@ -8,7 +8,7 @@ result, and TRL's mask leaves its tokens out of the loss.
 
 The three consultants (`trl_bridge.data.consultants`) verify a guess, look the sum up, and ask a tiny model that has learned sums. The
 policy, another tiny model, has learned manners alone: to guess, mostly wrong, and to consult each of them. GRPO finds out that consulting
-pays, a bit less than knowing by oneself.
+pays, though it has a price. What it does without consultants is printed as it is: it has not learned to add by itself.
 """
 
 import argparse
@@ -106,8 +106,8 @@ def consultations(completions, **kwargs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--steps", type=int, default=30, help="steps of GRPO (30)")
-    parser.add_argument("--sft_steps", type=int, default=300, help="steps of SFT, of each model (300)")
+    parser.add_argument("--steps", type=int, default=60, help="steps of GRPO (60)")
+    parser.add_argument("--sft_steps", type=int, default=600, help="steps of SFT, of each model (600)")
     options = parser.parse_args()
 
     tokenizer, rng = make_tokenizer(), random.Random(0)
@@ -144,7 +144,8 @@ def main():
             per_device_train_batch_size=32,  # 4 sums with 8 rollouts each
             num_generations=8,
             max_completion_length=24,
-            reward_weights=[1.0, -0.1],
+            reward_weights=[1.0, -0.05],
+            scale_rewards="none",  # else the price alone would decide in groups that are all wrong
             max_tool_calling_iterations=1,
             logging_steps=1,
             disable_tqdm=True,
