@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
+from tests.helpers.resume import assert_same
 from tests.helpers.streams import assert_resumes, make, replay, trained
 from tests.helpers.training import small_config, small_model, small_trainer
+from tests.helpers.two_stage import two_stage
 from trl_bridge import AlternatingTrainer, LUFFYConfig, NaiveMixTrainer
 from trl_bridge.selftest.streams import recording
 from trl_bridge.training import packed_trainer
@@ -119,3 +122,17 @@ def test_what_would_read_noisy_likelihoods_is_refused(tmp_path):
 def test_a_trial_has_it_too(tmp_path, noise):
     make(NaiveMixTrainer, tmp_path, neftune_noise_alpha=ALPHA, trial_steps=2, trial_prompts=2, max_steps=1).train()
     assert len(noise) == 3 * 2
+
+
+def test_two_stage_has_it_in_its_cold_start_alone(tmp_path):
+    weights = {}
+    for alpha in (None, ALPHA):
+        for rate in (0.0, 2e-3):
+            trainer = two_stage(tmp_path / f"{alpha}-{rate}", neftune_noise_alpha=alpha, sft_learning_rate=rate)
+            trainer.train()
+            weights[alpha, rate] = dict(trainer._second.model.state_dict())
+            first = LlamaForCausalLM.from_pretrained(tmp_path / f"{alpha}-{rate}" / "sft").state_dict()
+            weights[alpha, rate, "sft"] = dict(first)
+    assert_same(weights[ALPHA, 0.0], weights[None, 0.0])
+    with pytest.raises(AssertionError):
+        assert_same(weights[ALPHA, 2e-3, "sft"], weights[None, 2e-3, "sft"])

@@ -56,7 +56,10 @@ REFUSED: Rules = {
         "its kernels cannot be carried to the model copies in a tested way. Set it to False, or use "
         "`model_init_kwargs={'use_kernels': True}`"
     ),
-    "torch_compile": "a compiled forward does not know the demonstration head. Set it to False",
+    "torch_compile": (
+        "packed passes are compiled again for each layout, and the demonstration head was not tested compiled. Set it to "
+        "False"
+    ),
     "lr_scheduler_type": (
         lambda value: value in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY),
         "it keeps no initial rate, and the coordinator's and the shadow's rates follow the rate relative to it. Use "
