@@ -22,7 +22,7 @@ from transformers.trainer_utils import SaveStrategy
 
 VARIANTS = ("TRL's GRPO", "BRIDGE")
 # The updates are as small as they can be: only what comes after them is timed.
-UPDATES = {"prompts": 1, "budget": 8, "micro_batch": 8, "dead": 0.0, "mean": 0.4, "equal": True, "smollm2": True, "checkpointing": False}  # fmt: skip
+UPDATES = {"prompts": 1, "budget": 8, "micro_batch": 8, "dead": 0.0, "mean": 0.4, "equal": True, "smollm2": True, "checkpointing": False, "tools": False, "vision": False}  # fmt: skip
 
 
 def now():

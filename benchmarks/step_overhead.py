@@ -2,11 +2,13 @@
 What an update costs beside TRL's GRPO, without generation: time and memory of each trainer on the same rollouts, in one run.
 
     python benchmarks/step_overhead.py [--prompts 4] [--dead 0.5] [--steps 3] [--rounds 2] [--equal] [--smollm2] [--memory]
+    python benchmarks/step_overhead.py --tools | --vision [...]
 
 The rollouts are drawn beforehand, of lengths as they are met: log-normal with a mean of 0.4 of the budget, prompts of 100 to 200
 tokens, 8 rollouts a prompt; `--dead` of the groups have rewards that are all alike. `--equal` has completions of the full budget
 and prompts of one token, where nothing can be saved. The model is a Llama with SmolLM2's proportions at 1/40 of its size, or
-with `--smollm2` of its size. Times are of the process itself, medians over updates, taken in turns.
+with `--smollm2` of its size. With `--tools` the middle third of each rollout is what a tool has written; with `--vision` the model is a
+Gemma 3 with a vision tower, and each prompt and demonstration has a picture. Times are of the process itself, medians over updates, taken in turns.
 
 Two yardsticks: TRL's GRPO as it runs here, and with the LM head on the completions only, as it runs on CUDA.
 """
@@ -26,12 +28,13 @@ import time
 
 import torch
 from datasets import Dataset
+from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_bridge import BridgeConfig, BridgeTrainer, PackedGRPOConfig, PackedGRPOTrainer
 from trl_bridge._upstream import compact_head
-from trl_bridge.models import tiny_tokenizer
+from trl_bridge.models import tiny_processor, tiny_tokenizer, tiny_vision_model
 
 
 GROUP = 8
@@ -48,6 +51,8 @@ VARIANTS = {
     "BRIDGE, selective": (BridgeTrainer, BridgeConfig, SELECTIVE, False),
     "packed GRPO": (PackedGRPOTrainer, PackedGRPOConfig, {}, False),
 }
+# With tools, and with pictures.
+FEW = ("TRL's GRPO", "BRIDGE", "BRIDGE, selective", "packed GRPO")
 
 
 def lengths(count, options, rng, sigma=0.7):
@@ -83,6 +88,12 @@ class Rollouts:
                 drawn["prompt_ids"].append(prompt)
                 drawn["completion_ids"].append([*completion, self.tokenizer.eos_token_id])
                 drawn["drawn_reward"].append(0.0 if group in dead else float(member < right))
+        if options.tools:
+            thirds = [len(ids) // 3 for ids in drawn["completion_ids"]]
+            sizes = [len(ids) for ids in drawn["completion_ids"]]
+            drawn["env_mask"] = [
+                [int(not n <= i < 2 * n) for i in range(size)] for n, size in zip(thirds, sizes, strict=True)
+            ]
         return drawn
 
     def tokens(self, count, rng):
@@ -120,6 +131,31 @@ def build_model(tokenizer, options):
     return LlamaForCausalLM(config)
 
 
+def with_pictures(tokenizer, options):
+    """Arguments of a trainer whose prompts and demonstrations have a picture each, and the rollouts' rewards."""
+    rng, rollouts = random.Random(7), Rollouts(tokenizer, options)
+    processor = tiny_processor()
+
+    def said(role, count):
+        return [{"role": role, "content": tokenizer.decode(rollouts.tokens(count, rng))}]
+
+    def picture():
+        size = processor.image_processor.size
+        noise = [rng.randrange(256) for _ in range(3 * size["height"] * size["width"])]
+        return Image.frombytes("RGB", (size["width"], size["height"]), bytes(noise))
+
+    prompts = [said("user", rng.randint(20, 80)) for _ in range(64)]
+    answers = [said("assistant", count) for count in lengths(64, options, rng)]
+    pictures = [[picture()] for _ in range(64)]
+    return {
+        "model": tiny_vision_model(processor, hidden_size=192, layers=options.layers or 8),
+        "processing_class": processor,
+        "reward_funcs": lambda completions, **kwargs: [float(row % GROUP < 3) for row in range(len(completions))],
+        "train_dataset": Dataset.from_dict({"prompt": prompts, "images": pictures}),
+        "sft_dataset": Dataset.from_dict({"prompt": prompts, "completion": answers, "images": pictures}),
+    }
+
+
 def make(name, options, folder):
     trainer_class, config_class, changes, _ = VARIANTS[name]
     tokenizer = tiny_tokenizer()
@@ -149,16 +185,20 @@ def make(name, options, folder):
             for counts in ([rng.randint(100, 200) for _ in range(256)], lengths(256, options, rng))
         ]
         kwargs["sft_dataset"] = Dataset.from_dict(dict(zip(("prompt", "completion"), texts, strict=True)))
-    trainer = trainer_class(
-        model=build_model(tokenizer, options),
-        reward_funcs=reward,
-        args=config,
-        train_dataset=Dataset.from_dict({"prompt": [f"{i}+1=" for i in range(256)]}),
-        processing_class=tokenizer,
-        callbacks=[times],
-        rollout_func=Rollouts(tokenizer, options),
-        **kwargs,
-    )
+    rollouts = Rollouts(tokenizer, options)
+    kwargs |= {
+        "model": build_model(tokenizer, options),
+        "processing_class": tokenizer,
+        "reward_funcs": reward,
+        "train_dataset": Dataset.from_dict({"prompt": [f"{i}+1=" for i in range(256)]}),
+        "rollout_func": rollouts,
+    }
+    if options.vision:
+        seen = with_pictures(tokenizer, options)
+        kwargs = {key: seen[key] for key in seen if key != "sft_dataset" or key in kwargs}
+    trainer = trainer_class(args=config, callbacks=[times], **kwargs)
+    if options.vision:
+        trainer._generate_single_turn = lambda *args, **kwargs: (rollouts([], trainer)["completion_ids"], None)
     generate = trainer._generate_and_score_completions
 
     def timed(inputs):
@@ -185,7 +225,7 @@ def growth(name, options):
     flags = [
         f"--{key}={value}" for key, value in vars(options).items() if not isinstance(value, bool) and key != "only"
     ]
-    flags += [f"--{key}" for key in ("equal", "smollm2", "checkpointing") if getattr(options, key)]
+    flags += [f"--{key}" for key in ("equal", "smollm2", "checkpointing", "tools", "vision") if getattr(options, key)]
     command = [sys.executable, __file__, "--only", name, *flags]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -198,7 +238,7 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--mean", type=float, default=0.4, help="mean length over the budget")
     parser.add_argument("--dead", type=float, default=0.0, help="share of groups without an advantage")
-    for name in ("equal", "smollm2", "checkpointing", "memory"):
+    for name in ("equal", "smollm2", "checkpointing", "memory", "tools", "vision"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--only", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -207,15 +247,15 @@ def main():
         train(options.only, options)
         print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
         return
-    steps = {name: [] for name in VARIANTS}
+    steps = {name: [] for name in (FEW if options.tools or options.vision else VARIANTS)}
     for _ in range(options.rounds):
-        for name in VARIANTS:
+        for name in steps:
             steps[name] += train(name, options)
     print(f"machine: {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"options: {vars(options)}")
     median = {name: statistics.median(values) for name, values in steps.items()}
-    stock, compact = (median[name] for name in list(VARIANTS)[:2])
-    memory = {name: growth(name, options) for name in VARIANTS} if options.memory else {}
+    stock, compact = (median.get(name, math.nan) for name in list(VARIANTS)[:2])
+    memory = {name: growth(name, options) for name in steps} if options.memory else {}
     print("| | / TRL's GRPO | / TRL's GRPO, compact head | growth of the process / TRL's GRPO |")
     print("| --- | ---: | ---: | ---: |")
     for name, seconds in median.items():

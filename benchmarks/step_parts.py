@@ -126,7 +126,7 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, share in {"mean": 0.4, "dead": 0.0}.items():
         parser.add_argument(f"--{name}", type=float, default=share)
-    for name in ("equal", "smollm2", "checkpointing", "memory"):
+    for name in ("equal", "smollm2", "checkpointing", "memory", "tools", "vision"):
         parser.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args()
     if options.draw:
