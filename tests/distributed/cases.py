@@ -71,7 +71,7 @@ FSDP_CASES = {
     },
     "reference, cosine": {**FSDP, **SGD, "beta": 0.1, "lr_scheduler_type": "cosine", "gradient_checkpointing": True},
     "experts, metrics": {
-        **FSDP, **SGD, "loss_type": "grpo", "log_gradient_stats": True, "router_aux_loss_coef": 0.0, "model": {"experts": True},
+        **FSDP, **SGD, "loss_type": "grpo", "log_gradient_stats": True, "padding_free": False, "router_aux_loss_coef": 0.0, "model": {"experts": True},
         "lora": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
     },
     "gain off, tied": {**FSDP, "cooperative_gain": False, "model": {"tie_word_embeddings": True}},
