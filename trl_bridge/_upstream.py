@@ -368,12 +368,12 @@ def linear_layers_only() -> Iterator[None]:
     # PEFT reads the names that a Mixture-of-Experts model had in transformers 4, and targets the parameters that those
     # layers have become. A layer that still has such a name is read so too, here and when the adapter is loaded.
     def linear_only(peft_config: Any, model: nn.Module, conversions: Any) -> None:
-        asked = peft_config.target_modules
+        asked, parameters = peft_config.target_modules, peft_config.target_parameters
         patterns = copy.deepcopy((peft_config.rank_pattern, peft_config.alpha_pattern))
         convert(peft_config, model=model, conversions=conversions)
         if str(asked).lower() == "all-linear":
             if peft_config.target_parameters:
-                peft_config.target_parameters = None
+                peft_config.target_parameters = parameters
                 peft_config.rank_pattern, peft_config.alpha_pattern = patterns
             # Some routers are linear layers that return more than a product, which an adapter cannot be added to.
             left_out = [name for name, module in model.named_modules() if is_router(module)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from tests.helpers import engines
+from tests.helpers.families import tiny
 from tests.helpers.training import small_model
 from trl_bridge.models import tiny_tokenizer
 
@@ -69,6 +70,10 @@ FSDP_CASES = {
         "model": {"odd_rows": True},
     },
     "reference, cosine": {**FSDP, **SGD, "beta": 0.1, "lr_scheduler_type": "cosine", "gradient_checkpointing": True},
+    "experts, metrics": {
+        **FSDP, **SGD, "loss_type": "grpo", "log_gradient_stats": True, "padding_free": False, "router_aux_loss_coef": 0.0, "model": {"experts": True},
+        "lora": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    },
     "gain off, tied": {**FSDP, "cooperative_gain": False, "model": {"tie_word_embeddings": True}},
     "reset, tied": {**FSDP, "shadow_reset_steps": 2, "model": {"tie_word_embeddings": True}},
     "selective": {**FSDP, "preset": "selective", "gradient_accumulation_steps": 1},
@@ -225,6 +230,10 @@ def model_of(changes: dict, output_dir: Path | None = None):
     """The model of a case, alike on all ranks; or the folder that it is to be loaded from (`by_name`), or nothing (`absent`)."""
     changes = dict(changes)
     by_name, odd, absent = (changes.pop(name, False) for name in ("by_name", "odd_rows", "absent"))
+    if changes.pop("experts", False):
+        model = tiny("gpt_oss")
+        model.set_experts_implementation("eager")  # as the reference computes: the grouped product has no float64
+        return model
     model = small_model(**changes)
     if odd:
         config = copy.deepcopy(model.config)

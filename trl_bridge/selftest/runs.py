@@ -202,11 +202,18 @@ def reference_options(trainer, **changes):
 
 
 def adapters(state):
-    """A and B by the name of the weight they act on."""
-    prefix = "base_model.model."
-    a = {k.removeprefix(prefix).replace("lora_A.", ""): v for k, v in state.items() if "lora_A" in k}
-    b = {k.removeprefix(prefix).replace("lora_B.", ""): v for k, v in state.items() if "lora_B" in k}
-    return a, b
+    """A and B by the name of the weight they act on; PEFT's wrapper of `down_proj` is around that of `gate_up_proj`."""
+
+    def part(mark):
+        named = {
+            key.replace(mark, "").removeprefix("base_model.model."): value
+            for key, value in state.items()
+            if mark in key
+        }
+        inner, outer = ("experts.base_layer.weight", "experts.gate_up_proj"), ("experts.weight", "experts.down_proj")
+        return {name.replace(*inner).replace(*outer): value for name, value in named.items()}
+
+    return part("lora_A."), part("lora_B.")
 
 
 def movement_error(got, want, start):

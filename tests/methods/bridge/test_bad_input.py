@@ -149,6 +149,7 @@ ADAPTERS = {
     "lora_bias": {"lora_bias": True},
     "lora_dropout": {"lora_dropout": 0.1},
     "target_parameters": {"target_parameters": ["mlp.gate_proj.weight"]},
+    "target_parameters=no_such": {"target_parameters": ["mlp.experts.no_such"]},
     "trainable_token_indices": {"trainable_token_indices": [1, 2]},
     "layer_replication": {"layer_replication": [[0, 2], [1, 2]]},
     # Variants whose output is not that of theta + s B A, or initial values that need data or a quantised base.

@@ -1,7 +1,7 @@
 """
 The coordinator `w` in merged form, beside the plain student.
 
-For a linear layer the student holds M = theta + s B A, and theta is never stored. By the chain rule the gradient with
+For a linear layer, and for each of a layer's fused experts, the student holds M = theta + s B A, and theta is never stored. By the chain rule the gradient with
 respect to theta is the one with respect to M, and those of A and B are its projections s B^T G and s G A^T
 (`docs/bridge.md`).
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, LoraModel, PeftConfig
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...training.backends import Weights
-from .targets import Projection, Target, check_layers, check_peft_config, check_targets
+from .targets import ExpertsTarget, Projection, Target, check_layers, check_peft_config, check_targets
 
 
 class CoordinatorGradient:
@@ -96,11 +96,8 @@ class Coordinator:
     @torch.no_grad()
     def norm(self) -> float:
         """Frobenius norm of s B A over all targets, from r x r products."""
-        squares = [
-            target.scaling**2 * ((target.b.T @ target.b).double() * (target.a @ target.a.T).double()).sum()
-            for target in self.targets
-        ]
-        return torch.stack(squares).sum().clamp(min=0).sqrt().item()
+        squares = torch.stack([target.squared_norm() for target in self.targets])
+        return squares.sum().clamp(min=0).sqrt().item()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """A and B under PEFT's names, float32 on the CPU."""
@@ -121,7 +118,7 @@ class Coordinator:
 
     def shape(self) -> dict[str, Any]:
         """What a resumed run must share: rank and scaling by layer, as JSON values."""
-        return {target.module: [target.a.size(0), target.scaling] for target in self.targets}
+        return {target.name: [target.a.size(0), target.scaling] for target in self.targets}
 
 
 def default_peft_config() -> LoraConfig:
@@ -230,6 +227,7 @@ class MergedCoordinator(Coordinator):
 
 
 def _read_off_adapters(model: PreTrainedModel, peft_config: PeftConfig, seed: int) -> list[Target]:
+    asked = list(peft_config.target_parameters or [])  # as the user has them: PEFT turns module names into others
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
     with torch.random.fork_rng(devices=devices):
@@ -237,9 +235,10 @@ def _read_off_adapters(model: PreTrainedModel, peft_config: PeftConfig, seed: in
         try:
             tuner = LoraModel(model, peft_config, _ADAPTER)
         except ValueError as error:
-            raise ValueError(f"`peft_config.target_modules` cannot be used: {error}") from error
+            keys = "`peft_config.target_modules`" + (" or `peft_config.target_parameters`" if asked else "")
+            raise ValueError(f"{keys} cannot be used: {error}") from error
     try:
-        return _targets_of(model)
+        return _targets_of(model, asked)
     finally:
         tuner.unload()
         # PEFT leaves its configuration behind on the model, where TRL and transformers would read it.
@@ -249,19 +248,27 @@ def _read_off_adapters(model: PreTrainedModel, peft_config: PeftConfig, seed: in
             parameter.requires_grad_(trained[name])
 
 
-def _targets_of(model: PreTrainedModel) -> list[Target]:
+def _targets_of(model: PreTrainedModel, parameters: list[str]) -> list[Target]:
     layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
-    check_layers(layers, _ADAPTER)
-    return [
-        Target(
-            module=name,
-            a=nn.Parameter(layer.lora_A[_ADAPTER].weight.detach().float().clone()),
-            b=nn.Parameter(layer.lora_B[_ADAPTER].weight.detach().float().clone()),
-            scaling=float(layer.scaling[_ADAPTER]),
-            transposed=isinstance(layer.get_base_layer(), Conv1D),
+    check_layers(layers, _ADAPTER, parameters)
+    return [_target_of(name, layer) for name, layer in layers.items()]
+
+
+def _target_of(name: str, layer: Any) -> Target:
+    base = layer.get_base_layer()
+    shared: dict[str, Any] = {
+        "module": name,
+        "a": nn.Parameter(layer.lora_A[_ADAPTER].weight.detach().float().clone()),
+        "b": nn.Parameter(layer.lora_B[_ADAPTER].weight.detach().float().clone()),
+        "scaling": float(layer.scaling[_ADAPTER]),
+    }
+    if isinstance(layer, ParamWrapper):
+        # As PEFT asks which way round experts are: gpt-oss has (experts, in_features, out_features).
+        transposed = getattr(base, "is_transposed", False)
+        return ExpertsTarget(
+            **shared, transposed=transposed, parameter=layer.parameter_name, experts=layer.num_experts
         )
-        for name, layer in layers.items()
-    ]
+    return Target(**shared, transposed=isinstance(base, Conv1D))
 
 
 def save_adapter(coordinator: Coordinator, output_dir: Path) -> None:

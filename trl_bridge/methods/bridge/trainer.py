@@ -160,7 +160,7 @@ class BridgeTrainer(DemonstrationTrainer):
         else:
             check_base_model(self._plain_model, self.backend.keeps_master, self.args.freeze_vision_tower)
             self.coordinator = self._build_coordinator(peft_config)
-        note_fused_experts(self._plain_model)
+        note_fused_experts(self._plain_model, self.coordinator.targets)
         self.coordinator_optimizer: torch.optim.Optimizer | None = None
         self.shadow: Shadow | None = None
         self.student_gradient: CoordinatorGradient | None = None

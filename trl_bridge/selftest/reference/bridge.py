@@ -66,7 +66,17 @@ class Reference:
         self.put_off = []
 
     def policy(self, base, a, b):
-        return {n: t + self.scaling * (b[n] @ a[n]) if n in a else t for n, t in base.items()}
+        return {n: t + self.added(n, a[n], b[n]) if n in a else t for n, t in base.items()}
+
+    def added(self, name, a, b):
+        """s B A; for fused experts one of each, of PEFT's rows (expert, rank) of A and columns (rank, expert) of B."""
+        shape = self.model.get_parameter(name).shape
+        if len(shape) == 2:
+            return self.scaling * (b @ a)
+        a = a.unflatten(0, (shape[0], -1)).unbind(0)
+        b = b.unflatten(1, (-1, shape[0])).unbind(2)
+        products = torch.stack([b_of @ a_of for a_of, b_of in zip(a, b, strict=True)])
+        return self.scaling * (products if products.shape == shape else products.mT)
 
     def leaves(self, base):
         base = {n: t.detach().requires_grad_() for n, t in base.items()}
@@ -148,7 +158,7 @@ class Reference:
             "sft/num_tokens": tokens,
             "sft/mean_token_accuracy": sum(int(h.sum()) for _, _, h in parts) / tokens,
             "bridge/lambda": lam,
-            "bridge/coordinator_norm": norm([self.scaling * self.b[n] @ self.a[n] for n in self.a]),
+            "bridge/coordinator_norm": norm([self.added(n, self.a[n], self.b[n]) for n in self.a]),
             "bridge/coordinator_grad_norm_sft": norm(sft_w),
             "bridge/coordinator_grad_norm_rl": norm(rl_w),
             "bridge/coordinator_grad_cosine": cosine(sft_w, rl_w),

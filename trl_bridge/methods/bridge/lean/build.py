@@ -43,6 +43,11 @@ def check_lean(model: Any, peft_config: PeftConfig | None, optimizers: Any) -> N
                 f"`peft_config.{name}` is not supported with `lean=True`: theta and w share one adapter, of one rank and "
                 "one scaling everywhere. Remove it."
             )
+    if peft_config.target_parameters:
+        raise NotImplementedError(
+            "`peft_config.target_parameters` is not supported with `lean=True`: theta and w share the rows of one adapter, and "
+            "those of fused experts belong to one expert each. Remove it."
+        )
     init = peft_config.init_lora_weights
     if isinstance(init, str) and init != "gaussian":
         raise NotImplementedError(
