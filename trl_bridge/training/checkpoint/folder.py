@@ -15,6 +15,7 @@ import torch
 import xxhash
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
@@ -104,6 +105,15 @@ def read_weights(checkpoint: Path, saved: Registry) -> None:
         saved.parts[SHARED][name].load_state_dict(shared[name])
     for name, part in saved.parts[SHARDED].items():
         part.load_weights(checkpoint / FOLDER / name)
+
+
+def names_of_weights(checkpoint: Path) -> set[str]:
+    """Names under which a checkpoint has the model's weights."""
+    names: set[str] = set()
+    for path in checkpoint.glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names.update(file.keys())
+    return names
 
 
 def _load(checkpoint: Path, name: str) -> dict[str, Any]:

@@ -234,9 +234,12 @@ class Resumable(Sealed):
         self._load_renamed(resume_from_checkpoint)
 
     def _load_renamed(self, checkpoint: str) -> None:
-        # transformers saves vision-language models under other names than their own, and its trainer goes on without them.
+        # transformers saves some models under other names than their own (vision-language models, experts one by one), and its
+        # trainer goes on without the weights that it does not find.
         model: Any = self.accelerator.unwrap_model(self.model)
-        if hasattr(model.config, "vision_config") and not is_peft_model(model):
+        if is_peft_model(model) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return  # they are saved by their own names
+        if not checkpoints.names_of_weights(Path(checkpoint)) <= set(model.state_dict()):
             model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
 
     def _load_best_model(self) -> None:
