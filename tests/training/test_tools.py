@@ -183,6 +183,9 @@ def test_entropy_of_rollouts_that_are_not_run_is_that_of_own_tokens(tmp_path):
         return [float(row) if prompt[0]["content"] < "2" else 1.0 for row, prompt in enumerate(prompts)]
 
     trainer = plain(tmp_path, PackedGRPOTrainer, reward_funcs=only_one_group_differs, max_steps=1)
+    with torch.no_grad():
+        # Of a model that is sure of nothing all entropies are alike, whichever tokens they are of.
+        trainer.model.get_output_embeddings().weight.mul_(20)
     seen = []
     compute = trainer._compute_loss
 
@@ -202,6 +205,8 @@ def test_entropy_of_rollouts_that_are_not_run_is_that_of_own_tokens(tmp_path):
         mask = (inputs["completion_mask"] * inputs["tool_mask"]).bool() & live[:, None]
         assert external(inputs)[live].any()
         want = entropies[mask].mean()
+        with_tools = entropies[inputs["completion_mask"].bool() & live[:, None]].mean()
+        assert abs(with_tools / want - 1) > 1e-3
         assert torch.allclose(entropies[~live], want.expand_as(entropies[~live]))
         checked += 1
     assert checked
