@@ -15,7 +15,7 @@ OWN_NAMES = frozenset(
     _reshard_step _reward_guided _rows_hash _run_passes _run_shadow _score _score_by_teacher _score_packed
     _score_seeing _score_with _sealing _set_initial_mean _set_up_packing _sft_share _sft_term _shadow_is_due
     _shadow_part _step_coordinator _step_shadow _stop_clock _sum_over_ranks _teacher_weight
-    _tempered_sequence_log_probs _terms _trial_batches _trial_prompts _tried _untempered_log_probs _update _warn_of_two_formats
+    _tempered_sequence_log_probs _terms _trial_batches _trial_optimizer _trial_prompts _tried _untempered_log_probs _update _warn_of_two_formats
     _weights after_step after_trial ask_rewards assign backend balances_experts before_trial_step between_passes
     buffer build_parts config_class config_or_default coordinator_state_dict count_items demonstration_pass
     demonstration_weight demonstrations_due description end_of_window expert_heads expert_loss generation

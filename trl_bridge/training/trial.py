@@ -302,22 +302,25 @@ class TrialTrainer(StudentTrainer):
         costs = {"kept_steps": outcome.kept, "sft_steps": args.trial_steps, "rollouts": rollouts}
         return {**values, **costs, "reward_before": outcome.before, "reward": outcome.best}
 
+    def _trial_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        args = self.args
+        rate = args.learning_rate * args.trial_learning_rate_factor
+        return optimizer_for(self, [{"params": parameters, "weight_decay": 0.0}], rate, args.optim)
+
     def _filled_fork(self, blank: PreTrainedModel, student: Weights) -> SideModel:
         """A copy of the student that learns in its place. Collective."""
-        args = self.args
 
         def optimizer(leaves: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-            groups = [{"params": list(leaves.values()), "weight_decay": 0.0}]
-            return optimizer_for(self, groups, args.learning_rate * args.trial_learning_rate_factor, args.optim)
+            return self._trial_optimizer(list(leaves.values()))
 
-        return SideModel(blank, self.backend.materialize(blank, student, Storage()), optimizer, args.max_grad_norm)
+        held = self.backend.materialize(blank, student, Storage())
+        return SideModel(blank.train(), held, optimizer, self.args.max_grad_norm)
 
     def _learner(self, chances: Mapping[int, float], parameters: list[nn.Parameter]) -> Callable[[list[int]], None]:
         """An SFT update on demonstrations (of all ranks), by an optimizer of its own. Collective."""
         args, backend, fork = self.args, self.backend, self._fork
-        rate = args.learning_rate * args.trial_learning_rate_factor
         if fork is None:
-            optimizer = optimizer_for(self, [{"params": parameters, "weight_decay": 0.0}], rate, args.optim)
+            optimizer = self._trial_optimizer(parameters)
 
         def pass_of(is_last: bool) -> contextlib.AbstractContextManager[None]:
             if fork is not None:
