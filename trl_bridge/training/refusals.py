@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, SchedulerType
 from transformers.training_args import OptimizerNames
+
+from .backends.refusals import is_sharded
 
 
 # Optimizers that step from a gradient and their own state: theta's step then equals the one that theta + w takes, so
@@ -146,7 +147,7 @@ def check_ranks_seeing(accelerator: Accelerator, owner: str, **datasets: Any) ->
     from ..demonstrations.pictures import check_each_has_one
 
     kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if is_sharded(kind):
         raise NotImplementedError(
             f"{owner} has not been tested with a vision-language model and {kind.value}. Launch it on one device, or with DDP (torchrun)."
         )

@@ -82,11 +82,13 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_update_with_options(tmp_path, name):
     adapter, options = CASES[name]
-    replayed(recorded(tmp_path, "gpt_oss", adapter, **options), "gpt_oss")
+    trainer = recorded(tmp_path, "gpt_oss", adapter, **options)
+    assert len(replayed(trainer, "gpt_oss")) == trainer.args.max_steps
 
 
 def test_scaling_other_than_one(tmp_path):
-    replayed(recorded(tmp_path, adapter=lora(lora_alpha=8)), scaling=2.0)
+    trainer = recorded(tmp_path, adapter=lora(lora_alpha=8))
+    assert len(replayed(trainer, scaling=2.0)) == trainer.args.max_steps
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "granitemoe"])

@@ -94,9 +94,13 @@ class Target:
             b, old_b = b[rows], old_b[rows]
         return self.oriented(self.scaling * ((b - old_b) @ a + old_b @ (a - old_a)))
 
+    def matrices(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A as (rank, in_features) and B as (out_features, rank), or a stack of such."""
+        return a, b
+
     def squared_norm(self) -> torch.Tensor:
         """Squared Frobenius norm of s B A, from r x r products."""
-        a, b = self.a.detach(), self.b.detach()
+        a, b = self.matrices(self.a.detach(), self.b.detach())
         return self.scaling**2 * ((b.mT @ b).double() * (a @ a.mT).double()).sum()
 
 
@@ -111,7 +115,7 @@ class ExpertsTarget(Target):
     def weight_name(self) -> str:
         return parameter_name(self.module, self.parameter)
 
-    def by_expert(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def matrices(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A as (experts, rank, in_features) and B as (experts, out_features, rank)."""
         return a.reshape(self.experts, -1, a.size(1)), b.reshape(b.size(0), -1, self.experts).permute(2, 0, 1)
 
@@ -119,11 +123,11 @@ class ExpertsTarget(Target):
         return self.product_rows(0, self.experts)
 
     def product_rows(self, first: int, last: int) -> torch.Tensor:
-        a, b = self.by_expert(self.a.detach(), self.b.detach())
+        a, b = self.matrices(self.a.detach(), self.b.detach())
         return self.oriented(self.scaling * (b[first:last] @ a[first:last]))
 
     def project(self, gradient: torch.Tensor, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = self.by_expert(self.a.detach(), self.b.detach())
+        a, b = self.matrices(self.a.detach(), self.b.detach())
         g, rows = self.oriented(gradient).to(a.dtype), slice(first, first + gradient.size(0))
         grad_a = _placed(self.scaling * (b[rows].mT @ g), a, (rows,))
         grad_b = _placed(self.scaling * (g @ a[rows].mT), b, (rows,))
@@ -131,13 +135,9 @@ class ExpertsTarget(Target):
 
     @torch.no_grad()
     def change(self, old_a: torch.Tensor, old_b: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        a, b = (part[first:last] for part in self.by_expert(self.a.detach(), self.b.detach()))
-        old_a, old_b = (part[first:last] for part in self.by_expert(old_a, old_b))
+        a, b = (part[first:last] for part in self.matrices(self.a.detach(), self.b.detach()))
+        old_a, old_b = (part[first:last] for part in self.matrices(old_a, old_b))
         return self.oriented(self.scaling * ((b - old_b) @ a + old_b @ (a - old_a)))
-
-    def squared_norm(self) -> torch.Tensor:
-        a, b = self.by_expert(self.a.detach(), self.b.detach())
-        return self.scaling**2 * ((b.mT @ b).double() * (a @ a.mT).double()).sum()
 
 
 def parameter_name(module: str, parameter: str) -> str:

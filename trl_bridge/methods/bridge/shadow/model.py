@@ -1,12 +1,10 @@
 """The shadow theta_hat: a plain copy of the student that follows RL only."""
 
 import contextlib
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
 from ....training.backends import Backend, Weights, copy_rows_
 from ....training.checkpoint.sharded_state import ShardedState
@@ -16,16 +14,10 @@ from ....training.side_model import SideModel
 class Shadow(SideModel):
     """The RL-only copy. It holds M_hat = theta_hat + s B A."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        weights: Weights,
-        optimizer_for: Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer],
-        max_grad_norm: float,
-    ):
-        super().__init__(model, weights, optimizer_for, max_grad_norm)
-        # M_hat itself (not theta_hat: a difference would not come back bit for bit) and the optimizer's state.
-        self.saved = ShardedState(weights, self._leaves, self.optimizer)
+    @functools.cached_property
+    def saved(self) -> ShardedState:
+        """M_hat itself (not theta_hat: a difference would not come back bit for bit) and the optimizer's state."""
+        return ShardedState(self.held, self._leaves, self.optimizer)
 
     def active(self, backend: Backend) -> contextlib.AbstractContextManager[None]:
         """Around the shadow's forward and backward: it is a model of its own, beside the backend's."""
